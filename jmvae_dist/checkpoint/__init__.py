@@ -1,0 +1,1 @@
+"""Checkpoints: sharded over ranks, checksummed, committed atomically, resumable on any number of ranks."""

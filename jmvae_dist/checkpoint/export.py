@@ -1,0 +1,124 @@
+"""Models from checkpoints: rebuild one in memory, or export it as one safetensors file with its configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from jmvae_dist.checkpoint.fragments import check_same_entries, read_entries
+from jmvae_dist.checkpoint.layout import CheckpointManifest, find_damage, read_manifest, resolve_checkpoint
+from jmvae_dist.config import JMVAEConfig, NetworksConfig
+from jmvae_dist.errors import CheckpointError
+from jmvae_dist.files import sha256_of, write_text_atomic
+
+if TYPE_CHECKING:
+    from jmvae_dist.model import JMVAE
+
+EXPORT_FORMAT_VERSION = 1
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+def load_model(path: str | Path, **networks: Any) -> JMVAE:
+    """Rebuild a trained model, on the CPU, in evaluation mode.
+
+    Args:
+        path: A run directory (its newest intact checkpoint), a checkpoint, or an export.
+        networks: `encoders`, `decoders`, `joint_encoder`, if the model was trained with the user's own.
+
+    Raises:
+        CheckpointError: Nothing intact is there, or the networks do not fit.
+    """
+    path = Path(path)
+    if (path / CONFIG_NAME).is_file():
+        return _load_export(path, networks)
+    return model_from_checkpoint(*read_verified(path), **networks)
+
+
+def read_verified(path: Path) -> tuple[Path, CheckpointManifest]:
+    """The checkpoint meant by a run directory or a checkpoint, and its manifest, after checking its files.
+
+    Raises:
+        CheckpointError: Nothing intact is there.
+    """
+    checkpoint = resolve_checkpoint(path)
+    manifest = read_manifest(checkpoint)
+    problem = find_damage(checkpoint, manifest)
+    if problem is not None:
+        raise CheckpointError(problem)
+    return checkpoint, manifest
+
+
+def model_from_checkpoint(checkpoint: Path, manifest: CheckpointManifest, **networks: Any) -> JMVAE:
+    """Rebuild the model of a checkpoint whose files were verified."""
+    model = _build(manifest.model, networks)
+    entries = {f"weight/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    entries.update({f"buffer/{name}": buffer for name, buffer in model.named_buffers()})
+    weights = {name: record for name, record in manifest.tensors.items() if not name.startswith("exp_avg")}
+    reduced = CheckpointManifest(**{**vars(manifest), "tensors": weights})
+    check_same_entries(entries, reduced, checkpoint)
+    read_entries(checkpoint, reduced, entries)
+    return model.eval()
+
+
+def export_model(source: Path, out: Path) -> Path:
+    """Write `model.safetensors` and `config.json` for a checkpoint or the newest intact one of a run.
+
+    Raises:
+        CheckpointError: The source is not intact, or `out` exists and is not empty.
+    """
+    from safetensors.torch import save_file
+
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out}: is not empty; choose another --out")
+    checkpoint, manifest = read_verified(source)
+    model = model_from_checkpoint(checkpoint, manifest)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out / WEIGHTS_NAME)
+    description = {
+        "format_version": EXPORT_FORMAT_VERSION,
+        "model": manifest.model,
+        "modalities": manifest.modalities,
+        "global_step": manifest.global_step,
+        "versions": manifest.versions,
+        "weights_sha256": sha256_of(out / WEIGHTS_NAME),
+    }
+    # Written last: a directory without it is not an export.
+    write_text_atomic(out / CONFIG_NAME, json.dumps(description, indent=2) + "\n")
+    return out
+
+
+def _load_export(path: Path, networks: dict[str, Any]) -> JMVAE:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        description = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+        version = description["format_version"]
+        if version != EXPORT_FORMAT_VERSION:
+            raise CheckpointError(f"{path}: export format {version!r}; this version reads {EXPORT_FORMAT_VERSION}")
+        if sha256_of(path / WEIGHTS_NAME) != description["weights_sha256"]:
+            raise CheckpointError(f"{path / WEIGHTS_NAME}: sha256 differs from {CONFIG_NAME}'s")
+        model = _build(description["model"], networks)
+        model.load_state_dict(load_file(path / WEIGHTS_NAME))
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: not an intact export ({type(error).__name__}: {error})") from None
+    return model.eval()
+
+
+def _build(description: dict[str, Any], networks: dict[str, Any]) -> JMVAE:
+    from jmvae_dist.model import JMVAE
+
+    try:
+        config = JMVAEConfig(**description["config"])
+        sizes = NetworksConfig(**description["networks"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's model configuration is not valid: {error}") from None
+    model: nn.Module = JMVAE(config, networks=sizes, **networks)
+    assert isinstance(model, JMVAE)
+    return model

@@ -1,0 +1,257 @@
+"""A checkpoint on disk: names, the sealing manifest, verification, and the atomic commit.
+
+    RUN/checkpoints/LATEST                          name of the newest committed checkpoint
+    RUN/checkpoints/step-00001000/manifest.json     seals the directory: sizes and sha256 of the files below
+    RUN/checkpoints/step-00001000/rank-00000.safetensors ...
+    RUN/checkpoints/.tmp-step-00001000/             being written; never read, swept at the next start
+
+A directory without a manifest is not a checkpoint. The manifest is written last and removed first, and carries
+a digest of itself, so a torn or altered checkpoint cannot be taken for a valid one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jmvae_dist.errors import CheckpointError
+from jmvae_dist.files import fsync_path, sha256_of, write_text_atomic
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+LATEST_NAME = "LATEST"
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+_FILE_NAME = re.compile(r"[\w-]+\.safetensors")
+# A manifest lists fragments, not values: one of this size describes millions of fragments.
+_MAX_MANIFEST_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a checkpoint."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class FragmentRecord:
+    """Elements [start, start + numel) of a flattened tensor, stored in `file` under the tensor's name."""
+
+    file: str
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor of the training state, cut into fragments that cover it exactly once."""
+
+    shape: list[int]
+    dtype: str
+    fragments: list[FragmentRecord]
+
+
+@dataclass
+class CheckpointManifest:
+    """Everything about a checkpoint except the tensors' values.
+
+    Args:
+        global_step: Finished optimizer steps.
+        engine: Engine that wrote it; any engine can read it.
+        world_size: Number of processes that wrote it.
+        versions: Versions of the software that wrote it.
+        model: Resolved `JMVAEConfig` and network sizes: enough to rebuild the model.
+        modalities: The manifest entries of the training data's modalities (shapes, transforms).
+        config: The run's resolved configuration.
+        data_state: What fixes the order of samples.
+        tracking: Identity of the run at the trackers.
+        optimizer: Parameter groups, and the step count of every parameter.
+        tensors: Weights (`weight/NAME`), buffers (`buffer/NAME`), moments (`exp_avg/NAME`, `exp_avg_sq/NAME`).
+        files: Size and sha256 of every file.
+        elapsed_s: Seconds that the run had taken, over all its attempts.
+        created: Time of writing, ISO 8601.
+    """
+
+    global_step: int
+    engine: str
+    world_size: int
+    versions: dict[str, str]
+    model: dict[str, Any]
+    modalities: dict[str, Any]
+    config: dict[str, Any]
+    data_state: dict[str, Any]
+    tracking: dict[str, Any]
+    optimizer: dict[str, Any]
+    elapsed_s: float
+    created: str
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """JSON text with a digest of itself."""
+        content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps({**content, "digest": _digest(content)}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> CheckpointManifest:
+        """Parse and check the digest, the version and the fields.
+
+        Raises:
+            CheckpointError: The text is not a manifest that this version wrote.
+        """
+        try:
+            content = json.loads(text)
+            digest = content.pop("digest")
+            version = content.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise CheckpointError(f"{where}: format version {version!r}; this version reads {FORMAT_VERSION}")
+            if _digest({"format_version": version, **content}) != digest:
+                raise CheckpointError(f"{where}: content does not match its digest; the file was damaged or edited")
+            content["files"] = {name: FileRecord(**record) for name, record in content["files"].items()}
+            content["tensors"] = {name: _tensor_record(record) for name, record in content["tensors"].items()}
+            manifest = cls(**content)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{where}: not a checkpoint manifest ({type(error).__name__}: {error})") from None
+        for name in manifest.files:
+            if not _FILE_NAME.fullmatch(name):
+                raise CheckpointError(f"{where}: file name {name!r} is not allowed in a checkpoint")
+        return manifest
+
+
+def _tensor_record(record: dict[str, Any]) -> TensorRecord:
+    fragments = [FragmentRecord(**fragment) for fragment in record["fragments"]]
+    return TensorRecord(record["shape"], record["dtype"], fragments)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def step_name(global_step: int) -> str:
+    """Directory name of the checkpoint at `global_step`."""
+    return f"step-{global_step:08d}"
+
+
+def temporary_directory(root: Path, global_step: int) -> Path:
+    """Where the checkpoint at `global_step` is written before it is committed."""
+    return root / f".tmp-{step_name(global_step)}"
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Sealed checkpoint directories, oldest step first; whether they are intact is for `find_damage` to say."""
+    if not root.is_dir():
+        return []
+    steps = []
+    for path in root.iterdir():
+        match = _STEP_NAME.fullmatch(path.name)
+        if match and (path / MANIFEST_NAME).is_file():
+            steps.append((int(match[1]), path))
+    return [path for _, path in sorted(steps)]
+
+
+def read_manifest(checkpoint: Path) -> CheckpointManifest:
+    """The manifest of a checkpoint directory.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
+    path = checkpoint / MANIFEST_NAME
+    try:
+        if path.stat().st_size > _MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{path}: larger than {_MAX_MANIFEST_BYTES} bytes")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file, so {checkpoint} is not a complete checkpoint") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    return CheckpointManifest.from_json(text, path)
+
+
+def find_damage(checkpoint: Path, manifest: CheckpointManifest, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with the files of a checkpoint, or None.
+
+    Args:
+        checkpoint: The directory.
+        manifest: Its manifest.
+        part: With `parts`: check every `parts`-th file, from number `part` on, so that ranks can share the work.
+        parts: See `part`.
+    """
+    for name in sorted(manifest.files)[part::parts]:
+        path, record = checkpoint / name, manifest.files[name]
+        try:
+            num_bytes = path.stat().st_size
+            if num_bytes != record.num_bytes:
+                return f"{path}: {num_bytes} bytes instead of {record.num_bytes}"
+            if sha256_of(path) != record.sha256:
+                return f"{path}: sha256 differs from the manifest's"
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror})"
+    return None
+
+
+def seal_file(path: Path) -> FileRecord:
+    """Make a written file durable and describe it."""
+    fsync_path(path)
+    return FileRecord(path.stat().st_size, sha256_of(path))
+
+
+def commit(root: Path, manifest: CheckpointManifest) -> Path:
+    """Turn the temporary directory of a step, whose files are durable, into a checkpoint; returns its path."""
+    temporary = temporary_directory(root, manifest.global_step)
+    final = root / step_name(manifest.global_step)
+    if final.exists():
+        # It was found damaged when the run resumed from an older one and came by here again.
+        remove_checkpoint(final)
+    write_text_atomic(temporary / MANIFEST_NAME, manifest.to_json())
+    os.replace(temporary, final)
+    fsync_path(root)
+    write_text_atomic(root / LATEST_NAME, final.name + "\n")
+    return final
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint, its manifest first: interrupted at any point, what is left is not a checkpoint."""
+    (checkpoint / MANIFEST_NAME).unlink(missing_ok=True)
+    fsync_path(checkpoint)
+    shutil.rmtree(checkpoint)
+
+
+def sweep(root: Path) -> list[str]:
+    """Delete what interrupted writes and deletions left behind; returns the names."""
+    removed = []
+    for path in root.iterdir() if root.is_dir() else []:
+        half_written = path.name.startswith(".tmp-step-")
+        half_deleted = _STEP_NAME.fullmatch(path.name) and not (path / MANIFEST_NAME).exists()
+        if path.is_dir() and (half_written or half_deleted):
+            shutil.rmtree(path)
+            removed.append(path.name)
+    return sorted(removed)
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint that a user means by `path`: itself, or the newest intact one of a run directory.
+
+    Raises:
+        CheckpointError: There is no intact checkpoint.
+    """
+    if (path / MANIFEST_NAME).is_file():
+        return path
+    problems = []
+    for checkpoint in reversed(list_checkpoints(path / "checkpoints")):
+        try:
+            problem = find_damage(checkpoint, read_manifest(checkpoint))
+        except CheckpointError as error:
+            problem = str(error)
+        if problem is None:
+            return checkpoint
+        problems.append(problem)
+    if problems:
+        raise CheckpointError(f"{path}: no intact checkpoint; " + "; ".join(problems))
+    raise CheckpointError(f"{path}: neither a checkpoint nor a run directory with checkpoints")

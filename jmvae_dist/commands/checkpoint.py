@@ -1,0 +1,83 @@
+"""`jmvae-dist checkpoint list|verify|export`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from jmvae_dist.commands.cli import make_parser
+from jmvae_dist.errors import CheckpointError, ConfigError
+
+
+def main(arguments: list[str]) -> int:
+    """List, verify or export checkpoints; `verify` returns 1 if anything is damaged."""
+    parser = make_parser("jmvae-dist checkpoint", "List, verify and export checkpoints.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|verify|export")
+    for verb, summary in (
+        ("list", "steps, sizes and origin"),
+        ("verify", "check every file's sha256"),
+        ("export", "write model.safetensors and config.json"),
+    ):
+        subparser = verbs.add_parser(verb, help=summary)
+        subparser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
+        if verb == "export":
+            subparser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    options = parser.parse_args(arguments)
+    if not options.path.is_dir():
+        raise ConfigError(f"{options.path}: no such directory; give a run directory or a checkpoint")
+    if options.verb == "export":
+        return _export(options)
+    checkpoints = _checkpoints_at(options.path)
+    return _list(checkpoints) if options.verb == "list" else _verify(checkpoints)
+
+
+def _checkpoints_at(path: Path) -> list[Path]:
+    from jmvae_dist.checkpoint.layout import MANIFEST_NAME, list_checkpoints
+
+    if (path / MANIFEST_NAME).is_file():
+        return [path]
+    checkpoints = list_checkpoints(path / "checkpoints")
+    if not checkpoints:
+        raise CheckpointError(f"{path}: neither a checkpoint nor a run directory with checkpoints")
+    return checkpoints
+
+
+def _list(checkpoints: list[Path]) -> int:
+    from jmvae_dist.checkpoint.layout import read_manifest
+
+    print(f"{'step':>10}  {'size':>9}  {'engine':<6}  {'ranks':>5}  {'written':<25}  path")
+    for checkpoint in checkpoints:
+        try:
+            manifest = read_manifest(checkpoint)
+        except CheckpointError as error:
+            print(f"{'damaged':>10}  {error}")
+            continue
+        size_mb = sum(record.num_bytes for record in manifest.files.values()) / 1e6
+        print(
+            f"{manifest.global_step:>10}  {size_mb:>6.1f} MB  {manifest.engine:<6}  {manifest.world_size:>5}  "
+            f"{manifest.created:<25}  {checkpoint}"
+        )
+    return 0
+
+
+def _verify(checkpoints: list[Path]) -> int:
+    from jmvae_dist.checkpoint.layout import find_damage, read_manifest
+
+    damaged = 0
+    for checkpoint in checkpoints:
+        try:
+            problem = find_damage(checkpoint, read_manifest(checkpoint))
+        except CheckpointError as error:
+            problem = str(error)
+        damaged += problem is not None
+        print(f"{'intact ' if problem is None else 'DAMAGED'}  {problem or checkpoint}")
+    print(f"{len(checkpoints) - damaged} of {len(checkpoints)} checkpoints are intact")
+    return 1 if damaged else 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from jmvae_dist.checkpoint.export import export_model
+
+    out = export_model(options.path, options.out)
+    print(f"exported to {out}; load it with jmvae_dist.load_model({str(out)!r})")
+    return 0

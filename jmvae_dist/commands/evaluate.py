@@ -1,0 +1,120 @@
+"""`jmvae-dist evaluate`: metrics of a run or checkpoint on held-out shards, by any number of processes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jmvae_dist.commands.cli import make_parser
+from jmvae_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jmvae_dist.distributed.runtime import Runtime
+
+METRICS = ("elbo", "accuracy", "joint_nll")
+
+
+def main(arguments: list[str]) -> int:
+    """Evaluate and print a table; rank 0 also writes `--out`."""
+    options = _parse(arguments)
+    from jmvae_dist.checkpoint.layout import read_manifest, resolve_checkpoint
+    from jmvae_dist.data.manifest import Manifest
+    from jmvae_dist.distributed.environment import detect_process
+    from jmvae_dist.distributed.runtime import check_device, start_runtime
+    from jmvae_dist.training.setup import check_same_modalities
+
+    process = detect_process()
+    check_device(options.device)
+    manifest = Manifest.load(options.manifest)
+    with start_runtime(process, device=options.device) as runtime:
+        # Rank 0 chooses: a checkpoint that is being written could look different to another rank.
+        checkpoint = Path(runtime.collectives.on_main(lambda: str(resolve_checkpoint(options.path))))
+        with runtime.collectives.together():
+            described = read_manifest(checkpoint)
+            check_same_modalities(described.modalities, manifest, "--manifest")
+        metrics = _evaluate(options, runtime, checkpoint, manifest, list(described.modalities))
+        if runtime.is_main:
+            result = {
+                "global_step": described.global_step,
+                "checkpoint": str(checkpoint),
+                "manifest": str(options.manifest),
+                "num_samples": manifest.num_samples,
+                "seed": options.seed,
+                "joint_nll_samples": options.joint_nll_samples if "joint_nll" in options.metrics else 0,
+                "metrics": metrics,
+            }
+            _show(result)
+            if options.out is not None:
+                from jmvae_dist.training.state import write_json
+
+                write_json(options.out, result)
+    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = make_parser("jmvae-dist evaluate", "Metrics of a run or checkpoint on held-out shards.")
+    parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("--manifest", type=Path, required=True, help="held-out shards")
+    parser.add_argument("--metrics", default=",".join(METRICS), help=f"from {','.join(METRICS)} (default: all)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result there")
+    parser.add_argument("--joint-nll-samples", type=int, default=1000, metavar="K", help="default: 1000")
+    parser.add_argument("--batch-size", type=int, default=256, help="samples per forward pass (default: 256)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    options = parser.parse_args(arguments)
+    options.metrics = [name for name in options.metrics.split(",") if name]
+    unknown = [name for name in options.metrics if name not in METRICS]
+    if unknown or not options.metrics:
+        raise ConfigError(f"--metrics: {unknown or 'nothing'} is not allowed; choose from {','.join(METRICS)}")
+    for name in ("joint_nll_samples", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: {getattr(options, name)} must be at least 1")
+    if not options.path.is_dir():
+        raise ConfigError(f"{options.path}: no such directory; give a run directory or a checkpoint")
+    if options.out is not None and not options.out.resolve().parent.is_dir():
+        raise ConfigError(f"--out: the directory {options.out.resolve().parent} does not exist")
+    return options
+
+
+def _evaluate(
+    options: argparse.Namespace, runtime: Runtime, checkpoint: Path, manifest: Any, modalities: list[str]
+) -> dict[str, float]:
+    from jmvae_dist.checkpoint.export import load_model
+    from jmvae_dist.evaluation.runner import evaluate_together
+    from jmvae_dist.tracking.console import progress
+
+    with runtime.collectives.together():
+        model = load_model(checkpoint).to(runtime.device)
+    world_size = runtime.process.world_size
+    with ExitStack() as stack:
+        advance = None
+        if runtime.is_main:
+            # Shares are equal to one sample, and rank 0 has a smallest one: its progress is that of all.
+            advance = stack.enter_context(progress(manifest.num_samples // world_size, "evaluating"))
+        metrics = evaluate_together(
+            model,
+            manifest,
+            modalities,
+            runtime.collectives,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            joint_nll_samples=options.joint_nll_samples if "joint_nll" in options.metrics else 0,
+            progress=advance,
+        )
+    if "accuracy" not in options.metrics:
+        metrics = {key: value for key, value in metrics.items() if not key.startswith("eval/accuracy/")}
+    if "elbo" not in options.metrics:
+        kept = ("eval/accuracy/", "eval/joint_nll")
+        metrics = {key: value for key, value in metrics.items() if key.startswith(kept)}
+    return metrics
+
+
+def _show(result: dict[str, Any]) -> None:
+    print(f"step {result['global_step']}, {result['num_samples']:,} samples of {result['manifest']}")
+    width = max(len(key) for key in result["metrics"])
+    for key, value in result["metrics"].items():
+        print(f"  {key:<{width}}  {value:.6g}")
+    sys.stdout.flush()

@@ -1,0 +1,116 @@
+"""`jmvae-dist sample`: generate from the prior, or given some modalities of held-out samples."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jmvae_dist.commands.cli import make_parser
+from jmvae_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from jmvae_dist.checkpoint.layout import CheckpointManifest
+    from jmvae_dist.model import JMVAE
+
+# The picture shows at most this many of the samples; the arrays hold all of them.
+_MAX_PICTURED = 20
+
+
+def main(arguments: list[str]) -> int:
+    """Write `samples.npz` (arrays) and `samples.png` (a grid)."""
+    options = _parse(arguments)
+    import numpy as np
+
+    from jmvae_dist.checkpoint.export import model_from_checkpoint, read_verified
+    from jmvae_dist.evaluation.figures import save_png
+    from jmvae_dist.files import writing_atomic
+
+    checkpoint, manifest = read_verified(options.path)
+    model = model_from_checkpoint(checkpoint, manifest)
+    given = _given_modalities(options.given, model.modalities)
+    tensors, figure = _sample_given(options, model, manifest, given) if given else _sample_prior(options, model)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with writing_atomic(options.out / "samples.npz") as file:
+        np.savez_compressed(file, allow_pickle=False, **{name: tensor.numpy() for name, tensor in tensors.items()})
+    save_png(figure, options.out / "samples.png")
+    origin = f"given {', '.join(given)}" if given else "from the prior"
+    print(f"{len(tensors['z'])} samples {origin}: {options.out / 'samples.npz'}, {options.out / 'samples.png'}")
+    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = make_parser("jmvae-dist sample", "Generate from the prior, or given some modalities.")
+    parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--given", metavar="MODALITIES", help="comma-separated; default: sample the prior")
+    parser.add_argument("--manifest", type=Path, metavar="M", help="shards that hold the given modalities")
+    parser.add_argument("--n", type=int, default=40, metavar="N", help="number of samples (default: 40)")
+    parser.add_argument("--seed", type=int, default=0, help="of the latent noise (default: 0)")
+    options = parser.parse_args(arguments)
+    if options.n < 1:
+        raise ConfigError(f"--n: {options.n} must be at least 1")
+    if (options.given is None) != (options.manifest is None):
+        raise ConfigError("--given and --manifest belong together: the manifest's samples are what is given")
+    if not options.path.is_dir():
+        raise ConfigError(f"{options.path}: no such directory; give a run directory or a checkpoint")
+    return options
+
+
+def _given_modalities(text: str | None, modalities: list[str]) -> list[str]:
+    names = [] if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in modalities]
+    if unknown or (text is not None and not names):
+        raise ConfigError(f"--given: {unknown or 'nothing'} is not allowed; the model has {', '.join(modalities)}")
+    return names
+
+
+def _sample_prior(options: argparse.Namespace, model: JMVAE) -> tuple[dict[str, Tensor], Figure]:
+    import torch
+
+    from jmvae_dist.evaluation.figures import prior_samples_figure
+    from jmvae_dist.kernels.noise import Stream, normal_noise
+
+    noise = normal_noise(options.seed, 0, torch.arange(options.n), model.latent_dim, Stream.PRIOR)
+    z = model.generate_from_prior(options.n, noise=noise).z
+    columns = min(options.n, 10)
+    lines = max(1, min(options.n, 2 * _MAX_PICTURED) // columns)
+    figure = prior_samples_figure(model, num_samples=columns, num_lines=lines, seed=options.seed)
+    return {"z": z, **_expectations(model, z)}, figure
+
+
+def _sample_given(
+    options: argparse.Namespace, model: JMVAE, checkpoint: CheckpointManifest, given: list[str]
+) -> tuple[dict[str, Tensor], Figure]:
+    from jmvae_dist.data.loader import EvaluationLoader
+    from jmvae_dist.data.manifest import Manifest
+    from jmvae_dist.evaluation.figures import cross_modal_figure, reconstruction_figure
+    from jmvae_dist.kernels.noise import Stream, normal_noise
+    from jmvae_dist.training.setup import check_same_modalities
+
+    manifest = Manifest.load(options.manifest)
+    # Modalities that are not given are shown beside the generated ones where the manifest has them.
+    available = {modality.name for modality in manifest.modalities}
+    wanted = [name for name in model.modalities if name in given or name in available]
+    expected = {name: checkpoint.modalities[name] for name in wanted}
+    check_same_modalities(expected, manifest, "--manifest")
+    loader = EvaluationLoader(manifest, rank=0, world_size=1, batch_size=options.n, modalities=wanted)
+    batch = next(iter(loader))
+    noise = normal_noise(options.seed, 0, batch.rows, model.latent_dim, Stream.CONDITIONAL)
+    z = model.encode(batch.inputs, given, noise=noise[None], flatten=True).z
+    tensors = {"z": z, **_expectations(model, z)}
+    tensors.update({f"data.{name}": values for name, values in batch.inputs.items()})
+    if set(given) == set(model.modalities):
+        figure = reconstruction_figure(model, batch.inputs, max_samples=_MAX_PICTURED)
+    else:
+        figure = cross_modal_figure(model, batch.inputs, given, max_samples=_MAX_PICTURED, seed=options.seed)
+    return tensors, figure
+
+
+def _expectations(model: JMVAE, z: Tensor) -> dict[str, Tensor]:
+    """Decoded expected values (probabilities for bernoulli and categorical) by modality."""
+    decoded = model.decode(z)
+    return {name: model.likelihoods[name].mean(values) for name, values in decoded.items()}

@@ -1,0 +1,265 @@
+"""`jmvae-dist shards`: write, inspect and verify sharded data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.data.sources.base import SPLITS, Source
+from jmvae_dist.errors import ConfigError
+
+SUMMARY = "write, inspect and verify sharded data"
+
+_DEFAULT_TEST_FRACTION = 0.2
+
+
+def main(argv: list[str]) -> int:
+    """Run `jmvae-dist shards ARGV...`; returns the exit code.
+
+    Raises:
+        ConfigError, DataError: printed as one line by the top-level command.
+    """
+    arguments = _parser().parse_args(argv)
+    exit_code: int = arguments.run(arguments)
+    return exit_code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports usage mistakes as a ConfigError, one line instead of the whole usage text.
+
+    Abbreviations are refused: `--over` must not silently become `--overwrite`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="jmvae-dist shards", description=SUMMARY)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    write = verbs.add_parser("write", help="write a source as tar shards with indexes and a manifest")
+    _add_sources(write)
+    show = verbs.add_parser("show", help="print what a manifest describes")
+    show.add_argument("manifest", type=Path, help="path of a manifest.json")
+    show.set_defaults(run=_show)
+    verify = verbs.add_parser("verify", help="check every byte and every sample; exit code 1 if anything is wrong")
+    verify.add_argument("manifest", type=Path, help="path of a manifest.json")
+    verify.add_argument("--workers", type=_positive, help="processes (default: the available CPUs)")
+    verify.set_defaults(run=_verify)
+    return parser
+
+
+def _add_sources(write: argparse.ArgumentParser) -> None:
+    sources = write.add_subparsers(title="sources", metavar="SOURCE", required=True)
+
+    digits = sources.add_parser("digits", help="scikit-learn's 8x8 digits: 1,797 images with labels")
+    _add_split_options(digits, _DEFAULT_TEST_FRACTION)
+    digits.set_defaults(source=_digits)
+
+    mnist = sources.add_parser("mnist", help="MNIST-like IDX files, plain or gzip; the files are the split")
+    mnist.add_argument("--images", type=Path, required=True, metavar="FILE")
+    mnist.add_argument("--labels", type=Path, required=True, metavar="FILE")
+    mnist.set_defaults(source=_mnist)
+
+    mfeat = sources.add_parser("mfeat", help="UCI Multiple Features: six views of 2,000 digits, standardised")
+    mfeat.add_argument("--folder", type=Path, required=True, help="holds mfeat-<view>.csv or .csv.gz")
+    mfeat.add_argument(
+        "--with-label",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="store the label as a seventh modality; data.modalities selects what a run uses",
+    )
+    _add_split_options(mfeat, _DEFAULT_TEST_FRACTION)
+    mfeat.set_defaults(source=_mfeat)
+
+    npz = sources.add_parser("npz", help="an .npz file: one array per modality, samples first")
+    npz.add_argument("--file", type=Path, required=True)
+    npz.add_argument(
+        "--class-modalities",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="A,B",
+        help="integer arrays to store as class indices (the model sees one-hot vectors)",
+    )
+    npz.add_argument("--offset", type=_named_number, action="append", default=[], metavar="NAME=NUMBER")
+    npz.add_argument(
+        "--scale",
+        type=_named_number,
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="the model sees (value - offset) * scale, for example --scale image=1/255",
+    )
+    _add_split_options(npz, None)
+    npz.set_defaults(source=_npz)
+
+    for source in (digits, mnist, mfeat, npz):
+        _add_output_options(source)
+        source.set_defaults(run=_write)
+
+
+def _add_split_options(parser: argparse.ArgumentParser, test_fraction: float | None) -> None:
+    default = "none: the file is the split" if test_fraction is None else str(test_fraction)
+    parser.add_argument("--test-fraction", type=float, default=test_fraction, help=f"default {default}")
+    parser.add_argument("--split-seed", type=int, default=0, help="default 0")
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="default train")
+    parser.add_argument("--samples-per-shard", type=_positive, help="at most; the default depends on the source")
+    parser.add_argument("--shuffle-seed", type=int, default=0, help="permutes samples before packing; default 0")
+    parser.add_argument("--workers", type=_positive, help="processes (default: the available CPUs, 1 if faster)")
+    parser.add_argument("--overwrite", action="store_true", help="replace shards of other content in DIR")
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return value
+
+
+def _named_number(text: str) -> tuple[str, float]:
+    name, separator, number = text.partition("=")
+    try:
+        value = float(Fraction(number))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        value = None
+    if not separator or not name or value is None:
+        raise argparse.ArgumentTypeError(f"{text!r} must have the form NAME=NUMBER, such as image=1/255")
+    return name, value
+
+
+def _digits(arguments: argparse.Namespace) -> Source:
+    from jmvae_dist.data.sources.digits import load_digits_source
+
+    return load_digits_source(arguments.split, arguments.test_fraction, arguments.split_seed)
+
+
+def _mnist(arguments: argparse.Namespace) -> Source:
+    from jmvae_dist.data.sources.mnist import load_mnist_source
+
+    return load_mnist_source(arguments.images, arguments.labels, arguments.split)
+
+
+def _mfeat(arguments: argparse.Namespace) -> Source:
+    from jmvae_dist.data.sources.mfeat import load_mfeat_source
+
+    return load_mfeat_source(
+        arguments.folder, arguments.split, arguments.test_fraction, arguments.split_seed, arguments.with_label
+    )
+
+
+def _npz(arguments: argparse.Namespace) -> Source:
+    from jmvae_dist.data.sources.npz import load_npz_source
+
+    return load_npz_source(
+        arguments.file,
+        arguments.split,
+        arguments.test_fraction,
+        arguments.split_seed,
+        arguments.class_modalities,
+        dict(arguments.offset),
+        dict(arguments.scale),
+    )
+
+
+def _write(arguments: argparse.Namespace) -> int:
+    from jmvae_dist.data.writer import write_shards
+
+    source = arguments.source(arguments)
+    manifest, written = write_shards(
+        source,
+        arguments.out,
+        samples_per_shard=arguments.samples_per_shard,
+        shuffle_seed=arguments.shuffle_seed,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+    )
+    what = "wrote" if written else "already there, unchanged:"
+    print(
+        f"{what} {manifest.num_samples:,} samples in {len(manifest.shards):,} shards "
+        f"({_human_bytes(manifest.num_bytes)}): {manifest.path}"
+    )
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    manifest = Manifest.load(arguments.manifest)
+    sizes = manifest.shard_sizes
+    per_shard = f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
+    facts = {
+        "manifest": str(manifest.path),
+        "samples": f"{manifest.num_samples:,}",
+        "shards": f"{len(manifest.shards):,} of {per_shard} samples",
+        "size": f"{_human_bytes(manifest.num_bytes)} ({manifest.num_bytes:,} bytes)",
+        "fingerprint": manifest.fingerprint,
+    }
+    for name, value in facts.items():
+        print(f"{name:<12} {value}")
+    for key, value in manifest.source.items():
+        for entry in value if isinstance(value, list) else [value]:
+            print(f"{'source':<12} {key}: {entry if isinstance(entry, str) else json.dumps(entry)}")
+    print()
+    _print_table(
+        ("modality", "encoding", "dtype", "shape", "model sees"),
+        [_modality_row(modality) for modality in manifest.modalities],
+    )
+    return 0
+
+
+def _modality_row(modality: Modality) -> tuple[str, ...]:
+    shape = "x".join(str(size) for size in modality.shape) or "scalar"
+    return modality.name, modality.encoding, modality.dtype, shape, _transform(modality)
+
+
+def _transform(modality: Modality) -> str:
+    if modality.encoding == "cls":
+        return f"one-hot of {modality.num_classes} classes"
+    offset = "offset per element" if isinstance(modality.offset, list) else f"{modality.offset:g}"
+    scale = "scale per element" if isinstance(modality.scale, list) else f"{modality.scale:g}"
+    if (offset, scale) == ("0", "1"):
+        return "float32 value"
+    return f"(value - {offset}) * {scale}"
+
+
+def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    for row in [header, tuple("-" * width for width in widths), *rows]:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from jmvae_dist.data.verify import verify_shards
+
+    manifest = Manifest.load(arguments.manifest)
+    problems = verify_shards(manifest, arguments.workers)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        noun = "problem" if len(problems) == 1 else "problems"
+        print(f"{manifest.path}: {len(problems)} {noun}", file=sys.stderr)
+        return 1
+    print(f"{manifest.path}: {manifest.num_samples:,} samples in {len(manifest.shards):,} shards are sound")
+    return 0
+
+
+def _human_bytes(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

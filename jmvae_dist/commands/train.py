@@ -1,0 +1,41 @@
+"""`jmvae-dist train`: create or resume the run that a configuration describes."""
+
+from __future__ import annotations
+
+from jmvae_dist.config_io import parse_run_config
+
+
+def main(arguments: list[str]) -> int:
+    """Train; returns 0 when the run is complete, 75 when it was stopped with a checkpoint written."""
+    # Everything up to the runtime is checked without torch and without other processes, so that a mistake is
+    # one line after half a second.
+    check_only = "--check" in arguments
+    config = parse_run_config([argument for argument in arguments if argument != "--check"])
+    from jmvae_dist.distributed.environment import detect_process
+    from jmvae_dist.training.setup import resolve_run, summarize
+
+    process = detect_process()
+    run = resolve_run(config, process.world_size)
+    if process.rank == 0 and (check_only or process.launcher == "single"):
+        print(summarize(run, process.world_size))
+    if check_only:
+        return 0
+
+    from jmvae_dist.distributed.runtime import check_device, start_runtime
+    from jmvae_dist.training.loop import Trainer
+    from jmvae_dist.training.recorder import configure_logging
+    from jmvae_dist.training.state import locked_run_directory
+
+    check_device(config.training.device)
+    configure_logging(process.rank)
+    training = config.training
+    with (
+        start_runtime(
+            process,
+            device=training.device,
+            precision=training.precision,
+            timeout_s=training.process_group_timeout_s,
+        ) as runtime,
+        locked_run_directory(run.output_dir, runtime),
+    ):
+        return Trainer(run, runtime).train()

@@ -1,0 +1,495 @@
+"""What a user can set: one dataclass per section, validated when it is built (`config_io` reads and writes it).
+
+Every mistake raises a `ConfigError` with the key, the value and what is allowed, before anything starts.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jmvae_dist.errors import ConfigError
+
+Likelihood = Literal["normal", "laplace", "bernoulli", "categorical"]
+# Parameters that each likelihood takes in `decoder_dist_params`, with their types.
+LIKELIHOOD_PARAMETERS: dict[str, dict[str, type]] = {
+    "normal": {"scale": float},
+    "laplace": {"scale": float},
+    "bernoulli": {"soft_targets": bool},
+    "categorical": {"soft_targets": bool},
+}
+
+
+def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}: {value!r} is not allowed; it must be {allowed}")
+
+
+def _is_finite(value: float) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+@dataclass
+class JMVAEConfig:
+    """The model's hyperparameters, with the names and defaults of the reference implementation (MultiVae).
+
+    Args:
+        n_modalities: Number of modalities M, at least 2.
+        latent_dim: Dimension D of the latent space.
+        input_dims: Shape of one sample per modality; its order is the order of the modalities.
+        uses_likelihood_rescaling: Weigh each modality's reconstruction term by
+            ``max_k prod(input_dims[k]) / prod(input_dims[m])`` (or by ``rescale_factors``).
+        rescale_factors: Weight per modality; used only with ``uses_likelihood_rescaling``.
+        decoders_dist: Likelihood per modality: normal (default), laplace, bernoulli, categorical.
+        decoder_dist_params: Parameters per modality: ``scale`` (> 0, default 1) for normal and laplace;
+            ``soft_targets`` for bernoulli (accept targets between 0 and 1, e.g. grey scale) and for
+            categorical (accept any distribution over the classes, not only one-hot).
+        custom_architectures: Names of the networks that the user supplies in place of the defaults.
+        alpha: Weight of the KL terms to the unimodal posteriors.
+        warmup: Epochs during which the weight of all KL terms grows from 0 to 1.
+        beta: Weight of the KL term to the prior.
+
+    Raises:
+        ConfigError: A value is out of range, or a dictionary does not name exactly the modalities.
+    """
+
+    n_modalities: int
+    latent_dim: int = 10
+    input_dims: dict[str, tuple[int, ...]] | None = None
+    uses_likelihood_rescaling: bool = False
+    rescale_factors: dict[str, float] | None = None
+    decoders_dist: dict[str, Likelihood] | None = None
+    decoder_dist_params: dict[str, dict[str, Any]] | None = None
+    custom_architectures: list[str] = field(default_factory=list)
+    alpha: float = 0.1
+    warmup: int = 10
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.n_modalities is not None:
+            _require(self.n_modalities >= 2, "n_modalities", self.n_modalities, "at least 2")
+        _require(self.latent_dim >= 1, "latent_dim", self.latent_dim, "at least 1")
+        for name in ("alpha", "beta", "warmup"):
+            value = getattr(self, name)
+            _require(_is_finite(value) and value >= 0, name, value, "finite and at least 0")
+        if self.input_dims is not None:
+            self._check_input_dims(self.input_dims)
+        self._check_likelihoods()
+        self._check_names()
+
+    def _check_input_dims(self, input_dims: dict[str, tuple[int, ...]]) -> None:
+        self.input_dims = {name: tuple(shape) for name, shape in input_dims.items()}
+        if self.n_modalities is not None:
+            allowed = f"one shape for each of the n_modalities={self.n_modalities} modalities"
+            _require(len(input_dims) == self.n_modalities, "input_dims", list(input_dims), allowed)
+        for name, shape in self.input_dims.items():
+            valid = len(shape) > 0 and all(isinstance(size, int) and size >= 1 for size in shape)
+            _require(valid, f"input_dims.{name}", shape, "a non-empty shape of positive integers")
+            # A dot would be ambiguous in tar member names, metric keys and parameter names.
+            named = bool(name) and not set(name) & set("./ ")
+            _require(named, "input_dims", name, "named without dots, slashes and spaces")
+
+    def _check_likelihoods(self) -> None:
+        for name, distribution in (self.decoders_dist or {}).items():
+            known = list(LIKELIHOOD_PARAMETERS)
+            _require(distribution in known, f"decoders_dist.{name}", distribution, f"one of {known}")
+        for name, factor in (self.rescale_factors or {}).items():
+            _require(_is_finite(factor) and factor > 0, f"rescale_factors.{name}", factor, "greater than 0")
+        for name, parameters in (self.decoder_dist_params or {}).items():
+            distribution = (self.decoders_dist or {}).get(name, "normal")
+            types = LIKELIHOOD_PARAMETERS[distribution]
+            for parameter, value in parameters.items():
+                key = f"decoder_dist_params.{name}.{parameter}"
+                if parameter not in types:
+                    allowed = f"one of {list(types)} for a {distribution} likelihood"
+                    raise ConfigError(f"{key}: unknown parameter {parameter!r}; it must be {allowed}")
+                if types[parameter] is bool:
+                    _require(isinstance(value, bool), key, value, "true or false")
+                else:
+                    _require(_is_finite(value) and value > 0, key, value, "a number greater than 0")
+
+    def _check_names(self) -> None:
+        if self.input_dims is not None:
+            self.check_modalities(list(self.input_dims))
+
+    def check_modalities(self, modalities: list[str]) -> None:
+        """Check that every dictionary keyed by modality names only `modalities`, and the complete ones all.
+
+        Raises:
+            ConfigError: A name is unknown, or `decoders_dist` or `rescale_factors` leave a modality out.
+        """
+        for key in ("input_dims", "decoders_dist", "rescale_factors", "decoder_dist_params"):
+            names = getattr(self, key)
+            if names is None:
+                continue
+            unknown = [name for name in names if name not in modalities]
+            if unknown:
+                raise ConfigError(f"{key}: unknown modality {unknown[0]!r}; the modalities are {modalities}")
+            missing = [name for name in modalities if name not in names]
+            if missing and key != "decoder_dist_params":
+                raise ConfigError(f"{key}: modality {missing[0]!r} is missing; name all of {modalities} or none")
+
+
+@dataclass
+class NetworksConfig:
+    """Sizes of the default networks (multilayer perceptrons).
+
+    Args:
+        encoder_hidden_dims: Hidden layers of every unimodal encoder.
+        decoder_hidden_dims: Hidden layers of every decoder.
+        joint_hidden_dims: Hidden layers of the joint encoder, which reads all modalities concatenated.
+        activation: Non-linearity between layers.
+    """
+
+    encoder_hidden_dims: list[int] = field(default_factory=lambda: [512, 512])
+    decoder_hidden_dims: list[int] = field(default_factory=lambda: [512, 512])
+    joint_hidden_dims: list[int] = field(default_factory=lambda: [512, 512])
+    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+
+    def __post_init__(self) -> None:
+        for name in ("encoder_hidden_dims", "decoder_hidden_dims", "joint_hidden_dims"):
+            sizes = getattr(self, name)
+            valid = len(sizes) > 0 and all(size >= 1 for size in sizes)
+            _require(valid, f"model.networks.{name}", sizes, "a non-empty list of positive integers")
+
+
+@dataclass
+class ModelSection(JMVAEConfig):
+    """`JMVAEConfig` as a section of a run: `n_modalities` and `input_dims` may be left to the manifest.
+
+    Args:
+        networks: The default networks' sizes.
+    """
+
+    n_modalities: int | None = None  # type: ignore[assignment]
+    networks: NetworksConfig = field(default_factory=NetworksConfig)
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except ConfigError as error:
+            raise ConfigError(f"model.{error}") from None
+
+    def resolve(self, input_dims: dict[str, tuple[int, ...]]) -> JMVAEConfig:
+        """The model's configuration for data whose modalities have the shapes `input_dims`.
+
+        Raises:
+            ConfigError: The section and the data disagree about names, number or shapes of modalities.
+        """
+        names = list(input_dims)
+        if self.n_modalities not in (None, len(names)):
+            raise ConfigError(
+                f"model.n_modalities: {self.n_modalities}, but the data has {len(names)} modalities: {names}"
+            )
+        try:
+            self.check_modalities(names)
+        except ConfigError as error:
+            raise ConfigError(f"model.{error} of the data (select some of them with data.modalities)") from None
+        for name, shape in (self.input_dims or {}).items():
+            if tuple(shape) != tuple(input_dims[name]):
+                raise ConfigError(
+                    f"model.input_dims.{name}: {list(shape)}, but the manifest says {list(input_dims[name])}"
+                )
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(JMVAEConfig)}
+        # The user's order of `input_dims`, where given, is the order of the modalities.
+        ordered = {name: input_dims[name] for name in (self.input_dims or input_dims)}
+        return JMVAEConfig(**{**values, "n_modalities": len(names), "input_dims": ordered})
+
+
+@dataclass
+class DataSection:
+    """Where samples come from and in which order.
+
+    Args:
+        train_manifest: `manifest.json` of the training shards.
+        eval_manifest: `manifest.json` of held-out shards; without it nothing is evaluated during training.
+        modalities: The modalities to use, in this order; all of the manifest by default.
+        lanes: Number of lanes C that cut an epoch; a divisor of `training.global_batch_size` and at least the
+            number of processes. Default: its largest divisor up to 64. Part of the order: fixed for a run.
+        shuffle_window: Samples that are shuffled together within a lane. Part of the order: fixed for a run.
+        workers: Reader processes per rank; 0 reads in the training process.
+        verify: When a shard's sha256 is checked: at every opening, at the first one in each process, or never.
+        allow_order_change: Resume although data, seed, batch size, lanes or window differ from the
+            checkpoint's: some samples of the current epoch are then seen twice and others not at all.
+    """
+
+    train_manifest: str
+    eval_manifest: str | None = None
+    modalities: list[str] | None = None
+    lanes: int | None = None
+    shuffle_window: int = 8192
+    workers: int = 0
+    verify: Literal["always", "first_use", "never"] = "first_use"
+    allow_order_change: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lanes is not None:
+            _require(self.lanes >= 1, "data.lanes", self.lanes, "at least 1")
+        _require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "at least 1")
+        _require(self.workers >= 0, "data.workers", self.workers, "at least 0")
+        if self.modalities is not None:
+            unique = len(set(self.modalities)) == len(self.modalities) >= 2
+            _require(unique, "data.modalities", self.modalities, "at least two different modalities")
+
+
+@dataclass
+class TrainingSection:
+    """The optimisation: how long, how large, how precise.
+
+    Args:
+        global_batch_size: Samples per optimizer step over all processes; the topology decides each one's share.
+        steps: Optimizer steps of the whole run. Give either `steps` or `epochs`.
+        epochs: Passes over the training data, resolved into steps from the manifest (rounded up).
+        micro_batch_size: Most samples of one forward pass on one process; larger shares are accumulated.
+        precision: fp32, or bf16 autocast (weights, optimizer, KL and likelihood sums stay float32).
+        engine: ddp, PyTorch's DistributedDataParallel (one process runs without it).
+        device: auto takes a GPU if there is one.
+        gradient_clip_norm: Largest L2 norm of the gradient; null does not clip.
+        seed: Seed of initial weights, data order and latent noise.
+        log_every_steps: Steps between records in `metrics.jsonl`.
+        process_group_timeout_s: After this long without an answer from a peer a collective fails.
+    """
+
+    global_batch_size: int
+    steps: int | None = None
+    epochs: float | None = None
+    micro_batch_size: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    engine: Literal["ddp"] = "ddp"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    gradient_clip_norm: float | None = None
+    seed: int = 0
+    log_every_steps: int = 10
+    process_group_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError("training: give exactly one of training.steps and training.epochs")
+        for name in ("steps", "epochs", "global_batch_size", "micro_batch_size", "log_every_steps"):
+            value = getattr(self, name)
+            if value is not None:
+                _require(value > 0, f"training.{name}", value, "greater than 0")
+        if self.gradient_clip_norm is not None:
+            positive = _is_finite(self.gradient_clip_norm) and self.gradient_clip_norm > 0
+            _require(positive, "training.gradient_clip_norm", self.gradient_clip_norm, "greater than 0, or null")
+        _require(0 <= self.seed < 2**63, "training.seed", self.seed, "between 0 and 2^63 - 1")
+        timeout = self.process_group_timeout_s
+        _require(timeout > 0, "training.process_group_timeout_s", timeout, "greater than 0")
+
+
+@dataclass
+class OptimizerSection:
+    """AdamW (Loshchilov and Hutter 2019); its learning rate is `schedule.learning_rate`.
+
+    Args:
+        betas: Decay rates of the first and second moment.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay, on weight matrices only (not on biases).
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        valid = all(0 <= beta < 1 for beta in self.betas)
+        _require(valid, "optimizer.betas", self.betas, "two numbers, each at least 0 and below 1")
+        _require(_is_finite(self.eps) and self.eps > 0, "optimizer.eps", self.eps, "greater than 0")
+        decay = self.weight_decay
+        _require(_is_finite(decay) and decay >= 0, "optimizer.weight_decay", decay, "at least 0")
+
+
+@dataclass
+class AnnealingSection:
+    """The weight of all KL terms as a function of the global step.
+
+    Args:
+        shape: linear or cosine growth from 0 to 1 during the warm-up; cyclical repeats a linear growth
+            (Fu et al. 2019, with `cycles` over the run and `cycle_growth` of each spent growing); constant is 1.
+        warmup_steps: Length of the warm-up in optimizer steps; overrides `model.warmup`, which counts epochs.
+        cycles: Number of cycles of the cyclical shape.
+        cycle_growth: Fraction of a cycle during which the factor grows; the rest stays at 1.
+    """
+
+    shape: Literal["linear", "cosine", "cyclical", "constant"] = "linear"
+    warmup_steps: int | None = None
+    cycles: int = 4
+    cycle_growth: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps is not None:
+            _require(self.warmup_steps >= 0, "schedule.annealing.warmup_steps", self.warmup_steps, "at least 0")
+        _require(self.cycles >= 1, "schedule.annealing.cycles", self.cycles, "at least 1")
+        growth = self.cycle_growth
+        _require(0 < growth <= 1, "schedule.annealing.cycle_growth", growth, "above 0 and at most 1")
+
+
+@dataclass
+class LearningRateSection:
+    """The learning rate as a function of the global step.
+
+    Args:
+        peak: Learning rate after the warm-up.
+        shape: constant, linear or cosine decay from the peak to `final_fraction * peak` at the last step.
+        warmup_steps: Optimizer steps of linear growth up to the peak. Give at most one of the two warm-ups.
+        warmup_epochs: The same in epochs, resolved into steps from the manifest.
+        final_fraction: Learning rate at the last step, as a fraction of the peak.
+    """
+
+    peak: float = 1e-3
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int | None = None
+    warmup_epochs: float | None = None
+    final_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        key = "schedule.learning_rate"
+        _require(_is_finite(self.peak) and self.peak > 0, f"{key}.peak", self.peak, "greater than 0")
+        if self.warmup_steps is not None and self.warmup_epochs is not None:
+            raise ConfigError(f"{key}: give at most one of warmup_steps and warmup_epochs")
+        for name in ("warmup_steps", "warmup_epochs"):
+            value = getattr(self, name)
+            if value is not None:
+                _require(value >= 0, f"{key}.{name}", value, "at least 0")
+        fraction = self.final_fraction
+        _require(0 <= fraction <= 1, f"{key}.final_fraction", fraction, "between 0 and 1")
+
+
+@dataclass
+class ScheduleSection:
+    """Schedules, as pure functions of the global step.
+
+    Args:
+        annealing: Weight of the KL terms.
+        learning_rate: Learning rate.
+    """
+
+    annealing: AnnealingSection = field(default_factory=AnnealingSection)
+    learning_rate: LearningRateSection = field(default_factory=LearningRateSection)
+
+
+@dataclass
+class CheckpointSection:
+    """When checkpoints are written and which ones are kept. The last step of a run always writes one.
+
+    Args:
+        every_steps: Optimizer steps between checkpoints; null: none by steps.
+        every_s: Seconds between checkpoints; null: none by time.
+        keep_last: Newest checkpoints that are kept; at least 2, because the newest may turn out damaged.
+        keep_every_steps: Checkpoints at multiples of this step are kept for good.
+    """
+
+    every_steps: int | None = None
+    every_s: float | None = 1800.0
+    keep_last: int = 3
+    keep_every_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "every_s", "keep_every_steps"):
+            value = getattr(self, name)
+            if value is not None:
+                _require(value > 0, f"checkpoint.{name}", value, "greater than 0, or null")
+        allowed = "at least 2 (with a single one, a damaged checkpoint would end the run)"
+        _require(self.keep_last >= 2, "checkpoint.keep_last", self.keep_last, allowed)
+
+
+@dataclass
+class WandbSection:
+    """Weights & Biases. `metrics.jsonl` is the record; W&B is a copy that never stops or delays training.
+
+    Args:
+        mode: auto is online where an API key is configured and offline elsewhere.
+        project: Project name.
+        entity: User or team; null: the key's default.
+        name: Display name; null: the name of the run directory.
+        group: Group of runs in the web interface.
+        tags: Tags in the web interface.
+        init_timeout_s: The run is recorded offline when W&B has not answered by then.
+        finish_timeout_s: The run ends without waiting longer than this for uploads.
+    """
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "jmvae_dist"
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    init_timeout_s: float = 30.0
+    finish_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("init_timeout_s", "finish_timeout_s"):
+            value = getattr(self, name)
+            _require(_is_finite(value) and value > 0, f"tracking.wandb.{name}", value, "greater than 0")
+
+
+@dataclass
+class TrackingSection:
+    """Where metrics go besides `metrics.jsonl`.
+
+    Args:
+        wandb: Weights & Biases.
+    """
+
+    wandb: WandbSection = field(default_factory=WandbSection)
+
+
+@dataclass
+class EvaluationSection:
+    """Evaluation on `data.eval_manifest` during and at the end of training.
+
+    Args:
+        every_steps: Optimizer steps between evaluations (metrics and figures); null: only at the end.
+        batch_size: Samples per forward pass on one process.
+        joint_nll_samples: Importance samples K per data sample for the joint negative log-likelihood in the
+            final evaluation; 0 leaves it out. Periodic evaluations always leave it out: it costs K decodings.
+        figure_samples: Held-out samples shown in each figure.
+    """
+
+    every_steps: int | None = None
+    batch_size: int = 256
+    joint_nll_samples: int = 100
+    figure_samples: int = 10
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None:
+            _require(self.every_steps > 0, "evaluation.every_steps", self.every_steps, "greater than 0, or null")
+        for name in ("batch_size", "figure_samples"):
+            value = getattr(self, name)
+            _require(value > 0, f"evaluation.{name}", value, "greater than 0")
+        samples = self.joint_nll_samples
+        _require(samples >= 0, "evaluation.joint_nll_samples", samples, "at least 0")
+
+
+@dataclass
+class RunConfig:
+    """One training run.
+
+    Args:
+        output_dir: Run directory; created, or resumed from when it holds checkpoints.
+        data: Shards and their order.
+        training: The optimisation.
+        model: The model.
+        optimizer: The optimizer.
+        schedule: Annealing and learning rate.
+        checkpoint: Cadence and retention.
+        tracking: Metrics and W&B.
+        evaluation: Held-out evaluation.
+    """
+
+    output_dir: str
+    data: DataSection
+    training: TrainingSection
+    model: ModelSection = field(default_factory=ModelSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    tracking: TrackingSection = field(default_factory=TrackingSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+
+    def __post_init__(self) -> None:
+        batch, lanes = self.training.global_batch_size, self.data.lanes
+        if lanes is not None and batch % lanes != 0:
+            raise ConfigError(
+                f"data.lanes: {lanes} is not allowed; it must divide training.global_batch_size ({batch})"
+            )

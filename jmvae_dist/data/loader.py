@@ -1,0 +1,306 @@
+"""Batches of a rank as torch tensors, with any number of worker processes.
+
+A training batch is a pure function of the global step (`SamplePlan.batch`), so worker processes simply take
+whole steps in turn: which worker made a batch cannot change it, and any number of workers will do.
+
+Shape suffix: B samples of this rank's batch.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.plan import SamplePlan
+from jmvae_dist.data.reader import ShardSet, Verify, check_verify, open_files_limit
+from jmvae_dist.errors import ConfigError, DataError
+
+_PREFETCH_BATCHES_PER_WORKER = 2
+_SCHEDULER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass
+class Batch:
+    """One rank's share of a global batch.
+
+    Attributes:
+        inputs: modality name to finite float32 (B, *shape).
+        rows: int64 (B,): rows of the global batch (training) or positions in the data set (evaluation).
+        global_step: the training step, or the number of the batch on this rank (evaluation).
+    """
+
+    inputs: dict[str, Tensor]
+    rows: Tensor
+    global_step: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory (torch's DataLoader calls this)."""
+        inputs = {name: values.pin_memory() for name, values in self.inputs.items()}
+        return Batch(inputs, self.rows.pin_memory(), self.global_step)
+
+
+class TrainLoader:
+    """The training batches of one rank.
+
+    Args:
+        manifest: the data set.
+        plan: the order; made from the same manifest.
+        rank, world_size: this rank's place.
+        modalities: which, in which order (None: all of the manifest).
+        workers: worker processes; 0 reads in this process.
+        verify: when shards' sha256 are compared with the manifest (see `ShardReader`).
+        pin_memory: copy batches to page-locked memory (only useful with a GPU).
+
+    Raises:
+        ConfigError: a setting is out of range, or there are more ranks than lanes.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        plan: SamplePlan,
+        *,
+        rank: int,
+        world_size: int,
+        modalities: Sequence[str] | None = None,
+        workers: int = 0,
+        verify: Verify = "first_use",
+        pin_memory: bool = False,
+    ) -> None:
+        assert plan.shard_sizes == manifest.shard_sizes, "the plan was made for another manifest"
+        _check_loader_settings(workers, verify)
+        lanes = plan.lanes_of_rank(rank, world_size)
+        self._workers = workers
+        self._pin_memory = pin_memory
+        shards = ShardSet(manifest, verify, _shards_in_use(plan, len(lanes)))
+        self._dataset = _TrainSteps(manifest, plan, lanes, modalities, shards)
+
+    def iterate(self, start_step: int, stop_step: int) -> Generator[Batch, None, None]:
+        """The batches of steps start_step .. stop_step - 1, in order.
+
+        Closing the iterator, or abandoning it, ends its worker processes.
+
+        Raises:
+            DataError: a sample cannot be read, or a worker process died.
+        """
+        assert 0 <= start_step <= stop_step
+        return _iterate(self._dataset, range(start_step, stop_step), self._workers, self._pin_memory)
+
+
+class EvaluationLoader:
+    """Every sample of a data set exactly once over all ranks, in stored order, without padding.
+
+    A rank reads one contiguous block of the data set; with fewer samples than ranks some ranks get no batch,
+    so collective operations belong after the loop, not inside. Arguments as for `TrainLoader`; `batch_size`
+    is per rank, and the last batch may be smaller.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        modalities: Sequence[str] | None = None,
+        workers: int = 0,
+        verify: Verify = "first_use",
+        pin_memory: bool = False,
+    ) -> None:
+        _check_loader_settings(workers, verify)
+        if batch_size < 1:
+            raise ConfigError(f"evaluation batch size must be at least 1, not {batch_size}")
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise ConfigError(f"rank {rank} of world size {world_size} does not exist")
+        self._workers = workers
+        self._pin_memory = pin_memory
+        block = range(rank * manifest.num_samples // world_size, (rank + 1) * manifest.num_samples // world_size)
+        self._dataset = _EvaluationBatches(manifest, block, batch_size, modalities, ShardSet(manifest, verify, 2))
+
+    def __len__(self) -> int:
+        """Number of batches of this rank."""
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rank's batches; raises and closes like `TrainLoader.iterate`."""
+        return _iterate(self._dataset, range(len(self._dataset)), self._workers, self._pin_memory)
+
+
+@dataclass
+class _Failure:
+    """A DataError on its way from a worker: DataLoader would bury the message in a traceback."""
+
+    message: str
+
+
+class _Batches(Dataset[Batch | _Failure]):
+    """Map-style data set whose items are whole batches."""
+
+    def __init__(self, manifest: Manifest, modalities: Sequence[str] | None, shards: ShardSet) -> None:
+        self._modalities = manifest.select(modalities)
+        self._shards = shards
+
+    def __getitem__(self, number: int) -> Batch | _Failure:
+        try:
+            return self._load(number)
+        except DataError as error:
+            return _Failure(str(error))
+
+    def _load(self, number: int) -> Batch:
+        raise NotImplementedError
+
+    def _batch(self, shard_B: np.ndarray, index_B: np.ndarray, rows: np.ndarray, global_step: int) -> Batch:
+        values = self._shards.gather(shard_B, index_B, self._modalities)
+        inputs = {name: torch.from_numpy(values_B) for name, values_B in values.items()}
+        return Batch(inputs, torch.from_numpy(rows), global_step)
+
+    def close(self) -> None:
+        self._shards.close()
+
+
+class _TrainSteps(_Batches):
+    def __init__(
+        self,
+        manifest: Manifest,
+        plan: SamplePlan,
+        lanes: range,
+        modalities: Sequence[str] | None,
+        shards: ShardSet,
+    ) -> None:
+        super().__init__(manifest, modalities, shards)
+        self._plan = plan
+        self._lanes = lanes
+
+    def _load(self, number: int) -> Batch:
+        shard_B, index_B = self._plan.batch(number, self._lanes)
+        start, stop = (
+            self._lanes.start * self._plan.samples_per_lane,
+            self._lanes.stop * self._plan.samples_per_lane,
+        )
+        return self._batch(shard_B, index_B, np.arange(start, stop, dtype=np.int64), number)
+
+
+class _EvaluationBatches(_Batches):
+    def __init__(
+        self,
+        manifest: Manifest,
+        block: range,
+        batch_size: int,
+        modalities: Sequence[str] | None,
+        shards: ShardSet,
+    ) -> None:
+        super().__init__(manifest, modalities, shards)
+        self._block = block
+        self._batch_size = batch_size
+        sizes = np.array(manifest.shard_sizes, dtype=np.int64)
+        self._shard_starts = np.cumsum(sizes) - sizes
+
+    def __len__(self) -> int:
+        return -(-len(self._block) // self._batch_size)
+
+    def _load(self, number: int) -> Batch:
+        part = self._block[number * self._batch_size : (number + 1) * self._batch_size]
+        position_B = np.arange(part.start, part.stop, dtype=np.int64)
+        shard_B = np.searchsorted(self._shard_starts, position_B, side="right") - 1
+        return self._batch(shard_B, position_B - self._shard_starts[shard_B], position_B, number)
+
+
+def _iterate(dataset: _Batches, numbers: range, workers: int, pin_memory: bool) -> Generator[Batch, None, None]:
+    if not numbers:
+        return
+    loader: DataLoader[Batch | _Failure] = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory,
+        prefetch_factor=_PREFETCH_BATCHES_PER_WORKER if workers else None,
+    )
+    with _signals_left_to_the_rank():
+        batches = iter(loader)
+    try:
+        for _ in numbers:
+            batch = _next_batch(batches, workers)
+            if isinstance(batch, _Failure):
+                raise DataError(batch.message)
+            yield batch
+    finally:
+        _shut_down(batches)
+        dataset.close()
+
+
+def _next_batch(batches: Iterator[Batch | _Failure], workers: int) -> Batch | _Failure:
+    try:
+        return next(batches)
+    except (RuntimeError, OSError, EOFError) as error:
+        # A worker's death shows as a message of torch, or as a broken connection to it, whichever comes first.
+        if workers == 0 or (isinstance(error, RuntimeError) and not _tells_of_a_dead_worker(error)):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"a data worker process died ({reason}); it may have run out of memory or of space in /dev/shm: "
+            "lower data.workers (0 reads in the training process)"
+        ) from error
+
+
+def _shut_down(batches: Iterator[Batch | _Failure]) -> None:
+    """End the worker processes now: a traceback that refers to the iterator would otherwise keep them alive."""
+    shut_down_workers = getattr(batches, "_shutdown_workers", None)
+    if shut_down_workers is None:
+        return
+    try:
+        shut_down_workers()
+    except RuntimeError as error:
+        # torch raises from its signal handler, anywhere, when a worker died; by now that has been reported.
+        if not _tells_of_a_dead_worker(error):
+            raise
+
+
+def _tells_of_a_dead_worker(error: RuntimeError) -> bool:
+    return str(error).startswith("DataLoader worker")
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+@contextmanager
+def _signals_left_to_the_rank() -> Iterator[None]:
+    """Worker processes started inside never see the signals that a scheduler sends to every process of a job.
+
+    The rank decides when to stop and writes a checkpoint first; a worker that died of the same signal would turn
+    that into a crash. Blocked signals are inherited by new processes, so there is no unprotected moment while a
+    worker starts; this process receives what arrived meanwhile when the block ends. Workers end when the rank
+    tells them to, or dies.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SCHEDULER_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _shards_in_use(plan: SamplePlan, num_lanes: int) -> int:
+    """How many shards to keep open, so that no lane's window makes shards be opened again and again."""
+    mean_shard_size = plan.num_samples / len(plan.shard_sizes)
+    shards_per_lane = 2 + int(plan.shuffle_window / mean_shard_size)
+    return max(2, min(len(plan.shard_sizes), num_lanes * shards_per_lane, open_files_limit()))
+
+
+def _check_loader_settings(workers: int, verify: str) -> None:
+    if workers < 0:
+        raise ConfigError(f"data.workers must be at least 0, not {workers}")
+    check_verify(verify)

@@ -1,0 +1,489 @@
+"""The manifest: what a sharded data set contains, strictly checked.
+
+A manifest is a JSON file beside the shards. It fixes the modalities (dtype, shape, encoding, transform),
+lists the shards with sizes and checksums, and carries a fingerprint of everything that determines the content
+and order of the data. Nothing read from it is trusted before it is checked, and nothing in it can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import unquote
+
+import numpy as np
+
+from jmvae_dist.errors import ConfigError, DataError
+from jmvae_dist.files import write_text_atomic
+
+FORMAT_VERSION = 1
+ENCODINGS = ("npy", "cls")
+DTYPES = (
+    "bool",
+    "uint8",
+    "int8",
+    "uint16",
+    "int16",
+    "uint32",
+    "int32",
+    "uint64",
+    "int64",
+    "float16",
+    "float32",
+    "float64",
+)
+MAX_MANIFEST_BYTES = 256 * 2**20
+MAX_SAMPLE_BYTES = 2**30
+MAX_CLASSES = 1_000_000
+MAX_DIMENSIONS = 8
+
+# The key ends at the first dot of a member's name, and USTAR names have 100 bytes.
+_MODALITY_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+
+NestedNumbers = float | list["NestedNumbers"]
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One modality of every sample.
+
+    Attributes:
+        name: also the member extension in the tar: `<key>.<name>.npy` or `<key>.<name>.cls`.
+        dtype: numpy name of the stored dtype; `int64` for `cls`, whose class index is stored as text.
+        shape: shape of one decoded sample as the model sees it; `(num_classes,)` for `cls`.
+        encoding: `npy` (a numpy array) or `cls` (an ASCII class index, decoded to a one-hot vector).
+        num_classes: for `cls` only.
+        offset, scale: the model sees float32 `(stored - offset) * scale`; a number, or nested lists of
+            `shape`.
+
+    Raises:
+        ValueError: an attribute is of the wrong type, out of range, or contradicts another.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    encoding: str = "npy"
+    num_classes: int | None = None
+    offset: NestedNumbers = 0.0
+    scale: NestedNumbers = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _MODALITY_NAME.fullmatch(self.name):
+            raise ValueError(
+                f"name {self.name!r} must be a letter followed by at most 39 letters, digits, '_' or '-'"
+            )
+        if self.encoding not in ENCODINGS:
+            raise ValueError(f"encoding {self.encoding!r} is not one of {', '.join(ENCODINGS)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        self._check_shape()
+        if self.encoding == "cls":
+            self._check_classes()
+        elif self.num_classes is not None:
+            raise ValueError("num_classes belongs to encoding 'cls' only")
+        for key, value in (("offset", self.offset), ("scale", self.scale)):
+            if not _is_number(value) and not (isinstance(value, list) and _nested_shape(value) == self.shape):
+                raise ValueError(f"{key} must be a finite number or nested lists of shape {list(self.shape)}")
+        if not np.all(np.asarray(self.scale, dtype=np.float64)):
+            raise ValueError("scale must not be 0: every value would become 0")
+
+    def _check_shape(self) -> None:
+        if not isinstance(self.shape, tuple) or not all(_is_integer(size) and size >= 1 for size in self.shape):
+            raise ValueError(f"shape {self.shape!r} must be positive integers")
+        if len(self.shape) > MAX_DIMENSIONS:
+            raise ValueError(f"shape {list(self.shape)} has more than {MAX_DIMENSIONS} dimensions")
+        if math.prod(self.shape) * max(4, np.dtype(self.dtype).itemsize) > MAX_SAMPLE_BYTES:
+            raise ValueError(f"shape {list(self.shape)} needs more than {MAX_SAMPLE_BYTES} bytes per sample")
+
+    def _check_classes(self) -> None:
+        if self.num_classes is None or not _is_integer(self.num_classes):
+            raise ValueError("encoding 'cls' needs an integer num_classes")
+        if not 1 <= self.num_classes <= MAX_CLASSES:
+            raise ValueError(f"num_classes {self.num_classes!r} must be between 1 and {MAX_CLASSES}")
+        if self.dtype != "int64" or self.shape != (self.num_classes,):
+            raise ValueError(f"encoding 'cls' needs dtype 'int64' and shape [{self.num_classes}]")
+        if self.offset != 0 or self.scale != 1:
+            raise ValueError("encoding 'cls' takes no offset or scale")
+
+    @classmethod
+    def classes(cls, name: str, num_classes: int) -> Modality:
+        """A `cls` modality."""
+        return cls(name, "int64", (num_classes,), "cls", num_classes)
+
+    @property
+    def extension(self) -> str:
+        """What follows `<key>.` in the member's name."""
+        return f"{self.name}.{self.encoding}"
+
+    @property
+    def class_digits(self) -> int:
+        """Digits of a stored class index; fixed, so that the samples of a shard have one layout."""
+        assert self.num_classes is not None
+        return len(str(self.num_classes - 1))
+
+    def to_model(self, stored: np.ndarray) -> np.ndarray:
+        """What the model sees, float32 (B, *shape), of stored values (B, *shape) or class indices (B,).
+
+        The arithmetic is in float32 where it holds every stored value exactly, in float64 otherwise.
+        """
+        if self.encoding == "cls":
+            one_hot = np.zeros((len(stored), *self.shape), dtype=np.float32)
+            one_hot[np.arange(len(stored)), stored] = 1.0
+            return one_hot
+        values = stored.astype(self._compute_dtype)
+        offset, scale = self._transform
+        if np.any(offset):
+            values -= offset
+        if np.any(scale != 1):
+            values *= scale
+        # A float64 beyond the float32 range becomes infinite here; the reader reports it as not finite.
+        with np.errstate(over="ignore"):
+            return values.astype(np.float32, copy=False)
+
+    @cached_property
+    def _compute_dtype(self) -> np.dtype:
+        exact_in_float32 = np.can_cast(self.dtype, np.float32, casting="safe")
+        return np.dtype(np.float32 if exact_in_float32 else np.float64)
+
+    @cached_property
+    def _transform(self) -> tuple[np.ndarray, np.ndarray]:
+        return (
+            np.asarray(self.offset, dtype=self._compute_dtype),
+            np.asarray(self.scale, dtype=self._compute_dtype),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "name": self.name,
+            "encoding": self.encoding,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "offset": self.offset,
+            "scale": self.scale,
+        }
+        if self.num_classes is not None:
+            record["num_classes"] = self.num_classes
+        return record
+
+
+@dataclass(frozen=True)
+class IndexFile:
+    """The sidecar index of a shard."""
+
+    url: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file."""
+
+    url: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+    index: IndexFile
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "url": self.url,
+            "num_samples": self.num_samples,
+            "num_bytes": self.num_bytes,
+            "sha256": self.sha256,
+            "index": {"url": self.index.url, "num_bytes": self.index.num_bytes, "sha256": self.index.sha256},
+        }
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A sharded data set. Make one with `Manifest.create` or `Manifest.load`.
+
+    Attributes:
+        modalities: in the order in which the index lists the members of a sample.
+        fingerprint: sha256 over what determines content and order: the modalities, and number of samples and
+            sha256 of each shard in order. URLs are not part of it: a moved folder is the same data.
+        source: how the data was made; free JSON.
+        path: the file it was loaded from; relative URLs are relative to its folder.
+    """
+
+    modalities: tuple[Modality, ...]
+    shards: tuple[Shard, ...]
+    num_samples: int
+    num_bytes: int
+    fingerprint: str
+    source: dict[str, Any] = field(default_factory=dict)
+    path: Path = Path("manifest.json")
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def create(
+        cls,
+        modalities: Sequence[Modality],
+        shards: Sequence[Shard],
+        source: dict[str, Any],
+        path: str | Path = "manifest.json",
+    ) -> Manifest:
+        """A manifest with its totals and fingerprint computed."""
+        return cls(
+            modalities=tuple(modalities),
+            shards=tuple(shards),
+            num_samples=sum(shard.num_samples for shard in shards),
+            num_bytes=sum(shard.num_bytes for shard in shards),
+            fingerprint=_fingerprint(modalities, shards),
+            source=source,
+            path=Path(path),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Manifest:
+        """Read and check a manifest.
+
+        Raises:
+            ConfigError: there is no such file.
+            DataError: the file is not a sound manifest; the message names file and key.
+        """
+        path = Path(path)
+        try:
+            num_bytes = path.stat().st_size
+            if num_bytes > MAX_MANIFEST_BYTES:
+                raise DataError(f"{path}: {num_bytes} bytes; a manifest has at most {MAX_MANIFEST_BYTES}")
+            content = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise ConfigError(
+                f"no manifest at {path}; make one with `jmvae-dist shards write SOURCE --out {path.parent}`"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"cannot read manifest {path}: {error.strerror}") from None
+        return _ManifestParser(path).parse(content)
+
+    def save(self, path: str | Path) -> None:
+        """Write atomically and durably: the file at `path` is either the old one or all of the new one."""
+        write_text_atomic(Path(path), json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format_version": self.format_version,
+            "fingerprint": self.fingerprint,
+            "num_samples": self.num_samples,
+            "num_bytes": self.num_bytes,
+            "modalities": [modality.to_json() for modality in self.modalities],
+            "source": self.source,
+            "shards": [shard.to_json() for shard in self.shards],
+        }
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Samples per shard, as `SamplePlan` takes them."""
+        return tuple(shard.num_samples for shard in self.shards)
+
+    def select(self, names: Sequence[str] | None = None) -> tuple[Modality, ...]:
+        """The named modalities in the given order (default: all).
+
+        Raises:
+            ConfigError: a name is unknown or repeated, or there is none.
+        """
+        if names is None:
+            return self.modalities
+        known = {modality.name: modality for modality in self.modalities}
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"{self.path} has no modality {name!r}; it has {', '.join(known)}")
+        if not names or len(set(names)) != len(names):
+            raise ConfigError(f"data.modalities must name each modality once and at least one, not {list(names)}")
+        return tuple(known[name] for name in names)
+
+    def shard_path(self, shard_number: int) -> Path:
+        """The tar file of a shard.
+
+        Raises:
+            DataError: the URL has a scheme other than `file`.
+        """
+        return self._local_path(self.shards[shard_number].url, f"shards[{shard_number}].url")
+
+    def index_path(self, shard_number: int) -> Path:
+        """The index file of a shard; raises like `shard_path`."""
+        return self._local_path(self.shards[shard_number].index.url, f"shards[{shard_number}].index.url")
+
+    def _local_path(self, url: str, key: str) -> Path:
+        scheme = _SCHEME.match(url)
+        if scheme is None:
+            return self.path.parent / url
+        if scheme[1].lower() != "file":
+            raise DataError(
+                f"{self.path}: {key}: scheme {scheme[1]!r} of {url!r} is not supported; use a path or file://"
+            )
+        location = re.fullmatch(r"file://(?:localhost)?(/.*)", url, flags=re.IGNORECASE)
+        if location is None:
+            raise DataError(f"{self.path}: {key}: {url!r} must have the form file:///absolute/path")
+        return Path(unquote(location[1]))
+
+
+def _fingerprint(modalities: Sequence[Modality], shards: Sequence[Shard]) -> str:
+    content = {
+        "modalities": [modality.to_json() for modality in modalities],
+        "shards": [[shard.sha256, shard.num_samples] for shard in shards],
+    }
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+class _ManifestParser:
+    """Turns the bytes of a manifest into a `Manifest`, naming file and key of whatever is wrong."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def _fail(self, key: str, problem: str) -> NoReturn:
+        raise DataError(f"{self._path}: {key}: {problem}" if key else f"{self._path}: {problem}")
+
+    def parse(self, content: bytes) -> Manifest:
+        record = self._decode(content)
+        version = record.get("format_version") if isinstance(record, dict) else None
+        if isinstance(record, dict) and version != FORMAT_VERSION:
+            self._fail("format_version", f"{version!r} is not supported; this version reads {FORMAT_VERSION}")
+        keys = {"format_version", "fingerprint", "num_samples", "num_bytes", "modalities", "source", "shards"}
+        record = self._object(record, "", keys)
+        modalities = self._modalities(record["modalities"])
+        shards = self._shards(record["shards"])
+        source = record["source"]
+        if not isinstance(source, dict):
+            self._fail("source", "must be an object")
+        manifest = Manifest.create(modalities, shards, source, self._path)
+        for key in ("num_samples", "num_bytes"):
+            stated = self._integer(record[key], key, minimum=1)
+            if stated != getattr(manifest, key):
+                self._fail(key, f"says {stated}, but the shards add up to {getattr(manifest, key)}")
+        if record["fingerprint"] != manifest.fingerprint:
+            self._fail("fingerprint", "does not match the modalities and shards listed: the file was altered")
+        for shard_number in range(len(shards)):
+            manifest.shard_path(shard_number)
+            manifest.index_path(shard_number)
+        return manifest
+
+    def _decode(self, content: bytes) -> Any:
+        try:
+            return json.loads(
+                content.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+            )
+        except (ValueError, RecursionError) as error:
+            self._fail("", f"not valid JSON: {error}")
+
+    def _object(self, value: Any, key: str, keys: set[str], optional: frozenset[str] = frozenset()) -> Any:
+        if not isinstance(value, dict):
+            self._fail(key, "must be an object")
+        prefix = f"{key}." if key else ""
+        for name in sorted(keys - value.keys()):
+            self._fail(f"{prefix}{name}", "is missing")
+        for name in sorted(value.keys() - keys - optional):
+            self._fail(f"{prefix}{name}", "is not a known key")
+        return value
+
+    def _list(self, value: Any, key: str) -> list[Any]:
+        if not isinstance(value, list) or not value:
+            self._fail(key, "must be a list with at least one entry")
+        return value
+
+    def _integer(self, value: Any, key: str, minimum: int) -> int:
+        if not _is_integer(value) or not minimum <= value < 2**62:
+            self._fail(key, f"{value!r} must be an integer of at least {minimum}")
+        return value
+
+    def _sha256(self, value: Any, key: str) -> str:
+        if not isinstance(value, str) or not _SHA256.fullmatch(value):
+            self._fail(key, "must be a sha256 of 64 lower-case hexadecimal digits")
+        return value
+
+    def _url(self, value: Any, key: str) -> str:
+        if not isinstance(value, str) or not value or len(value) > 4096 or not value.isprintable():
+            self._fail(key, f"{str(value)[:80]!r} must be a path or URL of 1 to 4096 printable characters")
+        return value
+
+    def _modalities(self, value: Any) -> list[Modality]:
+        required = {"name", "encoding", "dtype", "shape", "offset", "scale"}
+        modalities = []
+        for number, entry in enumerate(self._list(value, "modalities")):
+            key = f"modalities[{number}]"
+            entry = self._object(entry, key, required, optional=frozenset({"num_classes"}))
+            if not isinstance(entry["shape"], list):
+                self._fail(f"{key}.shape", "must be a list")
+            try:
+                modalities.append(Modality(**{**entry, "shape": tuple(entry["shape"])}))
+            except (ValueError, TypeError) as error:
+                self._fail(key, str(error))
+        # webdataset lower-cases extensions, so names that differ only in case would overwrite each other.
+        names = [modality.name.lower() for modality in modalities]
+        if len(set(names)) != len(names):
+            self._fail("modalities", "two modalities have the same name (upper and lower case are not told apart)")
+        return modalities
+
+    def _shards(self, value: Any) -> list[Shard]:
+        shards = []
+        for number, entry in enumerate(self._list(value, "shards")):
+            key = f"shards[{number}]"
+            entry = self._object(entry, key, {"url", "num_samples", "num_bytes", "sha256", "index"})
+            index = self._object(entry["index"], f"{key}.index", {"url", "num_bytes", "sha256"})
+            shards.append(
+                Shard(
+                    url=self._url(entry["url"], f"{key}.url"),
+                    num_samples=self._integer(entry["num_samples"], f"{key}.num_samples", minimum=1),
+                    num_bytes=self._integer(entry["num_bytes"], f"{key}.num_bytes", minimum=1),
+                    sha256=self._sha256(entry["sha256"], f"{key}.sha256"),
+                    index=IndexFile(
+                        url=self._url(index["url"], f"{key}.index.url"),
+                        num_bytes=self._integer(index["num_bytes"], f"{key}.index.num_bytes", minimum=1),
+                        sha256=self._sha256(index["sha256"], f"{key}.index.sha256"),
+                    ),
+                )
+            )
+        urls = [shard.url for shard in shards]
+        if len(set(urls)) != len(urls):
+            repeated = next(url for url in urls if urls.count(url) > 1)
+            self._fail("shards", f"{repeated!r} is listed twice: its samples would be seen twice per epoch")
+        return shards
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return record
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _nested_shape(value: Any) -> tuple[int, ...] | None:
+    """Shape of nested lists of finite numbers; None if ragged or anything else is inside."""
+    if not isinstance(value, list):
+        return () if _is_number(value) else None
+    shapes = {_nested_shape(entry) for entry in value}
+    if len(shapes) != 1 or None in shapes:
+        return None
+    (inner,) = shapes
+    assert inner is not None
+    return (len(value), *inner)

@@ -1,0 +1,1 @@
+"""Sources: raw data that `jmvae-dist shards write` turns into shards."""

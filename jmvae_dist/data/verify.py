@@ -1,0 +1,188 @@
+"""The full check of a data set: every byte, every sample, and an independent reading by plain webdataset."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from jmvae_dist.data.index import read_index
+from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.data.processes import default_workers, run_in_processes
+from jmvae_dist.data.progress import progress
+from jmvae_dist.data.reader import ShardReader
+from jmvae_dist.errors import DataError
+from jmvae_dist.files import sha256_of
+
+_CHUNK_BYTES = 64 * 2**20
+
+
+def verify_shards(manifest: Manifest, workers: int | None = None) -> list[str]:
+    """Everything that is wrong with a data set, in shard order; empty if it is sound.
+
+    Checks of every shard: size and sha256 of shard and index; the index against the members that the tar
+    holds; every member against the declared dtype, shape and number of classes; finite values; and that plain
+    webdataset reads the same samples.
+    """
+    problems: dict[int, list[str]] = {}
+    shard_numbers = range(len(manifest.shards))
+    with progress("verifying shards", manifest.num_samples, "samples") as shown:
+        for number, found in run_in_processes(
+            _verify_shard, manifest, shard_numbers, workers or default_workers(manifest.num_samples)
+        ):
+            problems[number] = found
+            shown.advance(manifest.shards[number].num_samples)
+    repeated = _repeated_shards(manifest)
+    return [problem for number in shard_numbers for problem in problems[number]] + repeated
+
+
+def _repeated_shards(manifest: Manifest) -> list[str]:
+    first_by_sha256: dict[str, int] = {}
+    problems = []
+    for number, shard in enumerate(manifest.shards):
+        first = first_by_sha256.setdefault(shard.sha256, number)
+        if first != number:
+            problems.append(f"{manifest.shard_path(number)}: same content as {manifest.shard_path(first)}")
+    return problems
+
+
+def _verify_shard(manifest: Manifest, number: int) -> list[str]:
+    """The problems of one shard; later checks are left out where an earlier one makes them meaningless."""
+    shard, path = manifest.shards[number], manifest.shard_path(number)
+    problems = []
+    try:
+        if path.stat().st_size == shard.num_bytes and sha256_of(path) != shard.sha256:
+            problems.append(f"{path}: sha256 differs from the manifest's")
+        index_path = manifest.index_path(number)
+        read_index(index_path, shard.num_samples, len(manifest.modalities), shard.num_bytes, shard.index.sha256)
+    except OSError as error:
+        return [f"{path}: cannot read shard: {error.strerror}"]
+    except DataError as error:
+        problems.append(str(error))
+    try:
+        reader = ShardReader(manifest, number, verify="never")
+    except DataError as error:
+        return [*problems, str(error)] if str(error) not in problems else problems
+    try:
+        layout_problems = _check_layout(manifest, number, reader)
+        problems += layout_problems
+        problems += _check_values(manifest.modalities, reader)
+        # Plain webdataset trusts a tar's own sizes, so it only gets one whose members are what the index
+        # says.
+        if not layout_problems:
+            problems += _check_webdataset(manifest.modalities, reader)
+    finally:
+        reader.close()
+    return problems
+
+
+def _check_layout(manifest: Manifest, number: int, reader: ShardReader) -> list[str]:
+    """The tar's own headers against the index: names, places and sizes of all members."""
+    path = reader.path
+    found: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # keeps memory flat
+                if not member.isreg() or member.issparse():
+                    return [f"{path}: member {member.name!r} is not a plain file"]
+                if member.name in found:
+                    return [f"{path}: member {member.name!r} occurs twice"]
+                found[member.name] = member.offset_data, member.size
+    except (tarfile.TarError, OSError) as error:
+        return [f"{path}: not a readable tar: {error}"]
+    expected_members = reader.num_samples * len(manifest.modalities)
+    if len(found) != expected_members:
+        return [f"{path}: the tar has {len(found)} members, expected {expected_members}"]
+    for index in range(reader.num_samples):
+        keys = {reader.key(index, modality.name) for modality in manifest.modalities}
+        if len(keys) != 1:
+            return [f"{path}: sample {index}: the index joins members of different keys: {sorted(keys)}"]
+        (key,) = keys
+        for modality in manifest.modalities:
+            name = f"{key}.{modality.extension}"
+            if found.get(name) != reader.location(index, modality.name):
+                return [f"{path}: sample {index}: the index does not lead to member {name!r}"]
+    return []
+
+
+def _chunks(modalities: Sequence[Modality], num_samples: int) -> Iterator[np.ndarray]:
+    """Sample numbers in chunks whose decoded values fit in some tens of megabytes."""
+    sample_bytes = sum(8 * int(np.prod(modality.shape)) for modality in modalities)
+    size = max(1, min(num_samples, _CHUNK_BYTES // sample_bytes))
+    for start in range(0, num_samples, size):
+        yield np.arange(start, min(start + size, num_samples), dtype=np.int64)
+
+
+def _check_values(modalities: Sequence[Modality], reader: ShardReader) -> list[str]:
+    problems = []
+    for index_B in _chunks(modalities, reader.num_samples):
+        for modality in modalities:
+            try:
+                reader.read(index_B, modality.name)
+            except DataError:
+                problems += _check_one_by_one(modality, reader, index_B)
+    return problems
+
+
+def _check_one_by_one(modality: Modality, reader: ShardReader, index_B: np.ndarray) -> list[str]:
+    problems = []
+    for index in index_B.tolist():
+        try:
+            reader.read([index], modality.name)
+        except DataError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _check_webdataset(modalities: Sequence[Modality], reader: ShardReader) -> list[str]:
+    """Whether plain webdataset, which knows no index, yields the same samples in the same order.
+
+    Only its tar iteration and grouping are used, on a file opened here: no URL and no decoder of webdataset,
+    either of which could run code.
+    """
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    count = 0
+    try:
+        with open(reader.path, "rb") as file:
+            samples = group_by_keys(tar_file_expander([{"url": str(reader.path), "stream": file}]))
+            for index_B in _chunks(modalities, reader.num_samples):
+                stored = {modality.name: reader.read_stored(index_B, modality.name) for modality in modalities}
+                for row, sample in enumerate(islice(samples, len(index_B))):
+                    values = {name: stored_B[row] for name, stored_B in stored.items()}
+                    problem = _compare(modalities, sample, values)
+                    if problem is not None:
+                        return [f"{reader.path}: sample {count} as plain webdataset reads it: {problem}"]
+                    count += 1
+            count += sum(1 for _ in samples)
+    except DataError:
+        return []  # a sample that cannot be decoded was reported with its values
+    except Exception as error:  # webdataset raises many types, with its streams among the arguments
+        return [f"{reader.path}: plain webdataset cannot read it: {type(error).__name__} {error.args[:1]}"]
+    if count != reader.num_samples:
+        return [f"{reader.path}: plain webdataset reads {count} samples, expected {reader.num_samples}"]
+    return []
+
+
+def _compare(modalities: Sequence[Modality], sample: dict[str, Any], values: dict[str, Any]) -> str | None:
+    members = {name for name in sample if not name.startswith("__")}
+    expected = {modality.extension.lower() for modality in modalities}
+    if members != expected:
+        return f"members {sorted(members)}, expected {sorted(expected)}"
+    for modality in modalities:
+        content = sample[modality.extension.lower()]
+        if modality.encoding == "cls":
+            same = int(content) == values[modality.name]
+        else:
+            array = np.load(io.BytesIO(content), allow_pickle=False)
+            same = array.dtype == values[modality.name].dtype and np.array_equal(
+                array, values[modality.name], equal_nan=array.dtype.kind == "f"
+            )
+        if not same:
+            return f"key {sample['__key__']!r}, modality {modality.name!r}: other values"
+    return None

@@ -1,0 +1,363 @@
+"""Writes a source as tar shards with indexes and a manifest: complete and durable, or not there at all.
+
+    DIR/shard-000000.tar         USTAR, readable by plain webdataset: <key>.<modality>.npy or .cls
+    DIR/shard-000000.tar.index   where each member lies (see `jmvae_dist.data.index`)
+    DIR/manifest.json            written last
+
+Everything is written to a hidden folder beside DIR, which takes its name only when it is complete, so
+whatever has the name DIR is complete. The bytes depend on the source and the options alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import io
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from jmvae_dist.data.index import MAX_MEMBER_BYTES, RECORD_DTYPE, index_bytes
+from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard
+from jmvae_dist.data.philox import PURPOSE_PACKING, permutation
+from jmvae_dist.data.processes import default_workers, run_in_processes
+from jmvae_dist.data.progress import progress
+from jmvae_dist.data.sources.base import Source, check_seed
+from jmvae_dist.errors import ConfigError, DataError
+from jmvae_dist.files import fsync_path, sha256_of
+
+MANIFEST_NAME = "manifest.json"
+
+_TAR_BLOCK_BYTES = 512
+_TAR_NAME_BYTES = 100
+_LOCK_NAME = ".writing.lock"
+_OUR_FILES = re.compile(r"shard-\d{6,}\.tar(\.index)?|manifest\.json|\.writing\.lock")
+
+
+def write_shards(
+    source: Source,
+    out: str | Path,
+    *,
+    samples_per_shard: int | None = None,
+    shuffle_seed: int = 0,
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> tuple[Manifest, bool]:
+    """Write all samples of a source, shuffled, to the folder `out`.
+
+    Args:
+        source: the raw samples.
+        out: the folder; must not exist, be empty, or hold shards written earlier.
+        samples_per_shard: at most; samples are spread evenly, so that no shard is nearly empty.
+        shuffle_seed: raw data is often sorted by class, so samples are permuted before they are packed.
+        workers: processes; by default the available CPUs, or one where that is faster.
+        overwrite: replace existing shards of other content.
+
+    Returns:
+        The manifest at `out`, and whether it was written now (False: the same data was already there).
+
+    Raises:
+        ConfigError: an option is out of range, or `out` holds something else.
+        DataError: the source yields samples that are not what it declares.
+    """
+    # Symbolic links are resolved, so that the link stays and its target is replaced.
+    out = Path(out).expanduser().resolve()
+    if samples_per_shard is None:
+        samples_per_shard = source.default_samples_per_shard
+    _check_options(source, samples_per_shard, shuffle_seed, workers)
+    existing = _existing_manifest(out, overwrite)
+    if existing is not None and not overwrite and _differs_at_a_glance(existing, source):
+        raise _other_content(out)
+    if workers is None:
+        workers = default_workers(len(source))
+    parts = _pack(len(source), samples_per_shard, shuffle_seed)
+    with _Staging(out) as staging:
+        jobs = [_Job(staging.path / f"shard-{number:06d}.tar", part) for number, part in enumerate(parts)]
+        shards = _write_all(source, jobs, workers)
+        description = {
+            **source.description(),
+            "samples_per_shard": samples_per_shard,
+            "shuffle_seed": shuffle_seed,
+        }
+        manifest = Manifest.create(source.modalities, shards, description, out / MANIFEST_NAME)
+        if existing is not None and existing.fingerprint == manifest.fingerprint:
+            if _is_intact(existing):
+                return existing, False
+        elif existing is not None and not overwrite:
+            raise _other_content(out)
+        manifest.save(staging.path / MANIFEST_NAME)
+        fsync_path(staging.path)
+        staging.commit()
+    return manifest, True
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One shard to write: its path and the source's samples in it."""
+
+    path: Path
+    indices: np.ndarray
+
+
+def _check_options(source: Source, samples_per_shard: int, shuffle_seed: int, workers: int | None) -> None:
+    if len(source) == 0:
+        raise DataError("the source has no samples")
+    if samples_per_shard < 1:
+        raise ConfigError(f"--samples-per-shard must be at least 1, not {samples_per_shard}")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers must be at least 1, not {workers}")
+    check_seed("--shuffle-seed", shuffle_seed)
+
+
+def _pack(num_samples: int, samples_per_shard: int, shuffle_seed: int) -> list[np.ndarray]:
+    """The source's sample numbers of every shard."""
+    order = permutation(num_samples, seed=shuffle_seed, purpose=PURPOSE_PACKING)
+    return np.array_split(order, -(-num_samples // samples_per_shard))
+
+
+def _write_all(source: Source, jobs: Sequence[_Job], workers: int) -> list[Shard]:
+    shards: dict[int, Shard] = {}
+    with progress("writing shards", len(source), "samples") as shown:
+        for number, shard in run_in_processes(_write_shard, source, jobs, workers):
+            shards[number] = shard
+            shown.advance(shard.num_samples)
+    return [shards[number] for number in range(len(jobs))]
+
+
+# One shard
+
+
+class _HashingFile(io.RawIOBase):
+    """Passes bytes on to a file, counting and hashing them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        self.digest.update(data)
+        self.num_bytes += len(data)
+        return self._file.write(data)
+
+
+def _write_shard(source: Source, job: _Job) -> Shard:
+    """Write and fsync one shard and its index."""
+    from webdataset import TarWriter
+
+    modalities = source.modalities
+    records_NM = np.empty((len(job.indices), len(modalities)), RECORD_DTYPE)
+    encoders = [_MemberEncoder(modality) for modality in modalities]
+    with open(job.path, "xb") as file:
+        hashing = _HashingFile(file)
+        # A fixed integer time: the bytes are reproducible, and no PAX header (1 KiB per member) is needed.
+        with TarWriter(hashing, encoder=False, mtime=0, user="", group="", compress=False) as tar:
+            for row, index in enumerate(job.indices.tolist()):
+                key, values = source.key(index), source.sample(index)
+                members = {encoder.extension: encoder.encode(key, values) for encoder in encoders}
+                start = tar.tarstream.offset
+                tar.write({"__key__": key, **members})
+                end = _record_members(records_NM[row], members, key, start)
+                assert tar.tarstream.offset == end, f"{key}: unexpected tar layout"
+        file.flush()
+        os.fsync(file.fileno())
+    index = index_bytes(records_NM)
+    index_path = job.path.with_name(f"{job.path.name}.index")
+    with open(index_path, "xb") as file:
+        file.write(index)
+        file.flush()
+        os.fsync(file.fileno())
+    return Shard(
+        url=job.path.name,
+        num_samples=len(job.indices),
+        num_bytes=hashing.num_bytes,
+        sha256=hashing.digest.hexdigest(),
+        index=IndexFile(index_path.name, len(index), hashlib.sha256(index).hexdigest()),
+    )
+
+
+def _record_members(records_M: np.ndarray, members: dict[str, bytes], key: str, start: int) -> int:
+    """Fill in the index of one sample written at `start`; returns where the next one begins."""
+    columns = {extension: column for column, extension in enumerate(members)}
+    position = start
+    for extension in sorted(members):  # the order in which TarWriter writes them
+        if len(f"{key}.{extension}") > _TAR_NAME_BYTES:
+            raise DataError(f"key {key!r} with {extension!r} exceeds the {_TAR_NAME_BYTES} bytes of a tar name")
+        content_bytes = len(members[extension])
+        if content_bytes > MAX_MEMBER_BYTES:
+            raise DataError(f"{key}.{extension}: {content_bytes} bytes exceed the limit of 4 GiB per member")
+        records_M[columns[extension]] = (position + _TAR_BLOCK_BYTES, content_bytes)
+        padded_blocks = -(-content_bytes // _TAR_BLOCK_BYTES)
+        position += _TAR_BLOCK_BYTES * (1 + padded_blocks)
+    return position
+
+
+class _MemberEncoder:
+    """Encodes one modality; all its members of one dtype and shape share one npy header."""
+
+    def __init__(self, modality: Modality) -> None:
+        self.modality = modality
+        self.extension = modality.extension
+        self._header = _npy_header(modality) if modality.encoding == "npy" else b""
+
+    def encode(self, key: str, values: Mapping[str, np.ndarray | int]) -> bytes:
+        """The bytes of this modality's member of one sample.
+
+        Raises:
+            DataError: the value is missing, not finite, or not of the declared dtype, shape or classes.
+        """
+        modality = self.modality
+        if modality.name not in values:
+            raise self._error(key, "is missing; every sample needs every modality")
+        if modality.encoding == "cls":
+            return self._encode_class(key, int(values[modality.name]))
+        array = np.asarray(values[modality.name])
+        if (array.dtype, array.shape) != (np.dtype(modality.dtype), modality.shape):
+            raise self._error(
+                key,
+                f"is {array.dtype} {list(array.shape)}, declared as {modality.dtype} {list(modality.shape)}",
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise self._error(key, "is not finite (NaN or infinite)")
+        return self._header + array.tobytes()
+
+    def _encode_class(self, key: str, class_index: int) -> bytes:
+        assert self.modality.num_classes is not None
+        if not 0 <= class_index < self.modality.num_classes:
+            raise self._error(key, f"class {class_index} is not in 0..{self.modality.num_classes - 1}")
+        return f"{class_index:0{self.modality.class_digits}d}".encode("ascii")
+
+    def _error(self, key: str, problem: str) -> DataError:
+        return DataError(f"sample {key}: modality {self.modality.name!r}: {problem}")
+
+
+def _npy_header(modality: Modality) -> bytes:
+    header = io.BytesIO()
+    example = np.empty(modality.shape, dtype=modality.dtype)
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(example))
+    return header.getvalue()
+
+
+# The folder
+
+
+def _existing_manifest(out: Path, overwrite: bool) -> Manifest | None:
+    """The manifest already at `out`, or None where nothing is in the way.
+
+    Raises:
+        ConfigError: `out` holds anything that was not written by this module; that is never deleted.
+    """
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a folder")
+    foreign = sorted(entry.name for entry in out.iterdir() if not _OUR_FILES.fullmatch(entry.name))
+    if foreign:
+        raise ConfigError(f"--out {out} holds other files ({foreign[0]}); choose a folder of its own")
+    if not any(out.iterdir()):
+        return None
+    try:
+        return Manifest.load(out / MANIFEST_NAME)
+    except (ConfigError, DataError) as error:
+        if overwrite:
+            return None
+        raise ConfigError(f"--out {out} holds shards without a sound manifest ({error}); add --overwrite") from None
+
+
+def _differs_at_a_glance(existing: Manifest, source: Source) -> bool:
+    """Tells most other content apart before time is spent on writing; the fingerprint decides the rest."""
+    return existing.num_samples != len(source) or existing.modalities != tuple(source.modalities)
+
+
+def _other_content(out: Path) -> ConfigError:
+    return ConfigError(f"{out} holds shards of other content; choose another --out, or add --overwrite")
+
+
+def _is_intact(manifest: Manifest) -> bool:
+    """Whether all files of a manifest are there with the sha256 that it states."""
+    try:
+        return all(
+            sha256_of(manifest.shard_path(number)) == shard.sha256
+            and sha256_of(manifest.index_path(number)) == shard.index.sha256
+            for number, shard in enumerate(manifest.shards)
+        )
+    except (OSError, DataError):
+        return False
+
+
+class _Staging:
+    """A hidden folder beside `out` that becomes `out` on commit and is removed otherwise.
+
+    Its lock file is locked while its writer lives. The next writer takes a folder whose lock is free for what a
+    killed writer left behind, and removes it.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self.path = self._hidden_sibling()
+        self._lock: BinaryIO | None = None
+
+    def _hidden_sibling(self) -> Path:
+        return self._out.with_name(f".{self._out.name}.writing-{secrets.token_hex(8)}")
+
+    def __enter__(self) -> _Staging:
+        try:
+            self._out.parent.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            self.path.mkdir()
+            self._lock = open(self.path / _LOCK_NAME, "xb")
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self._out.parent}: {error.strerror}") from None
+        # Some network file systems have no locks; there a leftover looks alive and stays, which is harmless.
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
+
+    def commit(self) -> None:
+        """Give the finished folder its name."""
+        retired = self._hidden_sibling()
+        try:
+            if self._out.exists():
+                # Moved aside before it is deleted: `out` is never a mixture of old and new shards.
+                os.rename(self._out, retired)
+            os.rename(self.path, self._out)
+        except OSError as error:
+            raise ConfigError(f"cannot move the finished shards to {self._out}: {error.strerror}") from None
+        (self._out / _LOCK_NAME).unlink()
+        fsync_path(self._out)
+        fsync_path(self._out.parent)
+        shutil.rmtree(retired, ignore_errors=True)
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self._out.parent.glob(f".{glob.escape(self._out.name)}.writing-*"):
+            if _is_abandoned(leftover):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_abandoned(staging: Path) -> bool:
+    """Whether no living writer holds the lock of a hidden folder."""
+    try:
+        with open(staging / _LOCK_NAME, "r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False

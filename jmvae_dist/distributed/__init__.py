@@ -1,0 +1,1 @@
+"""Processes and how they agree: launch environment, Accelerate runtime, small collectives."""

@@ -1,0 +1,116 @@
+"""Agreement between ranks on small host-side values.
+
+Rank 0 decides, broadcasts, all obey; and what fails on one rank fails on all of them with that rank's message.
+Values travel as JSON over a gloo group of their own: no pickle, and no device synchronisation on a GPU run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from jmvae_dist.errors import CheckpointError, ConfigError, DataError, LaunchError, TrainingError
+
+_ERROR_CLASSES: dict[str, type[Exception]] = {
+    error.__name__: error for error in (CheckpointError, ConfigError, DataError, LaunchError, TrainingError)
+}
+T = TypeVar("T")
+
+
+class Collectives:
+    """Small collectives over all ranks; every method must be called by every rank, in the same order.
+
+    Args:
+        rank: This process.
+        world_size: Number of processes.
+        group: A gloo process group; None with one process, where every method returns at once.
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, group: dist.ProcessGroup | None = None) -> None:
+        assert (group is None) == (world_size == 1)
+        self.rank = rank
+        self.world_size = world_size
+        self._group = group
+
+    def gather(self, value: T) -> list[T]:
+        """The JSON values of all ranks, in rank order, on every rank."""
+        if self._group is None:
+            return [value]
+        payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(lengths, torch.tensor([payload.numel()]), group=self._group)
+        sizes = [int(length) for length in lengths]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: payload.numel()] = payload
+        received = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(received, padded, group=self._group)
+        texts = (bytes(data[:size].numpy()) for data, size in zip(received, sizes, strict=True))
+        return [json.loads(text) for text in texts]
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's JSON value, on every rank; the other ranks' values are ignored."""
+        if self._group is None:
+            return value
+        payload = bytearray(json.dumps(value).encode()) if self.rank == 0 else bytearray()
+        length = torch.tensor([len(payload)])
+        dist.broadcast(length, src=0, group=self._group)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        if self.rank == 0:
+            data = torch.frombuffer(payload, dtype=torch.uint8)
+        dist.broadcast(data, src=0, group=self._group)
+        return json.loads(bytes(data.numpy()))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around work without collectives that may fail on some ranks: it then fails on all of them.
+
+        The failing rank raises its own error, the others the first failing rank's. Without this the failing rank
+        leaves and the others wait for it in their next collective.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as failure:  # whatever it is, the other ranks must hear of it
+            error = failure
+        self._raise_together(error)
+
+    def on_main(self, decide: Callable[[], T]) -> T:
+        """The JSON value that `decide` returns on rank 0, on every rank; what it raises is raised on all."""
+        value: T | None = None
+        with self.together():
+            if self.rank == 0:
+                value = decide()
+        return cast(T, self.broadcast(value))
+
+    def _raise_together(self, error: Exception | None) -> None:
+        report = None if error is None else [type(error).__name__, str(error)]
+        reports = self.gather(report)
+        if error is not None:
+            raise error
+        for rank, other in enumerate(reports):
+            if other is not None:
+                name, message = other
+                raise _ERROR_CLASSES.get(name, RuntimeError)(f"rank {rank}: {message}")
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over ranks of a CPU tensor of equal shape everywhere; returns a new tensor."""
+        total = values.clone()
+        if self._group is not None:
+            dist.all_reduce(total, group=self._group)
+        return total
+
+    def start_maximum(self, values: torch.Tensor) -> dist.Work | None:
+        """Begin replacing a CPU tensor by its element-wise maximum over ranks; `wait()` on the result."""
+        if self._group is None:
+            return None
+        return dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self._group is not None:
+            dist.barrier(group=self._group)

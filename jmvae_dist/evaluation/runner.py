@@ -1,0 +1,89 @@
+"""Evaluation on a set of shards by all ranks together, and the figures of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jmvae_dist.data.loader import EvaluationLoader
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.distributed.collectives import Collectives
+from jmvae_dist.evaluation.evaluate import evaluate_batches, evaluation_mode, finalize
+from jmvae_dist.evaluation.figures import (
+    cross_modal_figure,
+    prior_samples_figure,
+    reconstruction_figure,
+    save_png,
+)
+from jmvae_dist.model import JMVAE
+
+
+def evaluate_together(
+    model: JMVAE,
+    manifest: Manifest,
+    modalities: Sequence[str],
+    collectives: Collectives,
+    *,
+    batch_size: int,
+    seed: int,
+    joint_nll_samples: int,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, float]:
+    """Metrics over every sample of `manifest` exactly once, split over all ranks; equal on every rank.
+
+    Args:
+        model: The unwrapped model.
+        manifest: Held-out shards.
+        modalities: The modalities to read.
+        collectives: All ranks call this together.
+        batch_size: Samples per forward pass on one rank.
+        seed: Of the noise, which is keyed by it and by the sample's position: not by rank or batch size.
+        joint_nll_samples: Importance samples per sample for the joint likelihood; 0 leaves it out.
+        progress: Called after each batch with the number of samples finished on this rank.
+
+    Returns:
+        `eval/...` -> value.
+
+    Raises:
+        DataError: Some rank cannot read its samples; on every rank.
+    """
+    loader = EvaluationLoader(
+        manifest,
+        rank=collectives.rank,
+        world_size=collectives.world_size,
+        batch_size=batch_size,
+        modalities=modalities,
+    )
+    with collectives.together():
+        sums = evaluate_batches(model, loader, seed=seed, joint_nll_samples=joint_nll_samples, progress=progress)
+    total = sums.with_vector(collectives.sum(sums.vector().cpu()))
+    return {f"eval/{key}": value for key, value in finalize(total).items()}
+
+
+def save_figures(
+    model: JMVAE, manifest: Manifest, modalities: Sequence[str], folder: Path, *, num_samples: int, seed: int
+) -> dict[str, Path]:
+    """Draw reconstructions, cross-modal generation from every modality, and samples of the prior; on one rank.
+
+    Args:
+        model: The unwrapped model.
+        manifest: Held-out shards; the first samples are shown.
+        modalities: The modalities to read.
+        folder: Where the PNG files go; those of an earlier step are replaced.
+        num_samples: Samples per figure.
+        seed: Of the posterior's and the prior's samples.
+
+    Returns:
+        Name -> path.
+    """
+    loader = EvaluationLoader(manifest, rank=0, world_size=1, batch_size=num_samples, modalities=modalities)
+    inputs = next(iter(loader)).inputs
+    with evaluation_mode(model):
+        figures = {"reconstruction": reconstruction_figure(model, inputs, max_samples=num_samples)}
+        for name in model.modalities:
+            figures[f"given_{name}"] = cross_modal_figure(model, inputs, name, max_samples=num_samples, seed=seed)
+        figures["prior_samples"] = prior_samples_figure(model, num_samples=num_samples, seed=seed)
+    paths = {name: folder / f"{name}.png" for name in figures}
+    for name, path in paths.items():
+        save_png(figures[name], path)
+    return paths

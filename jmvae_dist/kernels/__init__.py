@@ -1,0 +1,1 @@
+"""Numerical building blocks: Gaussian KL terms, products of experts, keyed noise."""

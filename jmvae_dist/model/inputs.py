@@ -1,0 +1,80 @@
+"""Checks of a batch before it enters the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jmvae_dist.errors import DataError
+from jmvae_dist.model.likelihoods import Likelihood
+
+
+def check_structure(
+    inputs: dict[str, Tensor],
+    modalities: list[str],
+    required: list[str],
+    shapes: dict[str, tuple[int, ...]] | None,
+) -> int:
+    """Check names, dtypes and shapes of a batch; needs no value, so it never waits for the device.
+
+    Args:
+        inputs: The batch, (B, *shape) per modality.
+        modalities: All modalities of the model.
+        required: Those that must be there.
+        shapes: Shape of one sample per modality; None: not known.
+
+    Returns:
+        The batch size B.
+
+    Raises:
+        DataError: A modality is missing or unknown, not of floating point, or not of the right shape.
+    """
+    unknown = [name for name in inputs if name not in modalities]
+    if unknown:
+        raise DataError(f"inputs: unknown modality {unknown[0]!r}; the model has {modalities}")
+    missing = [name for name in required if name not in inputs]
+    if missing:
+        raise DataError(f"inputs: modality {missing[0]!r} is missing; {required} are needed, got {list(inputs)}")
+    batch_sizes = {}
+    for name in required:
+        tensor = inputs[name]
+        if not tensor.is_floating_point():
+            raise DataError(f"inputs.{name}: dtype {tensor.dtype} is not floating point; convert it, e.g. to float32")
+        if tensor.ndim < 2:
+            raise DataError(f"inputs.{name}: shape {tuple(tensor.shape)} is not (batch, *sample shape)")
+        if shapes is not None and tuple(tensor.shape[1:]) != shapes[name]:
+            wanted = ", ".join(map(str, shapes[name]))
+            raise DataError(f"inputs.{name}: shape {tuple(tensor.shape)}, expected (batch, {wanted})")
+        batch_sizes[name] = tensor.shape[0]
+    if len(set(batch_sizes.values())) > 1:
+        raise DataError(f"inputs: the modalities have different batch sizes: {batch_sizes}")
+    return batch_sizes[required[0]]
+
+
+def _raise_for_first(wrong: Tensor, name: str, target: Tensor, wanted: str) -> None:
+    """Raise if any element of `wrong` is set (this reads it back from the device)."""
+    if bool(wrong.any()):
+        sample = int(wrong.flatten(1).any(1).nonzero()[0, 0])
+        where = wrong[sample].expand_as(target[sample])
+        value = target[sample][where][0].item()
+        raise DataError(
+            f"inputs.{name}: sample {sample} of the batch has the value {value:g}; values must be {wanted}"
+        )
+
+
+def check_values(inputs: dict[str, Tensor], likelihoods: dict[str, Likelihood]) -> None:
+    """Check that every value is finite and that its modality's likelihood can explain it.
+
+    Reads values back from the device, which makes the host wait for it.
+
+    Args:
+        inputs: The batch, restricted to the modalities to check.
+        likelihoods: The likelihoods of (at least) these modalities.
+
+    Raises:
+        DataError: With the modality, the first wrong sample and its value.
+    """
+    for name, tensor in inputs.items():
+        _raise_for_first(~torch.isfinite(tensor), name, tensor, "finite")
+        wrong, wanted = likelihoods[name].invalid(tensor)
+        _raise_for_first(wrong, name, tensor, wanted.replace("<modality>", name))

@@ -1,0 +1,592 @@
+"""The Joint Multimodal VAE (Suzuki et al. 2016): training objective, inference from any modalities.
+
+Shape suffixes: B batch, D latent dimension, M modalities, N samples per data point, K importance samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from jmvae_dist.config import JMVAEConfig, NetworksConfig
+from jmvae_dist.errors import ConfigError, DataError
+from jmvae_dist.kernels.gaussian import gaussian_kl_terms, product_of_experts
+from jmvae_dist.kernels.reference import computation_dtype
+from jmvae_dist.model.inputs import check_structure, check_values
+from jmvae_dist.model.likelihoods import build_likelihood, log_prob
+from jmvae_dist.model.networks import GaussianParams, build_networks
+from jmvae_dist.model.objective import ObjectiveTerms, combine, resolve_rescale_factors
+
+# Log-variances of all posteriors are limited to this range (standard deviations from 4.5e-5 to 2.2e4).
+# Differences then stay below 40, so that neither exp(difference) nor its square, which Adam keeps, overflows
+# float32.
+LOGVAR_RANGE = (-20.0, 20.0)
+
+Modalities = str | Iterable[str]
+# Draws k (a range of length n) -> standard normal noise of these draws (n, B, D).
+DrawNoise = Callable[[range], Tensor]
+
+
+class JMVAEOutput(NamedTuple):
+    """Result of a forward pass (a tuple, so that wrappers such as DDP find the tensors inside).
+
+    Attributes:
+        loss: Scalar, mean over the batch (0 for an empty batch).
+        loss_sum: Scalar, sum over the batch.
+        metrics: Detached float32 scalars, sums over the batch; see `objective.combine`.
+        mu: Mean of the joint posterior (B, D).
+        logvar: Log-variance of the joint posterior (B, D).
+        z: Sample of the joint posterior (B, D).
+    """
+
+    loss: Tensor
+    loss_sum: Tensor
+    metrics: dict[str, Tensor]
+    mu: Tensor
+    logvar: Tensor
+    z: Tensor
+
+
+class LatentOutput(NamedTuple):
+    """Latent samples and the Gaussian they come from.
+
+    Attributes:
+        z: Samples: (N, B, D), or (N * B, D) sample-major if flattened; (n, D) from the prior.
+        mu: Mean (B, D).
+        logvar: Log-variance (B, D).
+        one_latent_space: True: all modalities share the latent space.
+    """
+
+    z: Tensor
+    mu: Tensor
+    logvar: Tensor
+    one_latent_space: bool = True
+
+
+class _RecoverableClamp(torch.autograd.Function):
+    """Clamp to `LOGVAR_RANGE`; outside, the gradient passes if descending along it leads back inside.
+
+    The gradient of torch.clamp is 0 outside: one large optimizer step would freeze a dimension for good.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logvar: Tensor) -> Tensor:
+        ctx.save_for_backward(logvar)
+        return logvar.clamp(*LOGVAR_RANGE)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (logvar,), (grad,) = ctx.saved_tensors, grad_outputs
+        low, high = LOGVAR_RANGE
+        leads_further_out = ((logvar > high) & (grad < 0)) | ((logvar < low) & (grad > 0))
+        return torch.where(leads_further_out, 0.0, grad)
+
+
+def _in_weights_dtype(module: nn.Module, tensor: Tensor) -> Tensor:
+    """`tensor` in the dtype of the module's weights: engines may hold 16-bit weights, data may be float64."""
+    parameter = next(module.parameters(), None)
+    if parameter is None or not parameter.is_floating_point():
+        return tensor
+    return tensor.to(parameter.dtype)
+
+
+def _module_dict(key: str, modules: dict[str, nn.Module], modalities: list[str]) -> nn.ModuleDict:
+    """Register user-supplied or default modules in the order of the modalities.
+
+    Raises:
+        ConfigError: A modality is missing or unknown, something is not a module, or a name cannot be
+            registered.
+    """
+    if set(modules) != set(modalities):
+        raise ConfigError(f"{key}: given for {list(modules)}, but the modalities are {modalities}")
+    for name, module in modules.items():
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"{key}.{name}: a {type(module).__name__} is not a torch.nn.Module")
+    try:
+        return nn.ModuleDict({name: modules[name] for name in modalities})
+    except KeyError as error:
+        raise ConfigError(f"{key}: torch cannot register a module under this name: {error.args[0]}") from None
+
+
+class JMVAE(nn.Module):
+    """Joint Multimodal VAE.
+
+    Args:
+        config: Hyperparameters; `input_dims` is needed wherever a default network is.
+        encoders: Your unimodal encoders by modality, ``(B, *shape) -> GaussianParams`` or a plain pair.
+        decoders: Your decoders by modality, ``(B, D) -> (B, *shape)``: means for normal and laplace, logits
+            for bernoulli and categorical.
+        joint_encoder: Your joint encoder, ``{modality: (B, *shape)} -> GaussianParams``.
+        networks: Sizes of the default networks that stand in for what is not given.
+
+    Attributes:
+        config: The configuration, with `custom_architectures` naming the networks that were given.
+        modalities: Names of the modalities, in the order of `input_dims` (else of the networks given).
+        likelihoods: Observation model per modality.
+        rescale_factors: Weight of each modality's reconstruction term.
+
+    Raises:
+        ConfigError: Networks and configuration do not fit together.
+    """
+
+    def __init__(
+        self,
+        config: JMVAEConfig,
+        encoders: dict[str, nn.Module] | None = None,
+        decoders: dict[str, nn.Module] | None = None,
+        joint_encoder: nn.Module | None = None,
+        networks: NetworksConfig | None = None,
+    ) -> None:
+        super().__init__()
+        given = {"encoders": encoders, "decoders": decoders, "joint_encoder": joint_encoder}
+        self.config = _with_custom_architectures(config, [key for key, value in given.items() if value is not None])
+        if encoders is None or decoders is None or joint_encoder is None:
+            default = build_networks(config, networks)
+            encoders = default.encoders if encoders is None else encoders
+            decoders = default.decoders if decoders is None else decoders
+            joint_encoder = default.joint_encoder if joint_encoder is None else joint_encoder
+        if not isinstance(joint_encoder, nn.Module):
+            raise ConfigError(f"joint_encoder: a {type(joint_encoder).__name__} is not a torch.nn.Module")
+        self.modalities = list(config.input_dims or encoders)
+        if len(self.modalities) != config.n_modalities:
+            raise ConfigError(f"n_modalities: {config.n_modalities}, but the networks are for {self.modalities}")
+        config.check_modalities(self.modalities)
+        if config.uses_likelihood_rescaling and config.rescale_factors is None and config.input_dims is None:
+            raise ConfigError("uses_likelihood_rescaling: needs input_dims or rescale_factors")
+
+        self.encoders = _module_dict("encoders", encoders, self.modalities)
+        self.decoders = _module_dict("decoders", decoders, self.modalities)
+        self.joint_encoder = joint_encoder
+        distributions, parameters = config.decoders_dist or {}, config.decoder_dist_params or {}
+        self.likelihoods = {
+            name: build_likelihood(distributions.get(name, "normal"), parameters.get(name, {}))
+            for name in self.modalities
+        }
+        self.rescale_factors = resolve_rescale_factors(config, self.modalities)
+
+    @property
+    def latent_dim(self) -> int:
+        """Dimension D of the latent space."""
+        return self.config.latent_dim
+
+    # Training
+
+    def forward(
+        self,
+        inputs: dict[str, Tensor],
+        annealing: float | Tensor = 1.0,
+        noise: Tensor | None = None,
+        check_inputs: bool = True,
+    ) -> JMVAEOutput:
+        """The training objective on a batch of complete samples (see `objective`).
+
+        Args:
+            inputs: Every modality, (B, *shape), floating point. B may be 0: all results and gradients are
+                then 0.
+            annealing: Weight of all KL terms.
+            noise: Standard normal noise (B, D) of the posterior sample; drawn from torch's generator if None.
+            check_inputs: Check the values too (on a GPU this waits for the device); shapes are always
+                checked.
+
+        Raises:
+            DataError: Names, dtypes, shapes or values of the inputs are wrong.
+            ConfigError: A user-supplied network returns wrong shapes.
+        """
+        batch_size = self._check(inputs, self.modalities, check_inputs)
+        joint = self._encode_joint(inputs)
+        unimodal = {name: self._encode_unimodal(name, inputs[name]) for name in self.modalities}
+        if noise is None:
+            noise = torch.randn_like(joint.mu)
+        _check_noise(noise, joint.mu.shape)
+        z_BD, kl_prior_B, kl_unimodal_MB = gaussian_kl_terms(
+            *joint,
+            torch.stack([unimodal[name].mu for name in self.modalities]),
+            torch.stack([unimodal[name].logvar for name in self.modalities]),
+            noise,
+        )
+        terms = ObjectiveTerms(
+            self._log_likelihoods(z_BD, inputs, self.modalities),
+            kl_prior_B,
+            dict(zip(self.modalities, kl_unimodal_MB.unbind(0), strict=True)),
+        )
+        loss_sum, metrics = combine(
+            terms, self.rescale_factors, alpha=self.config.alpha, beta=self.config.beta, annealing=annealing
+        )
+        return JMVAEOutput(loss_sum / max(batch_size, 1), loss_sum, metrics, joint.mu, joint.logvar, z_BD)
+
+    # Inference
+
+    @torch.no_grad()
+    def encode(
+        self,
+        inputs: dict[str, Tensor],
+        cond_mod: Modalities = "all",
+        N: int = 1,
+        return_mean: bool = False,
+        flatten: bool = False,
+        *,
+        prior_expert: bool = False,
+        mask: dict[str, Tensor] | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        check_inputs: bool = True,
+    ) -> LatentOutput:
+        """Sample the posterior given all modalities or some of them.
+
+        All modalities go through the joint encoder, one through its own encoder, and other subsets through
+        the product of their unimodal posteriors.
+
+        Args:
+            inputs: The modalities to condition on, (B, *shape) each; others are ignored.
+            cond_mod: "all", a name, or several names in any order.
+            N: Samples per data point.
+            return_mean: Return the posterior mean N times in place of samples.
+            flatten: Merge the first two dimensions of z, sample-major: row n * B + b.
+            prior_expert: Multiply products of unimodal posteriors (also of a single one) by the prior N(0,
+                I). The joint encoder's posterior stays as it is.
+            mask: For incomplete data: bool (B,) per modality, True where the sample has it (everywhere for
+                modalities left out). Each sample is encoded from what it has of `cond_mod`; from nothing at
+                all, its posterior is the prior. Absent values may be anything, NaN included.
+            noise: Standard normal noise (N, B, D); drawn if None.
+            generator: Generator to draw the noise from, on the model's device.
+            check_inputs: Check the values too; shapes are always checked.
+
+        Raises:
+            ConfigError: `cond_mod` names no or unknown modalities, or N is below 1.
+            DataError: Names, dtypes, shapes or values of the inputs are wrong.
+        """
+        names = self._select("cond_mod", cond_mod)
+        if N < 1:
+            raise ConfigError(f"N: {N} is not allowed; it must be at least 1")
+        if mask is None:
+            self._check(inputs, names, check_inputs)
+            posterior = self._posterior(inputs, names, prior_expert)
+        else:
+            posterior = self._masked_posterior(inputs, names, mask, prior_expert, check_inputs)
+        shape_NBD = (N, *posterior.mu.shape)
+        if return_mean:
+            z = posterior.mu.expand(shape_NBD)
+        else:
+            z = _sample(posterior, _draw(noise, shape_NBD, posterior.mu, generator))
+        return LatentOutput(z.flatten(0, 1) if flatten else z, posterior.mu, posterior.logvar)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor | LatentOutput | JMVAEOutput, modalities: Modalities = "all") -> dict[str, Tensor]:
+        """Decode latents: means for normal and laplace, logits for bernoulli and categorical.
+
+        `model.likelihoods[name].mean` turns the result into the expected value of x.
+
+        Args:
+            z: (*leading, D) with any leading dimensions, or an output that holds such a `z`.
+            modalities: "all", a name, or several names.
+
+        Returns:
+            (*leading, *shape) per modality, in the model's order.
+        """
+        latents = z if isinstance(z, Tensor) else z.z
+        if latents.ndim == 0 or latents.shape[-1] != self.latent_dim:
+            raise ConfigError(f"z: shape {tuple(latents.shape)} does not end in latent_dim={self.latent_dim}")
+        return self._decode(latents, self._select("modalities", modalities))
+
+    def predict(
+        self,
+        inputs: dict[str, Tensor],
+        cond_mod: Modalities = "all",
+        gen_mod: Modalities = "all",
+        N: int = 1,
+        flatten: bool = False,
+        **encode_options: Any,
+    ) -> dict[str, Tensor]:
+        """Generate modalities from others: `encode`, then `decode`.
+
+        Args:
+            inputs: The modalities to condition on.
+            cond_mod: What to condition on; see `encode`.
+            gen_mod: What to generate: "all", a name, or several names.
+            N: Samples per data point.
+            flatten: Merge the first two dimensions, sample-major.
+            **encode_options: Other options of `encode`, e.g. `return_mean`, `mask`, `generator`.
+
+        Returns:
+            (N, B, *shape) per modality, or (N * B, *shape) if flattened; decoder outputs as in `decode`.
+        """
+        return self.decode(self.encode(inputs, cond_mod, N, flatten=flatten, **encode_options), gen_mod)
+
+    @torch.no_grad()
+    def generate_from_prior(
+        self, n: int, *, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> LatentOutput:
+        """Sample the prior N(0, I): `z`, `mu` and `logvar`, each (n, D), on the model's device.
+
+        Args:
+            n: Number of samples, at least 1.
+            noise: Standard normal noise (n, D); drawn if None.
+            generator: Generator to draw the noise from, on the model's device.
+        """
+        if n < 1:
+            raise ConfigError(f"n: {n} is not allowed; it must be at least 1")
+        zeros = next(self.parameters()).new_zeros((n, self.latent_dim))
+        zeros = zeros.to(computation_dtype((zeros,)))
+        return LatentOutput(_draw(noise, (n, self.latent_dim), zeros, generator), zeros, zeros.clone())
+
+    def compute_joint_nll(
+        self,
+        inputs: dict[str, Tensor],
+        K: int = 1000,
+        batch_size_K: int = 100,
+        *,
+        modalities: Modalities = "all",
+        noise: DrawNoise | None = None,
+        generator: torch.Generator | None = None,
+        check_inputs: bool = True,
+    ) -> Tensor:
+        """-log p(x) in nats, (B,), by importance sampling with the joint posterior as proposal.
+
+        ``log p(x) ~ log 1/K sum_k p(x | z_k) p(z_k) / q(z_k | x)`` (Burda et al. 2016, equation 8).
+
+        Args:
+            inputs: Every modality, (B, *shape).
+            K: Importance samples per data point; the estimate is above -log p(x) on average and falls with K.
+            batch_size_K: Samples decoded together; bounds the memory.
+            modalities: The modalities whose joint likelihood is estimated; the proposal always sees all.
+                Suzuki et al. (2016) report log p(image) in this way.
+            noise: Noise of given draws; drawn if None.
+            generator: Generator to draw the noise from, on the model's device.
+            check_inputs: Check the values too; shapes are always checked.
+        """
+        groups = {"joint": self._select("modalities", modalities)}
+        options: dict[str, Any] = {"noise": noise, "generator": generator, "check_inputs": check_inputs}
+        return self.compute_joint_nlls(inputs, groups, K, batch_size_K, **options)["joint"]
+
+    @torch.no_grad()
+    def compute_joint_nlls(
+        self,
+        inputs: dict[str, Tensor],
+        groups: dict[str, list[str]],
+        K: int = 1000,
+        batch_size_K: int = 100,
+        *,
+        noise: DrawNoise | None = None,
+        generator: torch.Generator | None = None,
+        check_inputs: bool = True,
+    ) -> dict[str, Tensor]:
+        """`compute_joint_nll` for several groups of modalities from the same samples: {group: (B,)}."""
+        self._check(inputs, self.modalities, check_inputs)
+        proposal = self._encode_joint(inputs)
+        return self._monte_carlo_nll(inputs, proposal, groups, True, K, batch_size_K, noise, generator)
+
+    @torch.no_grad()
+    def compute_cond_nll(
+        self,
+        inputs: dict[str, Tensor],
+        cond_mod: Modalities,
+        pred_mods: Modalities,
+        K: int = 1000,
+        batch_size_K: int = 100,
+        *,
+        prior_expert: bool = False,
+        noise: DrawNoise | None = None,
+        generator: torch.Generator | None = None,
+        check_inputs: bool = True,
+    ) -> dict[str, Tensor]:
+        """-log p(x_m | x_cond) in nats, {m: (B,)}, by sampling z from the posterior given `cond_mod`.
+
+        ``log p(x_m | x_cond) ~ log 1/K sum_k p(x_m | z_k)`` with ``z_k ~ q(z | x_cond)``.
+
+        Args:
+            inputs: The modalities to condition on and to predict, (B, *shape) each.
+            cond_mod: What to condition on; see `encode`.
+            pred_mods: What to predict: "all", a name, or several names.
+            K: Samples per data point.
+            batch_size_K: Samples decoded together; bounds the memory.
+            prior_expert: See `encode`.
+            noise: Noise of given draws; drawn if None.
+            generator: Generator to draw the noise from, on the model's device.
+            check_inputs: Check the values too; shapes are always checked.
+        """
+        given, predicted = self._select("cond_mod", cond_mod), self._select("pred_mods", pred_mods)
+        required = [name for name in self.modalities if name in given or name in predicted]
+        self._check(inputs, required, check_inputs)
+        posterior = self._posterior(inputs, given, prior_expert)
+        groups = {name: [name] for name in predicted}
+        return self._monte_carlo_nll(inputs, posterior, groups, False, K, batch_size_K, noise, generator)
+
+    # Parts
+
+    def _select(self, key: str, names: Modalities) -> list[str]:
+        """The named modalities in the model's order."""
+        if names == "all":
+            names = self.modalities
+        wanted = {names} if isinstance(names, str) else set(names)
+        unknown = sorted(wanted - set(self.modalities))
+        if unknown or not wanted:
+            what = f"unknown modality {unknown[0]!r}" if unknown else "names no modality"
+            raise ConfigError(f"{key}: {what}; the modalities are {self.modalities}")
+        return [name for name in self.modalities if name in wanted]
+
+    def _check(self, inputs: dict[str, Tensor], required: list[str], values: bool) -> int:
+        batch_size = check_structure(inputs, self.modalities, required, self.config.input_dims)
+        if values:
+            check_values({name: inputs[name] for name in required}, self.likelihoods)
+        return batch_size
+
+    def _gaussian(self, key: str, output: Any, batch_size: int) -> GaussianParams:
+        """Check what an encoder returned; make it float32 (or float64), with its log-variance in range."""
+        shape = (batch_size, self.latent_dim)
+        if not (isinstance(output, (tuple, list)) and len(output) == 2):
+            raise ConfigError(f"{key}: returned a {type(output).__name__}, expected GaussianParams(mu, logvar)")
+        for name, tensor in zip(GaussianParams._fields, output, strict=True):
+            if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+                got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ConfigError(f"{key}: returned {name} of shape {got}, expected (batch, latent_dim) = {shape}")
+        mu, logvar = (tensor.to(computation_dtype(output)) for tensor in output)
+        return GaussianParams(mu, _RecoverableClamp.apply(logvar))
+
+    def _encode_unimodal(self, name: str, x: Tensor) -> GaussianParams:
+        encoder = self.encoders[name]
+        return self._gaussian(f"encoders.{name}", encoder(_in_weights_dtype(encoder, x)), len(x))
+
+    def _encode_joint(self, inputs: dict[str, Tensor]) -> GaussianParams:
+        ordered = {name: _in_weights_dtype(self.joint_encoder, inputs[name]) for name in self.modalities}
+        return self._gaussian("joint_encoder", self.joint_encoder(ordered), len(ordered[self.modalities[0]]))
+
+    def _posterior(self, inputs: dict[str, Tensor], names: list[str], prior_expert: bool) -> GaussianParams:
+        """Posterior of complete samples given the modalities `names`."""
+        if len(names) == len(self.modalities):
+            return self._encode_joint(inputs)
+        experts = [self._encode_unimodal(name, inputs[name]) for name in names]
+        if len(experts) == 1 and not prior_expert:
+            return experts[0]
+        mus_MBD, logvars_MBD = (torch.stack(tensors) for tensors in zip(*experts, strict=True))
+        return GaussianParams(*product_of_experts(mus_MBD, logvars_MBD, prior_expert=prior_expert))
+
+    def _masked_posterior(
+        self,
+        inputs: dict[str, Tensor],
+        names: list[str],
+        mask: dict[str, Tensor],
+        prior_expert: bool,
+        check_inputs: bool,
+    ) -> GaussianParams:
+        """Posterior of every sample given those of the modalities `names` that it has."""
+        batch_size = self._check(inputs, names, values=False)
+        self._select("mask", mask)
+        present = {name: _presence(name, mask, inputs[name]) for name in names}
+        if check_inputs:
+            check_values({name: inputs[name][present[name]] for name in names}, self.likelihoods)
+        # Absent values become 0 before the networks: NaN there would spread through batch statistics.
+        filled = {}
+        for name in names:
+            tensor = inputs[name]
+            filled[name] = torch.where(present[name].view(-1, *[1] * (tensor.ndim - 1)), tensor, 0.0)
+        experts = [self._encode_unimodal(name, filled[name]) for name in names]
+        mus_MBD, logvars_MBD = (torch.stack(tensors) for tensors in zip(*experts, strict=True))
+        mask_BM = torch.stack([present[name] for name in names], dim=1)
+        mu_BD, logvar_BD = product_of_experts(mus_MBD, logvars_MBD, mask_BM, prior_expert)
+        if len(names) == len(self.modalities) and batch_size > 0:
+            joint, complete_B1 = self._encode_joint(filled), mask_BM.all(1, keepdim=True)
+            mu_BD = torch.where(complete_B1, joint.mu, mu_BD)
+            logvar_BD = torch.where(complete_B1, joint.logvar, logvar_BD)
+        return GaussianParams(mu_BD, logvar_BD)
+
+    def _decode(self, z: Tensor, names: list[str]) -> dict[str, Tensor]:
+        """Decode (*leading, D); decoders see one leading dimension, as convolutions want it."""
+        flat, leading = z.reshape(-1, self.latent_dim), z.shape[:-1]
+        decoded = {}
+        for name in names:
+            decoder = self.decoders[name]
+            output = decoder(_in_weights_dtype(decoder, flat))
+            shape = self.config.input_dims[name] if self.config.input_dims else tuple(output.shape[1:])
+            if tuple(output.shape) != (len(flat), *shape):
+                raise ConfigError(
+                    f"decoders.{name}: returned shape {tuple(output.shape)}, expected {(len(flat), *shape)}"
+                )
+            decoded[name] = output.reshape(*leading, *shape)
+        return decoded
+
+    def _log_likelihoods(self, z: Tensor, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        """log p(x_m | z) per modality, each with the leading shape of z, which ends in B."""
+        decoded = self._decode(z, names)
+        for name in names:
+            shape, target_shape = tuple(decoded[name].shape[z.ndim - 1 :]), tuple(inputs[name].shape[1:])
+            if shape != target_shape:
+                raise ConfigError(f"decoders.{name}: returned samples of shape {shape}, the data has {target_shape}")
+        return {name: log_prob(self.likelihoods[name], decoded[name], inputs[name]) for name in names}
+
+    def _monte_carlo_nll(
+        self,
+        inputs: dict[str, Tensor],
+        posterior: GaussianParams,
+        groups: dict[str, list[str]],
+        weighted: bool,
+        K: int,
+        batch_size_K: int,
+        noise: DrawNoise | None,
+        generator: torch.Generator | None,
+    ) -> dict[str, Tensor]:
+        """-log 1/K sum_k w_k p(x_group | z_k), with w_k = p(z_k) / q(z_k) if weighted, else 1."""
+        for key, value in (("K", K), ("batch_size_K", batch_size_K)):
+            if value < 1:
+                raise ConfigError(f"{key}: {value} is not allowed; it must be at least 1")
+        mu_BD, logvar_BD = posterior
+        names = [name for name in self.modalities if any(name in group for group in groups.values())]
+        # Log-sum-exp runs in float64: K terms are added up one chunk after the other.
+        totals = {
+            key: torch.full(mu_BD.shape[:1], -math.inf, dtype=torch.float64, device=mu_BD.device) for key in groups
+        }
+        for start in range(0, K, batch_size_K):
+            draws = range(start, min(start + batch_size_K, K))
+            given = None if noise is None else noise(draws)
+            noise_KBD = _draw(given, (len(draws), *mu_BD.shape), mu_BD, generator)
+            z_KBD = _sample(posterior, noise_KBD)
+            log_likelihoods = self._log_likelihoods(z_KBD, inputs, names)
+            # log p(z) - log q(z), where (z - mu) / sigma is the noise.
+            log_weights_KB = 0.5 * (noise_KBD.square() + logvar_BD - z_KBD.square()).sum(-1).double()
+            for key, group in groups.items():
+                log_terms_KB = log_weights_KB if weighted else torch.zeros_like(log_weights_KB)
+                for name in group:
+                    log_terms_KB = log_terms_KB + log_likelihoods[name]
+                totals[key] = torch.logaddexp(totals[key], torch.logsumexp(log_terms_KB, dim=0))
+        return {key: (math.log(K) - total_B).to(mu_BD.dtype) for key, total_B in totals.items()}
+
+
+def _with_custom_architectures(config: JMVAEConfig, given: list[str]) -> JMVAEConfig:
+    """`config` that names the networks given; refuses one that promises networks which were not given."""
+    missing = [key for key in config.custom_architectures if key not in given]
+    if missing:
+        raise ConfigError(f"custom_architectures: names {missing[0]!r}, but JMVAE was built without that argument")
+    return dataclasses.replace(config, custom_architectures=given)
+
+
+def _presence(name: str, mask: dict[str, Tensor], x: Tensor) -> Tensor:
+    """bool (B,): which samples have the modality."""
+    if name not in mask:
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    present = mask[name]
+    if present.dtype != torch.bool or tuple(present.shape) != (len(x),):
+        got = f"{present.dtype} of shape {tuple(present.shape)}"
+        raise DataError(f"mask.{name}: {got}, expected torch.bool of shape ({len(x)},)")
+    return present
+
+
+def _check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(noise.shape) != tuple(shape):
+        raise DataError(f"noise: shape {tuple(noise.shape)}, expected {tuple(shape)}")
+
+
+def _draw(noise: Tensor | None, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The given noise, checked, or noise drawn from the generator (torch's default one if None)."""
+    if noise is None:
+        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+    _check_noise(noise, shape)
+    return noise.to(like.device, like.dtype)
+
+
+def _sample(posterior: GaussianParams, noise: Tensor) -> Tensor:
+    """z = mu + sigma * noise, for noise (..., B, D)."""
+    return posterior.mu + torch.exp(0.5 * posterior.logvar) * noise

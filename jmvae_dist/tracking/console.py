@@ -1,0 +1,188 @@
+"""What a person sees while something runs: one progress bar on a terminal, plain lines everywhere else.
+
+All of it goes to standard error. Nothing here is a record: that is `metrics.jsonl`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_PLAIN_INTERVAL_S = 10.0
+_RATE_WINDOW_S = 60.0
+_BAR_DELAY_S = 2.0
+
+
+class Console:
+    """Progress of a training run.
+
+    On a terminal: one bar with loss, samples/s and remaining time. Elsewhere (a batch job's log): one line for
+    the first record, for the last one, and at most every ten seconds between them.
+
+    Args:
+        total_steps: Global steps of the whole run.
+        start_step: Global step at which this process starts (not 0 after a resume).
+        enabled_bar: Show the bar; None shows it when standard error is a terminal.
+    """
+
+    def __init__(self, total_steps: int, start_step: int, enabled_bar: bool | None = None) -> None:
+        self.total_steps = total_steps
+        self.enabled_bar = sys.stderr.isatty() if enabled_bar is None else enabled_bar
+        self._step = start_step
+        self._history: deque[tuple[float, int]] = deque([(time.monotonic(), start_step)])
+        self._record: dict[str, Any] | None = None
+        self._unprinted = False
+        self._last_printed_s = -float("inf")
+        self._bar: Any = None
+        self._bar_task: Any = None
+
+    def __enter__(self) -> Console:
+        if self.enabled_bar:
+            self._bar = _make_bar("{task.fields[values]}")
+            self._bar_task = self._bar.add_task("training", total=self.total_steps, completed=self._step, values="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        elif self._unprinted:
+            self._print_line()
+
+    def advance(self, global_step: int) -> None:
+        """Note that `global_step` steps are done; cheap enough for every step."""
+        self._step = global_step
+        if self._bar is not None:
+            self._bar.update(self._bar_task, completed=global_step)
+
+    def update(self, record: dict[str, Any]) -> None:
+        """Show a record of `metrics.jsonl`; an evaluation record gets a line of its own."""
+        self.advance(record["global_step"])
+        if "loss/total" not in record:
+            self.message(_format_evaluation(record))
+            return
+        now = time.monotonic()
+        self._history.append((now, self._step))
+        while len(self._history) > 2 and now - self._history[0][0] > _RATE_WINDOW_S:
+            self._history.popleft()
+        self._record = record
+        if self._bar is not None:
+            self._bar.update(self._bar_task, values=_format_values(record, short=True))
+        else:
+            self._unprinted = True
+            if now - self._last_printed_s >= _PLAIN_INTERVAL_S:
+                self._print_line()
+
+    def message(self, text: str) -> None:
+        """Print a line; a bar stays intact below it."""
+        if self._bar is not None:
+            # Not as markup: brackets in paths and error messages are text.
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def remaining_s(self) -> float | None:
+        """Seconds until `total_steps` at the pace of the last minute; None before there is a pace."""
+        (first_s, first_step), (last_s, last_step) = self._history[0], self._history[-1]
+        if last_step <= first_step or last_s <= first_s:
+            return None
+        return (self.total_steps - self._step) * (last_s - first_s) / (last_step - first_step)
+
+    def _print_line(self) -> None:
+        assert self._record is not None
+        width = len(str(self.total_steps))
+        parts = [f"step {self._record['global_step']:>{width}}/{self.total_steps}"]
+        parts.append(_format_values(self._record, short=False))
+        remaining_s = self.remaining_s()
+        if remaining_s is not None and self._step < self.total_steps:
+            parts.append(f"{format_duration(remaining_s)} left")
+        self.message("  ".join(parts))
+        self._last_printed_s = time.monotonic()
+        self._unprinted = False
+
+
+@contextmanager
+def progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
+    """Show the progress of a command; yields `advance(count)`.
+
+    A bar appears when the work takes longer than two seconds and standard error is a terminal. At the end one
+    line says how much was done, also when the work failed half-way.
+    """
+    bar: Any = None
+    task: Any = None
+    done, start_s = 0, time.monotonic()
+    on_terminal = sys.stderr.isatty()
+
+    def advance(count: int = 1) -> None:
+        nonlocal bar, task, done
+        done += count
+        if bar is None and on_terminal and time.monotonic() - start_s > _BAR_DELAY_S:
+            bar = _make_bar("", transient=True)
+            task = bar.add_task(label, total=total)
+            bar.start()
+        if bar is not None:
+            bar.update(task, completed=done)
+
+    try:
+        yield advance
+    finally:
+        if bar is not None:
+            bar.stop()
+        amount = str(done) if done == total else f"{done} of {total}"
+        elapsed = format_duration(time.monotonic() - start_s)
+        print(f"{label}: {amount} in {elapsed}", file=sys.stderr, flush=True)
+
+
+def format_duration(duration_s: float) -> str:
+    """A duration in the units that a person needs: 0.4 s, 42 s, 3 min 05 s, 2 h 07 min, 3 d 04 h."""
+    if duration_s < 10:
+        return f"{duration_s:.1f} s"
+    seconds = round(duration_s)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    minutes = round(duration_s / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(duration_s / 3600)
+    return f"{hours // 24} d {hours % 24:02d} h"
+
+
+def _make_bar(values: str, transient: bool = False) -> Any:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns: list[Any] = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
+    if values:
+        columns.append(TextColumn(values, markup=False))
+    columns.append(TimeRemainingColumn())
+    return Progress(
+        *columns, console=RichConsole(stderr=True), transient=transient, speed_estimate_period=_RATE_WINDOW_S
+    )
+
+
+def _format_values(record: dict[str, Any], short: bool) -> str:
+    names = {"loss/total": "loss {:.4g}"}
+    if not short:
+        names |= {"elbo": "elbo {:.4g}", "loss/kl_prior": "kl {:.4g}"}
+    names["speed/samples_per_s"] = "{:,.0f} samples/s"
+    return "  ".join(text.format(record[name]) for name, text in names.items() if record.get(name) is not None)
+
+
+def _format_evaluation(record: dict[str, Any]) -> str:
+    """One line with the totals; the terms of each modality are in the record."""
+    shown = {
+        name.removeprefix("eval/"): value
+        for name, value in record.items()
+        if name.startswith("eval/")
+        and isinstance(value, (int, float))
+        and not name.startswith(("eval/loss/reconstruction/", "eval/loss/kl_unimodal/"))
+    }
+    values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+    return f"step {record['global_step']} evaluation  {values}"

@@ -1,0 +1,190 @@
+"""`metrics.jsonl`: the record of a run, one JSON object per line.
+
+Every record has a `global_step`; a training record and an evaluation record may share it. Everything else that
+shows metrics (W&B, the report) is a copy of this file.
+
+What survives what:
+
+- a crash or SIGKILL of the process: every record whose `write` returned (the line was handed to the operating
+  system in one piece; nothing waits in a buffer of ours);
+- a power loss: every record before the last `sync`. Call `sync` before a checkpoint is committed, and no
+  record that a resumed run relies on can be missing: the newer ones are dropped and logged again anyway.
+
+The lines are strict JSON, which has no NaN and no infinities: such values are written as the strings "NaN",
+"Infinity" and "-Infinity", and `read_records` turns them back into floats.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jmvae_dist.errors import DataError
+from jmvae_dist.files import writing_atomic
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class MetricsLog:
+    """Appends records to `metrics.jsonl`; for the one process (rank 0) that writes the file.
+
+    Args:
+        path: The file; created with its parent directories when missing.
+        resume_step: Global step of the checkpoint that the run continues from. Records of later steps are
+            removed, because those steps run again, and so is a line torn by a crash; the rest stays byte for
+            byte. 0 means that the run starts over: the record is emptied. None means that the run is new.
+
+    Raises:
+        DataError: The file has records although the run is new, or a line other than the last is damaged.
+    """
+
+    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._last_step: int | None = None
+        if self.path.exists():
+            self._rewind(resume_step)
+        self._file_descriptor: int | None = os.open(
+            self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
+        )
+
+    def _rewind(self, resume_step: int | None) -> None:
+        if resume_step is None:
+            if next(_iterate(self.path), None) is not None:
+                raise DataError(
+                    f"{self.path}: holds the records of another run; choose a new output_dir or resume that run"
+                )
+            resume_step = 0
+        kept_bytes = 0
+        for line, record in _iterate(self.path):
+            if _is_kept(record, resume_step):
+                kept_bytes += len(line)
+                self._last_step = max(record["global_step"], self._last_step or 0)
+        if kept_bytes == self.path.stat().st_size:
+            return
+        with writing_atomic(self.path) as rewound:
+            for line, record in _iterate(self.path):
+                if _is_kept(record, resume_step):
+                    rewound.write(line)
+
+    @property
+    def last_step(self) -> int | None:
+        """The largest `global_step` on record, or None when there is none."""
+        return self._last_step
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append `record` as one line; when this returns, a crash of the process cannot lose it.
+
+        Args:
+            record: Names to numbers, strings, booleans or None (numpy scalars and one-element tensors are
+                converted), among them the integer `global_step`.
+
+        Raises:
+            OSError: The line could not be written (disk full, quota). What was written of it is removed.
+        """
+        assert isinstance(record.get("global_step"), int), f"a record needs an integer global_step: {record}"
+        assert self._file_descriptor is not None, "the record is closed"
+        plain = {name: _to_json_value(value) for name, value in record.items()}
+        line = json.dumps(plain, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        start = os.fstat(self._file_descriptor).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._file_descriptor, line[written:])
+        except OSError:
+            # Otherwise the next record would continue the torn line, and both would be unreadable.
+            os.ftruncate(self._file_descriptor, start)
+            raise
+        self._last_step = max(record["global_step"], self._last_step or 0)
+
+    def sync(self) -> None:
+        """Make all records durable against a power loss; call it before a checkpoint is committed."""
+        assert self._file_descriptor is not None, "the record is closed"
+        os.fsync(self._file_descriptor)
+
+    def close(self) -> None:
+        """Sync and close; further calls do nothing."""
+        if self._file_descriptor is not None:
+            self.sync()
+            os.close(self._file_descriptor)
+            self._file_descriptor = None
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """All records of a `metrics.jsonl`, in the order of the file; a torn last line is left out.
+
+    Raises:
+        DataError: The file cannot be read, or a line other than the last is damaged.
+    """
+    return list(iterate_records(path))
+
+
+def iterate_records(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield what `read_records` returns, one record at a time, for runs that are too long for a list."""
+    for _, record in _iterate(Path(path)):
+        yield record
+
+
+def parse_record(line: bytes) -> dict[str, Any]:
+    """The record on one line of `metrics.jsonl`.
+
+    Raises:
+        ValueError: The line is not a JSON object with an integer `global_step`.
+    """
+    record = json.loads(line, parse_constant=_refuse_constant)
+    step = record.get("global_step") if isinstance(record, dict) else None
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise ValueError("no integer global_step")
+    return {name: _from_json_value(value) for name, value in record.items()}
+
+
+def _iterate(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield (line with its newline, record); stop at a last line that is torn or damaged."""
+    try:
+        with open(path, "rb") as file:
+            failure: str | None = None
+            for number, line in enumerate(file, start=1):
+                if failure is not None:
+                    raise DataError(f"{failure}; restore the file or move it away")
+                try:
+                    if not line.endswith(b"\n"):
+                        raise ValueError("the line has no end")
+                    record = parse_record(line)
+                except (ValueError, RecursionError) as error:
+                    failure = f"{path}: line {number} is damaged ({error})"
+                    continue
+                yield line, record
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _is_kept(record: dict[str, Any], resume_step: int) -> bool:
+    return resume_step > 0 and record["global_step"] <= resume_step
+
+
+def _to_json_value(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if not isinstance(value, float):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _from_json_value(value: Any) -> Any:
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

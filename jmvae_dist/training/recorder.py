@@ -1,0 +1,128 @@
+"""Where rank 0 sends what a run says about itself: the record, W&B, and the screen."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from jmvae_dist.config_io import to_plain
+from jmvae_dist.errors import TrainingError
+from jmvae_dist.tracking.console import Console
+from jmvae_dist.tracking.jsonl import MetricsLog, read_records
+from jmvae_dist.tracking.wandb import WandbTracker
+from jmvae_dist.training.setup import ResolvedRun
+
+
+class Recorder:
+    """All sinks of a run on rank 0; on other ranks it holds none and every method returns at once.
+
+    Args:
+        run: The resolved run.
+        is_main: Whether this is rank 0.
+        resume_step: Global step that the run continues from; 0 starts over.
+        wandb_run_id: The run's identity at W&B from the checkpoint, if there is one.
+    """
+
+    def __init__(
+        self, run: ResolvedRun, *, is_main: bool, resume_step: int, wandb_run_id: str | None
+    ) -> None:
+        self._log: MetricsLog | None = None
+        if not is_main:
+            return
+        self._log = MetricsLog(run.output_dir / "metrics.jsonl", resume_step)
+        self._console = Console(run.total_steps, resume_step)
+        self._wandb = WandbTracker(
+            run.config.tracking.wandb,
+            run_dir=run.output_dir,
+            run_id=wandb_run_id,
+            config=to_plain(run.config),
+            resume_step=resume_step or None,
+            run_name=run.output_dir.resolve().name,
+        )
+        self._summary: dict[str, Any] = {}
+
+    def __enter__(self) -> Recorder:
+        if self._log is not None:
+            self._console.__enter__()
+            _BarHandler.console = self._console
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._log is not None:
+            _BarHandler.console = None
+            self._console.__exit__(kind, error, trace)
+            self._log.close()
+            self._wandb.finish(self._summary, exit_code=0 if kind is None else 1)
+
+    @property
+    def wandb_run_id(self) -> str | None:
+        """The run's identity at W&B, to be kept in checkpoints; None on other ranks, which write no manifest."""
+        return None if self._log is None else self._wandb.run_id
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Append one record to `metrics.jsonl` and show it everywhere else.
+
+        Raises:
+            TrainingError: The record cannot be written; training on without it would lose what it learned.
+        """
+        if self._log is not None:
+            try:
+                self._log.write(values)
+            except OSError as error:
+                raise TrainingError(f"{self._log.path}: cannot be written ({error.strerror})") from error
+            self._wandb.log(values)
+            self._console.update(values)
+            self._summary.update(values)
+
+    def advance(self, global_step: int) -> None:
+        """Move the progress bar."""
+        if self._log is not None:
+            self._console.advance(global_step)
+
+    def figures(self, global_step: int, paths: dict[str, Path]) -> None:
+        """Send pictures to W&B."""
+        if self._log is not None and paths:
+            self._wandb.log_figures(global_step, paths)
+
+    def sync(self) -> None:
+        """Make the record durable, before a checkpoint that relies on it is committed."""
+        if self._log is not None:
+            self._log.sync()
+
+    def recorded_evaluation(self, global_step: int) -> dict[str, Any] | None:
+        """The evaluation record at `global_step`, if an earlier attempt got as far as writing it."""
+        if self._log is None:
+            return None
+        for record in reversed(read_records(self._log.path)):
+            if record["global_step"] == global_step and "eval/elbo" in record:
+                return record
+        return None
+
+
+class _BarHandler(logging.Handler):
+    """Log lines above the progress bar instead of through it."""
+
+    console: Console | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if _BarHandler.console is not None:
+            _BarHandler.console.message(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def configure_logging(rank: int) -> None:
+    """Information from rank 0, warnings from every rank with its number."""
+    handler = _BarHandler()
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    package = logging.getLogger("jmvae_dist")
+    package.handlers = [handler]
+    package.propagate = False
+    package.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -1,0 +1,141 @@
+"""Real training runs: topologies see the same batches and noise, and resuming changes nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from tests.conftest import ROOT, Run, assert_same_tensors, launch_environment
+
+MakeRun = Callable[..., Run]
+# ReLU's kink can turn a difference in the last bit into a visible one; GELU has no kink.
+SMOOTH = ("--model.networks.activation", "gelu")
+FIFTY_STEPS = (*SMOOTH, "--training.steps", "50", "--training.log_every_steps", "1")
+
+
+def assert_losses_agree(first: Run, second: Run, tolerance: float, num_records: int) -> None:
+    """Every loss term of every record agrees, relative to its size."""
+    firsts, seconds = first.records(), second.records()
+    assert [record["global_step"] for record in firsts] == [record["global_step"] for record in seconds]
+    assert len(firsts) == num_records
+    for one, other in zip(firsts, seconds, strict=True):
+        for key in (key for key in one if key.startswith("loss/") or key in ("elbo", "grad_norm")):
+            assert other[key] == pytest.approx(one[key], rel=tolerance), (one["global_step"], key)
+
+
+def test_topologies_and_micro_batches_agree(make_run: MakeRun) -> None:
+    """1 process; 2; 3, with unequal shares of lanes; and gradient accumulation with uneven micro-batches."""
+    single = make_run("single", *FIFTY_STEPS)
+    single.train(1)
+    for name, num_processes, settings in (
+        ("two", 2, ()),
+        ("three", 3, ("--data.lanes", "32")),
+        ("accumulating", 2, ("--training.micro_batch_size", "7")),
+    ):
+        reference = single
+        if "--data.lanes" in settings:
+            reference = make_run("single_32_lanes", *FIFTY_STEPS, *settings)
+            reference.train(1)
+        other = make_run(name, *FIFTY_STEPS, *settings)
+        other.train(num_processes)
+        assert_losses_agree(reference, other, tolerance=1e-5, num_records=50)
+
+
+def test_accelerate_launch(make_run: MakeRun) -> None:
+    """The same losses through `accelerate launch`, with two real processes."""
+    through_torchrun, through_accelerate = make_run("torchrun", *FIFTY_STEPS), make_run("accelerate", *FIFTY_STEPS)
+    through_torchrun.train(2)
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", str(ROOT / "launch" / "accelerate" / "cpu.yaml"), "--num_processes", "2"),
+        *("-m", "jmvae_dist", "train", *through_accelerate.arguments()),
+    ]
+    subprocess.run(command, cwd=ROOT, env=launch_environment(), check=True, timeout=300)
+    assert '"world_size": 2' in (through_accelerate.output_dir / "environment.json").read_text()
+    assert_losses_agree(through_torchrun, through_accelerate, tolerance=0.0, num_records=50)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_resume_is_exact(make_run: MakeRun, num_processes: int) -> None:
+    """N steps straight equal k + (N - k) steps, bit for bit: weights, moments, metrics."""
+    settings = ("--training.steps", "40", "--training.log_every_steps", "3", "--checkpoint.every_steps", "17")
+    straight, resumed = make_run("straight", *settings), make_run("resumed", *settings)
+    straight.train(num_processes)
+    resumed.train(num_processes)
+    # Take the second run back to its first checkpoint, with the records of the later steps still in place.
+    for global_step in (34, 40):
+        subprocess.run(["rm", "-r", resumed.checkpoint(global_step)], check=True)
+    output = resumed.train(num_processes)
+    assert "resumed from the checkpoint at step 17 of 40" in output
+    assert_same_tensors(straight.tensors(40), resumed.tensors(40))
+    assert resumed.records() == straight.records()
+
+
+def test_one_process_resumes_what_two_wrote(make_run: MakeRun) -> None:
+    """Order and noise stay the same; only the order of summation over ranks differs."""
+    settings = (*SMOOTH, "--training.steps", "50", "--training.log_every_steps", "1")
+    checkpoints = ("--checkpoint.every_steps", "20")
+    straight, moved = make_run("straight", *settings, *checkpoints), make_run("moved", *settings, *checkpoints)
+    straight.train(2)
+    moved.train(2)
+    for global_step in (40, 50):
+        subprocess.run(["rm", "-r", moved.checkpoint(global_step)], check=True)
+    assert "resumed from the checkpoint at step 20" in moved.train(1)
+    assert_losses_agree(straight, moved, tolerance=1e-5, num_records=50)
+
+
+def test_workers_change_nothing(make_run: MakeRun) -> None:
+    settings = ("--training.steps", "30", "--training.log_every_steps", "1")
+    without, with_workers = make_run("without", *settings), make_run("with", *settings, "--data.workers", "2")
+    without.train(1)
+    with_workers.train(1)
+    assert without.records() == with_workers.records()
+    assert_same_tensors(without.tensors(30), with_workers.tensors(30))
+
+
+def test_bf16_trains_and_keeps_float32_state(make_run: MakeRun) -> None:
+    settings = ("--training.steps", "60", "--training.log_every_steps", "1")
+    full, half = make_run("fp32", *settings), make_run("bf16", *settings, "--training.precision", "bf16")
+    full.train(1)
+    half.train(2)
+    losses = [(one["loss/total"], other["loss/total"]) for one, other in zip(full.records(), half.records())]
+    assert losses[0][1] == pytest.approx(losses[0][0], rel=1e-2)
+    assert losses[0][1] != losses[0][0]  # otherwise autocast would not be active
+    assert losses[-1][1] == pytest.approx(losses[-1][0], rel=5e-2)
+    assert {str(tensor.dtype) for tensor in half.tensors(60).values()} == {"torch.float32"}
+
+
+def test_complete_run_says_so(make_run: MakeRun) -> None:
+    run = make_run("run", "--training.steps", "5")
+    run.train(2)
+    before = {path: path.stat().st_mtime_ns for path in run.output_dir.rglob("*") if path.name != ".lock"}
+    assert "is complete" in run.train(2)
+    after = {path: path.stat().st_mtime_ns for path in run.output_dir.rglob("*") if path.name != ".lock"}
+    assert {path for path in before if before[path] != after.get(path)} == set()
+
+
+def test_changed_order_is_refused_then_accepted(make_run: MakeRun) -> None:
+    run = make_run("run", "--checkpoint.every_steps", "10")
+    run.train(1, "--training.steps", "10")
+    output = run.train(1, "--training.steps", "20", "--training.seed", "1", expect=2)
+    assert "training.seed was 0, is now 1" in output
+    accepted = run.train(
+        *(1, "--training.steps", "20", "--training.seed", "1", "--data.allow_order_change", "true")
+    )
+    assert "accepted by data.allow_order_change" in accepted
+
+
+def test_second_run_in_the_same_directory_is_refused(make_run: MakeRun) -> None:
+    run = make_run("run", "--training.steps", "100000")
+    first = run.start(1)
+    try:
+        assert first.stdout is not None
+        while "step " not in first.stdout.readline():
+            assert first.poll() is None
+        assert "is training in it" in run.train(1, expect=1)
+    finally:
+        first.kill()
+        first.communicate()

@@ -1,0 +1,164 @@
+"""Sudden death and requests to stop: whatever happens, the same command ends with the same weights."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Run, assert_same_tensors
+
+MakeRun = Callable[..., Run]
+STEPS = 300
+# Frequent checkpoints, so that kills fall into the middle of some.
+SETTINGS = (
+    *("--training.steps", str(STEPS), "--training.log_every_steps", "7"),
+    *("--checkpoint.every_steps", "9", "--checkpoint.keep_every_steps", "100"),
+)
+
+
+def last_step(run: Run) -> int:
+    """The last global step on record; 0 before the first."""
+    path = run.output_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return max((int(line.split('"global_step":')[1].split(",")[0]) for line in lines if "}" in line), default=0)
+
+
+def kill_all_at(run: Run, num_processes: int, step: int, delay_s: float) -> None:
+    """Start the run and SIGKILL every process of it `delay_s` after it has recorded `step`."""
+    process = run.start(num_processes)
+    try:
+        deadline = time.monotonic() + 120
+        while last_step(run) < step:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "the run makes no progress"
+            time.sleep(0.002)
+        time.sleep(delay_s)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    wait_until_gone(run)
+
+
+def wait_until_gone(run: Run) -> None:
+    """torchrun puts ranks into sessions of their own: kill what still works in the run directory."""
+    pattern = str(run.output_dir)
+    while True:
+        found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout.split()
+        if not found:
+            return
+        for pid in found:
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_kill_at_random_moments(make_run: MakeRun, num_processes: int) -> None:
+    """Three kills at moments drawn anew in every test run; the seed is printed on failure."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    generator = random.Random(seed)
+    straight, killed = make_run("straight", *SETTINGS), make_run("killed", *SETTINGS)
+    straight.train(num_processes)
+    for step in sorted(generator.sample(range(1, STEPS - 30), 3)):
+        kill_all_at(killed, num_processes, step, delay_s=generator.uniform(0, 0.05))
+    killed.train(num_processes)
+    assert_same_tensors(straight.tensors(STEPS), killed.tensors(STEPS))
+    assert killed.records() == straight.records()
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_stop_signal_writes_a_checkpoint(make_run: MakeRun, num_processes: int, number: signal.Signals) -> None:
+    settings = ("--training.steps", "2000", "--training.log_every_steps", "10")
+    if num_processes == 2 and number == signal.SIGINT:
+        pytest.skip("a background job of a shell without job control ignores SIGINT by POSIX")
+    run = make_run("run", *settings)
+    process = run.start(num_processes)
+    while last_step(run) < 10:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "stopped on request after step" in output
+    steps = [path.name for path in (run.output_dir / "checkpoints").glob("step-*")]
+    assert len(steps) == 1
+    assert f"resumed from the checkpoint at step {int(steps[0][5:])} of" in resume_briefly(run, num_processes)
+
+
+def resume_briefly(run: Run, num_processes: int) -> str:
+    """Resume, and stop again once it has said from where."""
+    process = run.start(num_processes)
+    assert process.stdout is not None
+    output = ""
+    while "resumed from" not in output and process.poll() is None:
+        output += process.stdout.readline()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    wait_until_gone(run)
+    return output
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "flipped bit in the weights": lambda path: flip_bit(path / "rank-00000.safetensors", -100),
+    "flipped bit in a header": lambda path: flip_bit(path / "rank-00001.safetensors", 20),
+    "flipped bit in the manifest": lambda path: flip_bit(path / "manifest.json", -300),
+    "truncated file": lambda path: truncate(path / "rank-00001.safetensors"),
+    "truncated manifest": lambda path: truncate(path / "manifest.json"),
+    "missing file": lambda path: (path / "rank-00000.safetensors").unlink(),
+    "empty manifest": lambda path: (path / "manifest.json").write_text(""),
+}
+
+
+def flip_bit(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def test_damaged_checkpoints_are_passed_over(make_run: MakeRun, tmp_path: Path) -> None:
+    """Every kind of damage to the newest checkpoint: said loudly, and the one before is used."""
+    settings = ("--training.steps", "20", "--checkpoint.every_steps", "10", "--training.log_every_steps", "1")
+    original = make_run("original", *settings)
+    original.train(2)
+    for number, (name, damage) in enumerate(DAMAGES.items()):
+        run = make_run(f"damaged_{number}", *settings)
+        subprocess.run(["cp", "-r", original.output_dir, run.output_dir], check=True)
+        damage(run.checkpoint(20))
+        verify = subprocess.run(
+            [*run.command(1)[:3], "checkpoint", "verify", str(run.output_dir)], capture_output=True, text=True
+        )
+        assert verify.returncode == 1, name
+        assert "1 of 2 checkpoints are intact" in verify.stdout, name
+        output = run.train(1)
+        assert "DAMAGED CHECKPOINT" in output, name
+        assert "resumed from the checkpoint at step 10" in output, name
+        assert_same_checkpoint_metrics(original, run)
+
+
+def assert_same_checkpoint_metrics(original: Run, run: Run) -> None:
+    """The record continues after step 10 without a gap or a duplicate."""
+    steps = [record["global_step"] for record in run.records()]
+    assert steps == [record["global_step"] for record in original.records()] == list(range(1, 21))
+
+
+def test_no_intact_checkpoint_is_an_error(make_run: MakeRun) -> None:
+    run = make_run("run", "--training.steps", "10")
+    run.train(1)
+    truncate(run.checkpoint(10) / "rank-00000.safetensors")
+    output = run.train(2, expect=1)
+    assert "none of the 1 checkpoints is intact" in output

@@ -1,0 +1,207 @@
+"""Loaders: the same batches whatever the topology and the number of workers, clean ends, clear errors."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from data_examples import npy_bytes
+
+from jmvae_dist.data.loader import Batch, EvaluationLoader, TrainLoader
+from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.data.plan import SamplePlan
+from jmvae_dist.errors import ConfigError, DataError
+
+MakeManifest = Callable[..., Manifest]
+
+
+@pytest.fixture(autouse=True)
+def no_process_left_behind() -> Iterator[None]:
+    yield
+    deadline_s = time.monotonic() + 10
+    while multiprocessing.active_children() and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert not multiprocessing.active_children()
+
+
+def train_loader(manifest: Manifest, rank: int = 0, world_size: int = 1, workers: int = 0) -> TrainLoader:
+    plan = SamplePlan(manifest.shard_sizes, 12, 4, 8, seed=5)
+    return TrainLoader(manifest, plan, rank=rank, world_size=world_size, workers=workers)
+
+
+def numbers_of(batch: Batch) -> list[int]:
+    """Which samples of `example_source` a batch holds, told from the images and confirmed by the labels."""
+    numbers = (batch.inputs["image"][:, 0, 0] / 100).to(torch.int64)
+    assert torch.equal(batch.inputs["label"].argmax(dim=1), numbers % 12)
+    return numbers.tolist()
+
+
+def same(left: Batch, right: Batch) -> bool:
+    return (
+        left.global_step == right.global_step
+        and torch.equal(left.rows, right.rows)
+        and left.inputs.keys() == right.inputs.keys()
+        and all(torch.equal(values, right.inputs[name]) for name, values in left.inputs.items())
+    )
+
+
+def test_batches_follow_the_plan(example_manifest: MakeManifest) -> None:
+    manifest = example_manifest(47)
+    seen: Counter[int] = Counter()
+    for step, batch in enumerate(train_loader(manifest).iterate(0, 47)):
+        assert batch.global_step == step
+        assert batch.rows.tolist() == list(range(12))
+        assert batch.inputs["image"].shape == (12, 2, 3)
+        assert batch.inputs["label"].shape == (12, 12)
+        assert batch.inputs["image"].dtype == batch.inputs["label"].dtype == torch.float32
+        seen.update(numbers_of(batch))
+    assert seen == Counter(dict.fromkeys(range(47), 12))  # 47 steps of 12 are 12 epochs of 47
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_do_not_change_the_batches(example_manifest: MakeManifest, workers: int) -> None:
+    manifest = example_manifest(47)
+    alone = list(train_loader(manifest).iterate(3, 20))
+    shared = list(train_loader(manifest, workers=workers).iterate(3, 20))
+    assert len(alone) == len(shared) == 17
+    assert all(same(left, right) for left, right in zip(alone, shared, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ranks_share_the_global_batch(example_manifest: MakeManifest, world_size: int) -> None:
+    manifest = example_manifest(47)
+    whole = list(train_loader(manifest).iterate(0, 10))
+    shares = [list(train_loader(manifest, rank, world_size).iterate(0, 10)) for rank in range(world_size)]
+    for step in range(10):
+        rows = torch.cat([share[step].rows for share in shares])
+        assert rows.tolist() == list(range(12))
+        for name, values in whole[step].inputs.items():
+            assert torch.equal(torch.cat([share[step].inputs[name] for share in shares]), values)
+
+
+def test_starting_in_the_middle(example_manifest: MakeManifest) -> None:
+    manifest = example_manifest(47)
+    whole = list(train_loader(manifest).iterate(0, 12))
+    assert all(same(*pair) for pair in zip(whole[7:], train_loader(manifest).iterate(7, 12), strict=True))
+    assert list(train_loader(manifest, workers=1).iterate(5, 5)) == []
+
+
+def test_modalities_are_selected_in_the_given_order(example_manifest: MakeManifest) -> None:
+    manifest = example_manifest()
+    plan = SamplePlan(manifest.shard_sizes, 12, 4, 8, seed=5)
+    loader = TrainLoader(manifest, plan, rank=0, world_size=1, modalities=["label"])
+    assert list(next(loader.iterate(0, 1)).inputs) == ["label"]
+    with pytest.raises(ConfigError, match="no modality 'labels'"):
+        TrainLoader(manifest, plan, rank=0, world_size=1, modalities=["labels"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_closing_early_ends_the_workers(example_manifest: MakeManifest, workers: int) -> None:
+    loader = train_loader(example_manifest(), workers=workers)
+    open_files = []
+    for _ in range(4):
+        batches = loader.iterate(0, 10**6)
+        next(batches)
+        assert len(multiprocessing.active_children()) == workers
+        batches.close()
+        assert not multiprocessing.active_children()
+        del batches
+        gc.collect()  # torch's queues refer to each other
+        open_files.append(len(os.listdir("/proc/self/fd")))
+    assert open_files[-1] <= open_files[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_stops_with_its_own_message(foreign_manifest: MakeManifest, workers: int) -> None:
+    modality = Modality("x", "float32", (2,))
+    samples = [{"x.npy": npy_bytes(torch.ones(2).numpy() * number)} for number in range(8)]
+    samples[5] = {"x.npy": npy_bytes(torch.tensor([1.0, float("nan")]).numpy())}
+    manifest = foreign_manifest([modality], samples)
+    plan = SamplePlan(manifest.shard_sizes, 2, 1, 1, seed=0)
+    loader = TrainLoader(manifest, plan, rank=0, world_size=1, workers=workers)
+    batches = loader.iterate(0, 4)
+    assert [next(batches).global_step for _ in range(2)] == [0, 1]
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    assert str(caught.value) == (
+        f"{manifest.shard_path(0)}: sample 5 (key 'foreign-005'), modality 'x': value is not finite (NaN or infinite)"
+    )
+
+
+def test_workers_survive_the_signals_of_a_scheduler(example_manifest: MakeManifest) -> None:
+    batches = train_loader(example_manifest(), workers=2).iterate(0, 60)
+    received = [next(batches)]
+    for process in multiprocessing.active_children():
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
+            assert process.pid is not None
+            os.kill(process.pid, number)
+    received += batches
+    assert [batch.global_step for batch in received] == list(range(60))
+
+
+def test_a_killed_worker_is_reported(example_manifest: MakeManifest) -> None:
+    batches = train_loader(example_manifest(), workers=2).iterate(0, 10**6)
+    next(batches)
+    victim = multiprocessing.active_children()[0]
+    assert victim.pid is not None
+    os.kill(victim.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"data worker process died .* lower data\.workers"):
+        for _ in batches:
+            pass
+
+
+def test_impossible_settings(example_manifest: MakeManifest) -> None:
+    manifest = example_manifest()
+    with pytest.raises(ConfigError, match="5 ranks but only 4 lanes"):
+        train_loader(manifest, rank=0, world_size=5)
+    with pytest.raises(ConfigError, match=r"data\.workers must be at least 0"):
+        train_loader(manifest, workers=-1)
+    with pytest.raises(ConfigError, match="batch size"):
+        EvaluationLoader(manifest, rank=0, world_size=1, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "world_size", "batch_size", "workers"),
+    [(47, 1, 10, 0), (47, 3, 10, 2), (47, 5, 1, 0), (3, 5, 4, 0), (1, 2, 4, 1), (20, 2, 100, 0)],
+)
+def test_evaluation_reads_every_sample_once(
+    example_manifest: MakeManifest, num_samples: int, world_size: int, batch_size: int, workers: int
+) -> None:
+    manifest = example_manifest(num_samples)
+    rows: list[int] = []
+    numbers: list[int] = []
+    for rank in range(world_size):
+        loader = EvaluationLoader(manifest, rank=rank, world_size=world_size, batch_size=batch_size, workers=workers)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        assert all(1 <= len(batch) <= batch_size for batch in batches)
+        assert [batch.global_step for batch in batches] == list(range(len(batches)))
+        for batch in batches:
+            rows += batch.rows.tolist()
+            numbers += numbers_of(batch)
+    assert rows == list(range(num_samples))
+    assert Counter(numbers) == Counter(range(num_samples))
+
+
+def test_evaluation_can_be_repeated(example_manifest: MakeManifest) -> None:
+    loader = EvaluationLoader(example_manifest(20), rank=0, world_size=1, batch_size=7)
+    assert all(same(*pair) for pair in zip(loader, loader, strict=True))
+
+
+def test_reading_goes_on_while_the_folder_is_replaced(example_manifest: MakeManifest, tmp_path: Path) -> None:
+    """The writer moves folders and never writes into them, so an open shard keeps its content."""
+    manifest = example_manifest(10)
+    expected = list(train_loader(manifest).iterate(0, 4))
+    batches = train_loader(manifest).iterate(0, 4)
+    received = [next(batches)]
+    (tmp_path / "shards").rename(tmp_path / "old")
+    received += batches
+    assert all(same(*pair) for pair in zip(expected, received, strict=True))

@@ -1,0 +1,160 @@
+"""Manifests: round trip, strictness, and what the fingerprint depends on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard
+from jmvae_dist.errors import ConfigError, DataError
+
+GOLDEN_FINGERPRINT = "55238bdcd5b38c99a8dfee5eeeab2b9f62f46e3c5604b45c8d6af52ceb22b34a"
+MODALITIES = (
+    Modality("image", "uint8", (1, 2), offset=[[1.0, 2.0]], scale=0.5),
+    Modality.classes("label", 10),
+)
+
+
+def example(urls: tuple[str, ...] = ("a.tar", "b.tar"), modalities: tuple[Modality, ...] = MODALITIES) -> Manifest:
+    shards = [
+        Shard(url, 3 + number, 2048, f"{number:064x}", IndexFile(f"{url}.index", 96, "f" * 64))
+        for number, url in enumerate(urls)
+    ]
+    return Manifest.create(modalities, shards, {"name": "example"})
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    example().save(path)
+    loaded = Manifest.load(path)
+    assert loaded.to_json() == example().to_json()
+    assert loaded.modalities == MODALITIES
+    assert loaded.shard_sizes == (3, 4)
+    assert (loaded.num_samples, loaded.num_bytes) == (7, 4096)
+    assert loaded.shard_path(1) == tmp_path / "b.tar"
+    assert loaded.index_path(1) == tmp_path / "b.tar.index"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_fingerprint_depends_on_content_and_order_only() -> None:
+    base = example().fingerprint
+    assert example(("elsewhere/a.tar", "file:///b.tar")).fingerprint == base
+    assert example(modalities=MODALITIES[::-1]).fingerprint != base
+    assert example(modalities=MODALITIES[:1]).fingerprint != base
+    shards = example().shards
+    assert Manifest.create(MODALITIES, shards[::-1], {}).fingerprint != base
+    assert Manifest.create(MODALITIES, shards, {"another": "source"}).fingerprint == base
+
+
+def test_fingerprint_never_changes() -> None:
+    assert example().fingerprint == GOLDEN_FINGERPRINT
+
+
+def test_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no manifest at .*nowhere/manifest\.json.*shards write SOURCE --out"):
+        Manifest.load(tmp_path / "nowhere" / "manifest.json")
+
+
+def changed(*keys: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(record: Any) -> None:
+        for key in keys[:-1]:
+            record = record[key]
+        record[keys[-1]] = value
+
+    return change
+
+
+def removed(*keys: str | int) -> Callable[[dict[str, Any]], None]:
+    def change(record: Any) -> None:
+        for key in keys[:-1]:
+            record = record[key]
+        del record[keys[-1]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed("format_version", value=2), "format_version: 2 is not supported"),
+        (removed("fingerprint"), "fingerprint: is missing"),
+        (changed("fingerprint", value="0" * 64), "fingerprint: does not match"),
+        (changed("num_samples", value=8), "num_samples: says 8, but the shards add up to 7"),
+        (changed("num_samples", value=True), "num_samples: True must be an integer"),
+        (changed("num_bytes", value=4096.0), "num_bytes: 4096.0 must be an integer"),
+        (changed("modalities", value=[]), "modalities: must be a list with at least one"),
+        (changed("modalities", 0, "dtype", value="object"), r"modalities\[0\]: dtype 'object'"),
+        (changed("modalities", 0, "encoding", value="pickle"), r"modalities\[0\]: encoding 'pickle'"),
+        (changed("modalities", 0, "shape", value=[-1, 2]), r"modalities\[0\]: shape"),
+        (changed("modalities", 0, "shape", value=[2**31, 2]), r"modalities\[0\]: shape .* more than"),
+        (changed("modalities", 0, "scale", value=0), r"modalities\[0\]: scale must not be 0"),
+        (changed("modalities", 0, "offset", value=[1.0, 2.0]), r"modalities\[0\]: offset must be"),
+        (changed("modalities", 0, "name", value="../x"), r"modalities\[0\]: name"),
+        (changed("modalities", 0, "decoder", value="eval"), r"modalities\[0\]\.decoder: is not a known key"),
+        (changed("modalities", 1, "num_classes", value=11), r"modalities\[1\]: encoding 'cls' needs"),
+        (changed("modalities", 1, "num_classes", value=None), r"modalities\[1\]: encoding 'cls' needs"),
+        (changed("modalities", 1, "name", value="IMAGE"), "modalities: two modalities have the same name"),
+        (changed("shards", 1, "url", value="a.tar"), "shards: 'a.tar' is listed twice"),
+        (changed("shards", 1, "url", value="pipe:rm -rf /"), r"shards\[1\]\.url: scheme 'pipe'"),
+        (changed("shards", 1, "url", value="https://host/b.tar"), r"shards\[1\]\.url: scheme 'https'"),
+        (changed("shards", 1, "url", value="file://host/b.tar"), r"shards\[1\]\.url: .* must have the form"),
+        (changed("shards", 1, "url", value="a\0b"), r"shards\[1\]\.url: .* printable"),
+        (changed("shards", 1, "sha256", value="zz"), r"shards\[1\]\.sha256: must be a sha256"),
+        (changed("shards", 1, "num_samples", value=0), r"shards\[1\]\.num_samples: 0 must be"),
+        (removed("shards", 1, "index", "url"), r"shards\[1\]\.index\.url: is missing"),
+        (changed("source", value="text"), "source: must be an object"),
+    ],
+)
+def test_malformed_manifests_name_file_and_key(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    record = example().to_json()
+    change(record)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(DataError, match=message) as caught:
+        Manifest.load(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe", b'{"a": NaN}', b'{"a": 1, "a": 2}', b"[" * 100_000, b"1" * 10_000, b"[]"]
+)
+def test_anything_but_a_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"manifest\.json: "):
+        Manifest.load(path)
+
+
+def test_file_urls(tmp_path: Path) -> None:
+    assert str(example(("file:///data/a%20b.tar",)).shard_path(0)) == "/data/a b.tar"
+    assert str(example(("/data/a.tar",)).shard_path(0)) == "/data/a.tar"
+
+
+def test_select_modalities() -> None:
+    assert [modality.name for modality in example().select(["label", "image"])] == ["label", "image"]
+    assert example().select() == MODALITIES
+    with pytest.raises(ConfigError, match=r"no modality 'lable'; it has image, label"):
+        example().select(["lable"])
+    with pytest.raises(ConfigError, match="once"):
+        example().select(["label", "label"])
+
+
+def test_transform_and_one_hot() -> None:
+    image, label = MODALITIES
+    values = image.to_model(np.array([[[1, 4]], [[255, 0]]], dtype=np.uint8))
+    assert values.dtype == np.float32
+    assert values.tolist() == [[[0.0, 1.0]], [[127.0, -1.0]]]
+    assert label.to_model(np.array([3, 0])).tolist() == [np.eye(10)[3].tolist(), np.eye(10)[0].tolist()]
+
+
+def test_large_stored_values_are_centred_in_double_precision() -> None:
+    """In float32, 2**30 + 1 and 2**30 are the same number."""
+    modality = Modality("counter", "int64", (1,), offset=float(2**30))
+    assert modality.to_model(np.array([[2**30 + 1]])).tolist() == [[1.0]]

@@ -1,0 +1,162 @@
+"""Figures: what they show, that they touch nothing global, and that files appear whole."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from jmvae_dist.config import JMVAEConfig, NetworksConfig
+from jmvae_dist.errors import ConfigError
+from jmvae_dist.evaluation.figures import (
+    cross_modal_figure,
+    prior_samples_figure,
+    reconstruction_figure,
+    save_png,
+)
+from jmvae_dist.model import JMVAE
+
+SHAPES = {"grey": (1, 5, 6), "plain": (5, 6), "color": (3, 4, 4), "label": (10,), "words": (4, 7), "sound": (30,)}
+DISTRIBUTIONS = {
+    "grey": "bernoulli",
+    "plain": "normal",
+    "color": "laplace",
+    "label": "categorical",
+    "words": "categorical",
+    "sound": "normal",
+}
+
+
+@pytest.fixture
+def model() -> JMVAE:
+    torch.manual_seed(0)
+    config = JMVAEConfig(6, 3, dict(SHAPES), decoders_dist=DISTRIBUTIONS)
+    return JMVAE(config, networks=NetworksConfig([8], [8], [8])).eval()
+
+
+@pytest.fixture
+def inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    data = {name: torch.randn(5, *shape, generator=generator) for name, shape in SHAPES.items()}
+    data["grey"] = (data["grey"] > 0).float()
+    for name in ("label", "words"):
+        data[name] = torch.nn.functional.one_hot(data[name].argmax(-1), SHAPES[name][-1]).float()
+    return data
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.texts]
+
+
+def images(figure: Figure) -> list[np.ndarray]:
+    return [image.get_array() for axes in figure.axes for image in axes.get_images()]
+
+
+def test_reconstruction(model: JMVAE, inputs: dict[str, Tensor]) -> None:
+    figure = reconstruction_figure(model, inputs, max_samples=4)
+    assert len(figure.axes) == 6 * 2 * 4
+    labels = texts(figure)
+    assert labels[0] == "Reconstruction from all modalities"
+    assert all(labels.count(name) == 2 for name in SHAPES)
+    shown = images(figure)
+    np.testing.assert_array_equal(shown[2], inputs["grey"][2, 0].numpy())
+    latent = model.encode(inputs, return_mean=True, flatten=True)
+    expected = torch.sigmoid(model.decode(latent, "grey")["grey"])[2, 0].numpy()
+    np.testing.assert_allclose(shown[4 + 2], expected, rtol=1e-5)
+
+
+def test_categorical_cells_name_the_class(model: JMVAE, inputs: dict[str, Tensor]) -> None:
+    figure = cross_modal_figure(model, {"label": inputs["label"]}, "label")
+    first_row = [axes.texts[0].get_text() for axes in figure.axes[:5]]
+    assert first_row == [str(int(index)) for index in inputs["label"].argmax(-1)]
+
+
+@pytest.mark.parametrize("given", ["label", ["sound", "grey"]])
+def test_cross_modal(model: JMVAE, inputs: dict[str, Tensor], given: str | list[str]) -> None:
+    names = [given] if isinstance(given, str) else given
+    figure = cross_modal_figure(model, inputs, given, num_draws=2)
+    generated = [name for name in SHAPES if name not in names]
+    counts = {name: 2 if DISTRIBUTIONS[name] == "categorical" else 4 for name in generated}
+    assert len(figure.axes) == 5 * (len(names) + sum(counts.values()))
+    labels = texts(figure)
+    assert all(labels.count(name) == counts.get(name, 1) for name in SHAPES)
+    only_given = cross_modal_figure(model, {name: inputs[name] for name in names}, given, num_draws=2)
+    assert len(only_given.axes) == len(figure.axes) - 5 * len(generated)
+
+
+def test_draws_differ_and_are_reproducible(model: JMVAE, inputs: dict[str, Tensor]) -> None:
+    first, again = (
+        images(cross_modal_figure(model, inputs, "label", max_samples=2, num_draws=1, seed=3)) for _ in range(2)
+    )
+    other = images(cross_modal_figure(model, inputs, "label", max_samples=2, num_draws=1, seed=4))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_prior_samples(model: JMVAE) -> None:
+    figure = prior_samples_figure(model, num_samples=3, num_lines=2)
+    assert len(figure.axes) == 3 * 2 * 6
+    pictures = images(figure)
+    assert not np.array_equal(pictures[0], pictures[1])
+
+
+def test_mode_of_the_model_and_random_state_are_left_alone(model: JMVAE, inputs: dict[str, Tensor]) -> None:
+    model.train()
+    state = torch.get_rng_state()
+    reconstruction_figure(model, inputs, max_samples=1)
+    cross_modal_figure(model, inputs, "label", max_samples=1)
+    prior_samples_figure(model, num_samples=1, num_lines=1)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_errors(model: JMVAE, inputs: dict[str, Tensor]) -> None:
+    with pytest.raises(ConfigError, match="all modalities"):
+        cross_modal_figure(model, inputs, list(SHAPES))
+    with pytest.raises(ConfigError, match="lable"):
+        cross_modal_figure(model, inputs, "lable")
+    with pytest.raises(ConfigError, match="no sample"):
+        reconstruction_figure(model, {name: x[:0] for name, x in inputs.items()})
+
+
+def test_png_is_complete_and_deterministic(model: JMVAE, inputs: dict[str, Tensor], tmp_path: Path) -> None:
+    paths = [tmp_path / "figures" / name for name in ("a.png", "b.png")]
+    for path in paths:
+        save_png(reconstruction_figure(model, inputs, max_samples=2), path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    from matplotlib.image import imread
+
+    assert imread(paths[0]).ndim == 3
+    assert sorted(path.name for path in paths[0].parent.iterdir()) == ["a.png", "b.png"]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    class Broken(Figure):
+        def savefig(self, *args: object, **kwargs: object) -> None:
+            args[0].write(b"half a picture")  # type: ignore[attr-defined]
+            raise OSError("disk full")
+
+    path = tmp_path / "figure.png"
+    save_png(Figure(), path)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="disk full"):
+        save_png(Broken(), path)
+    assert path.read_bytes() == before
+    assert [item.name for item in tmp_path.iterdir()] == ["figure.png"]
+
+
+def test_imports_are_light_and_nothing_global_is_used() -> None:
+    code = (
+        "import sys, jmvae_dist.evaluation, jmvae_dist.evaluation.figures as figures\n"
+        "assert not {'matplotlib', 'sklearn', 'wandb', 'deepspeed'} & set(sys.modules), 'heavy import'\n"
+        "import torch; from jmvae_dist.config import JMVAEConfig; from jmvae_dist.model import JMVAE\n"
+        "figures.prior_samples_figure(JMVAE(JMVAEConfig(2, 2, {'a': (4, 4), 'b': (3,)})))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules, 'pyplot'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])

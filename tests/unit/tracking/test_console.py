@@ -1,0 +1,107 @@
+"""Lines and bars, as a log file and as a terminal sees them."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from jmvae_dist.tracking.console import Console, format_duration, progress
+
+
+def record(step: int) -> dict[str, float]:
+    values = {"loss/total": 123.456, "elbo": -120.0, "loss/kl_prior": 4.5, "speed/samples_per_s": 12345.0}
+    return {"global_step": step, **values}
+
+
+def test_log_file_gets_the_first_and_the_last_record(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console(total_steps=1000, start_step=0) as console:
+        for step in range(1, 501):
+            console.advance(step)
+            console.update(record(step))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("step    1/1000  loss 123.5  elbo -120  kl 4.5  12,345 samples/s")
+    assert lines[1].startswith("step  500/1000")
+    assert lines[1].endswith("left")
+
+
+def test_lines_come_at_intervals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("jmvae_dist.tracking.console.time.monotonic", lambda: now[0])
+    with Console(total_steps=100, start_step=50) as console:
+        for step in range(51, 91):
+            now[0] += 1.0
+            console.update(record(step))
+        assert console.remaining_s() == pytest.approx(10.0)
+    steps = [int(line.split()[1].split("/")[0]) for line in capsys.readouterr().err.splitlines()]
+    assert steps == [51, 61, 71, 81, 90]
+
+
+def test_evaluation_and_messages(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console(total_steps=10, start_step=0) as console:
+        values = {"eval/elbo": -10.0, "eval/loss/reconstruction/image": 5.0}
+        console.update({"global_step": 5, **values})
+        console.message("[bold]text[/bold]")
+    assert capsys.readouterr().err.splitlines() == ["step 5 evaluation  elbo -10", "[bold]text[/bold]"]
+
+
+def test_terminal_gets_a_bar_and_whole_messages() -> None:
+    code = """
+from jmvae_dist.tracking.console import Console
+with Console(total_steps=40, start_step=10) as console:
+    console.update({"global_step": 20, "loss/total": 1.5, "speed/samples_per_s": 100.0})
+    console.message("checkpoint [x] written")
+    console.advance(40)
+"""
+    controller, terminal = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": os.getcwd()}
+    subprocess.run([sys.executable, "-c", code], stderr=terminal, env=environment, check=True)
+    os.close(terminal)
+    output = b""
+    try:
+        while data := os.read(controller, 65536):
+            output += data
+    except OSError:
+        pass
+    os.close(controller)
+    text = output.decode()
+    assert "40/40" in text
+    assert "loss 1.5" in text
+    assert "100 samples/s" in text
+    assert "checkpoint [x] written" in text
+
+
+def test_progress_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(30, "evaluating") as advance:
+        advance(10)
+        advance(20)
+    assert capsys.readouterr().err.startswith("evaluating: 30 in ")
+
+    def fail() -> None:
+        with progress(30, "evaluating") as advance:
+            advance(10)
+            raise ValueError("half-way")
+
+    with pytest.raises(ValueError, match="half-way"):
+        fail()
+    assert capsys.readouterr().err.startswith("evaluating: 10 of 30 in ")
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "text"),
+    [
+        (0.44, "0.4 s"),
+        (42, "42 s"),
+        (59.7, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (7620, "2 h 07 min"),
+        (3599.9, "1 h 00 min"),
+        (273_600, "3 d 04 h"),
+    ],
+)
+def test_durations(duration_s: float, text: str) -> None:
+    assert format_duration(duration_s) == text

@@ -1,0 +1,195 @@
+"""The report: true, bounded, self-contained, and safe with whatever the files say."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jmvae_dist.commands.report import main
+from jmvae_dist.errors import ConfigError
+from jmvae_dist.tracking.jsonl import MetricsLog
+from jmvae_dist.tracking.report import downsample, write_report
+
+HOSTILE = "</script></pre><script>alert('x')</script><img src=x onerror=alert(1)>"
+PNG = b"\x89PNG\r\n\x1a\n" + b"not decoded here"
+
+
+def make_run(run_dir: Path, last_step: int = 100, total_steps: int = 100) -> Path:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with MetricsLog(run_dir / "metrics.jsonl") as log:
+        for step in range(1, last_step + 1):
+            values = {"loss/total": 200.0 / step, "elbo": -200.0 / step, "speed/samples_per_s": 1000.0}
+            log.write({"global_step": step, "samples_seen": 8 * step, "time_s": 0.5 * step, **values})
+            if step % 50 == 0:
+                log.write({"global_step": step, "eval/elbo": -300.0 / step, "eval/accuracy/b/from_a": 0.75})
+    (run_dir / "config.yaml").write_text(f"training:\n  steps: {total_steps}\n")
+    return run_dir
+
+
+def charts_of(page: str) -> dict[str, dict[str, Any]]:
+    match = re.search(r'<script type="application/json" id="chart-data">(.*?)</script>', page, re.DOTALL)
+    assert match is not None
+    return {chart["title"]: chart for chart in json.loads(match.group(1))}
+
+
+def test_complete_run(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run")
+    metrics = {"elbo": -104.25, "joint_nll": 98.5, "joint_nll_stderr": 0.25, "accuracy/b/from_a": 0.875}
+    evaluation = {"global_step": 100, "num_samples": 40, "manifest": "test/manifest.json", "metrics": metrics}
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    (run_dir / "environment.json").write_text(json.dumps({"torch": "2.9", "world_size": 4}))
+    schedule = {"global_step": [0, 50, 100], "annealing": [0.0, 1.0, 1.0], "learning_rate": [0.1, 0.1, 0.1]}
+    (run_dir / "schedule.json").write_text(json.dumps(schedule))
+    (run_dir / "figures").mkdir()
+    (run_dir / "figures" / "samples.png").write_bytes(PNG)
+    checkpoint = run_dir / "checkpoints" / "step-00000100"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    (run_dir / "checkpoints" / "step-00000200").mkdir()
+
+    page = write_report(run_dir).read_text()
+    assert "100 of 100 steps" in page
+    assert ">complete<" in page
+    for text in ("-104.25", "98.5", "± 0.25", "87.5 %", "step-00000100", "2.9", "test/manifest.json"):
+        assert text in page
+    assert "data:image/png;base64," in page
+    assert "step-00000200" not in page
+    charts = charts_of(page)
+    loss, elbo = charts["Loss (nats per sample)"]["series"][0], charts["ELBO (nats per sample)"]["series"]
+    assert (loss["x"][-1], loss["y"][-1]) == (100, 2.0)
+    assert [(series["name"], series["kind"], len(series["x"])) for series in elbo] == [
+        ("elbo", "train", 100),
+        ("eval/elbo", "eval", 2),
+    ]
+
+
+def test_planned_schedule_spans_the_whole_run(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, last_step=10)
+    with MetricsLog(run_dir / "metrics.jsonl", 10) as log:
+        log.write({"global_step": 11, "schedule/learning_rate": 0.1})
+    schedule = {"global_step": [0, 100], "learning_rate": [0.1, 0.0]}
+    (run_dir / "schedule.json").write_text(json.dumps(schedule))
+    done, planned = charts_of(write_report(run_dir).read_text())["Learning rate"]["series"]
+    assert (done["x"], planned["x"], planned["kind"]) == ([11], [0, 100], "planned")
+
+
+def test_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path, last_step=37)
+    with open(run_dir / "metrics.jsonl", "ab") as file:
+        file.write(b'{"global_step": 38, "loss/to')
+    page = write_report(run_dir).read_text()
+    assert "37.0 %" in page
+    assert "running or stopped" in page
+    for text in ("There is no final evaluation", "There are no figures", "There are no checkpoints"):
+        assert text in page
+
+
+def test_run_that_has_only_started(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("training: {}\n")
+    page = write_report(tmp_path).read_text()
+    assert "no step was logged" in page
+    assert charts_of(page) == {}
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2]", '"text"', "[" * 100_000, '{"metrics": 3}', ""])
+def test_damaged_files_do_not_stop_the_report(tmp_path: Path, content: str) -> None:
+    run_dir = make_run(tmp_path)
+    for name in ("evaluation.json", "environment.json", "schedule.json", "config.yaml"):
+        (run_dir / name).write_text(content)
+    (run_dir / "figures").mkdir()
+    (run_dir / "figures" / "page.png").write_text("<svg onload=alert(1)>")
+    page = write_report(run_dir).read_text()
+    assert "not a PNG file" in page
+    assert "<svg onload" not in page
+    assert len(charts_of(page)["Loss (nats per sample)"]["series"][0]["x"]) == 100
+
+
+def test_damaged_record_is_shown_up_to_the_damage(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path)
+    lines = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_bytes(b"".join([*lines[:20], b"damage\n", *lines[20:]]))
+    page = write_report(run_dir).read_text()
+    assert "line 21 is damaged" in page
+    assert charts_of(page)["Loss (nats per sample)"]["series"][0]["x"][-1] == 20
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path)
+    with MetricsLog(run_dir / "metrics.jsonl", 100) as log:
+        log.write({"global_step": 101, HOSTILE: 1.0, f"eval/accuracy/{HOSTILE}": 0.5})
+    (run_dir / "config.yaml").write_text(f"a: {HOSTILE}\n")
+    for name in ("evaluation.json", "environment.json"):
+        metrics = {HOSTILE: HOSTILE, f"accuracy/{HOSTILE}": 0.5}
+        (run_dir / name).write_text(json.dumps({"metrics": metrics, "manifest": HOSTILE, HOSTILE: HOSTILE}))
+    (run_dir / "figures").mkdir()
+    (run_dir / "figures" / "<b onclick=x>'\".png").write_bytes(PNG)
+    page = write_report(run_dir).read_text()
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "<img src=x" not in page
+    assert "<b onclick" not in page
+    assert HOSTILE in charts_of(page)
+
+
+def test_page_loads_nothing(tmp_path: Path) -> None:
+    page = write_report(make_run(tmp_path)).read_text()
+    assert "default-src 'none'" in page
+    # The name of SVG elements' namespace is the only address; nothing is fetched from it.
+    assert set(re.findall(r"https?://[^\s\"'<]+", page)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"<(link|iframe|object|embed|base)\b|@import|url\(", page)
+
+
+def test_long_run_gives_a_small_page(tmp_path: Path) -> None:
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        for step in range(1, 60_001):
+            values = {"global_step": step, "loss/total": 1 / step, "grad_norm": 1e6 if step == 31_234 else 1.0}
+            file.write(json.dumps(values) + "\n")
+    page = write_report(tmp_path).read_text()
+    assert len(page) < 200_000
+    norm = charts_of(page)["Gradient norm"]["series"][0]
+    assert len(norm["x"]) <= 2000
+    assert norm["y"][norm["x"].index(31_234)] == 1e6
+
+
+@given(
+    st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan)), min_size=1, max_size=500),
+    st.integers(8, 100),
+)
+def test_downsampling_keeps_ends_extremes_and_gaps(values: list[float], limit: int) -> None:
+    steps = [float(step) for step in range(len(values))]
+    xs, ys = downsample(steps, values, limit)
+    assert len(xs) <= max(limit, 2)
+    assert xs == sorted(set(xs))
+    assert (xs[0], xs[-1]) == (steps[0], steps[-1])
+    assert all(ys[i] == values[int(x)] or math.isnan(values[int(x)]) for i, x in enumerate(xs))
+    finite = [value for value in values if math.isfinite(value)]
+    shown = [value for value in ys if math.isfinite(value)]
+    assert (min(finite, default=0), max(finite, default=0)) == (min(shown, default=0), max(shown, default=0))
+    assert any(map(math.isnan, ys)) == any(map(math.isnan, values))
+
+
+def test_not_finite_values_are_counted(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        for step, value in enumerate([1.0, math.nan, 2.0, math.inf], start=1):
+            log.write({"global_step": step, "grad_norm": value})
+    (series,) = charts_of(write_report(tmp_path).read_text())["Gradient norm"]["series"]
+    assert (series["y"], series["not_finite"]) == ([1.0, None, 2.0, None], 2)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = make_run(tmp_path / "run")
+    assert main([str(run_dir)]) == 0
+    assert capsys.readouterr().out.strip() == str(run_dir / "report.html")
+    assert main([str(run_dir), "--out", str(tmp_path / "new" / "page.html")]) == 0
+    assert [item.name for item in (tmp_path / "new").iterdir()] == ["page.html"]
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ConfigError, match="not a run directory"):
+            main([str(path)])
+    with pytest.raises(ConfigError, match="cannot be written"):
+        main([str(run_dir), "--out", str(run_dir / "config.yaml" / "page.html")])
