@@ -96,6 +96,10 @@ class JMVAEConfig:
         for name, factor in (self.rescale_factors or {}).items():
             _require(_is_finite(factor) and factor > 0, f"rescale_factors.{name}", factor, "greater than 0")
         for name, parameters in (self.decoder_dist_params or {}).items():
+            if self.decoders_dist is not None and name not in self.decoders_dist:
+                raise ConfigError(
+                    f"decoder_dist_params: modality {name!r} is not one of decoders_dist: {list(self.decoders_dist)}"
+                )
             distribution = (self.decoders_dist or {}).get(name, "normal")
             types = LIKELIHOOD_PARAMETERS[distribution]
             for parameter, value in parameters.items():

@@ -27,7 +27,7 @@ def make_parser(prog: str = "jmvae-dist train") -> jsonargparse.ArgumentParser:
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise ConfigError(_one_line(message))
 
-    parser = Parser(prog=prog, description="Train a JMVAE, or resume the run in output_dir.")
+    parser = Parser(prog=prog, allow_abbrev=False, description="Train a JMVAE, or resume the run in output_dir.")
     parser.add_argument("--config", action="config", help="YAML file; may be repeated, later files win")
     parser.add_class_arguments(RunConfig)
     return parser
@@ -124,6 +124,8 @@ def _one_line(message: str) -> str:
     """jsonargparse's explanation as one line that names the key and what is allowed."""
     if match := re.search(r"(?:Group|Parser key) '([\w.]+)' does not accept option '([\w.]+)'", message):
         return _unknown_key(f"{match[1]}.{match[2]}")
+    if match := re.search(r"Option '([\w.]+)' is not accepted", message):
+        return _unknown_key(match[1])
     if match := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
         argument = match[1].split("=")[0]
         if argument.startswith("--"):

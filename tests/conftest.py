@@ -95,8 +95,7 @@ class Run:
         lines = (self.output_dir / "metrics.jsonl").read_text().splitlines()
         measured = ("time_s", "speed/", "memory/")
         return [
-            {key: value for key, value in json.loads(line).items() if not key.startswith(measured)}
-            for line in lines
+            {key: value for key, value in json.loads(line).items() if not key.startswith(measured)} for line in lines
         ]
 
     def checkpoint(self, global_step: int) -> Path:

@@ -91,9 +91,7 @@ def write_fragments(path: Path, fragments: Iterable[Fragment]) -> dict[str, Frag
     }
 
 
-def merge_index(
-    entries: dict[str, Tensor], indexes: Iterable[dict[str, FragmentRecord]]
-) -> dict[str, TensorRecord]:
+def merge_index(entries: dict[str, Tensor], indexes: Iterable[dict[str, FragmentRecord]]) -> dict[str, TensorRecord]:
     """The index over all ranks' files; asserts that the fragments cover every entry exactly once."""
     tensors = {
         name: TensorRecord(list(tensor.shape), str(tensor.dtype).removeprefix("torch."), [])

@@ -143,9 +143,7 @@ class Trainer:
 
     def _open_recorder(self, resumed_from: CheckpointManifest | None) -> Recorder:
         run_id = resumed_from.tracking.get("wandb_run_id") if resumed_from else None
-        return Recorder(
-            self.run, is_main=self.runtime.is_main, resume_step=self.global_step, wandb_run_id=run_id
-        )
+        return Recorder(self.run, is_main=self.runtime.is_main, resume_step=self.global_step, wandb_run_id=run_id)
 
     def _loader(self) -> TrainLoader:
         process, data = self.runtime.process, self.run.config.data
@@ -254,14 +252,15 @@ class Trainer:
         )
 
     def _draw_figures(self) -> None:
-        if self.runtime.is_main:
-            assert self.run.eval_manifest is not None
-            paths = save_figures(
-                self.model,
-                self.run.eval_manifest,
-                list(self.run.modalities),
-                self.run.output_dir / "figures",
-                num_samples=self.run.config.evaluation.figure_samples,
-                seed=self.run.config.training.seed,
-            )
-            self.recorder.figures(self.global_step, paths)
+        assert self.run.eval_manifest is not None
+        with self.runtime.collectives.together():
+            if self.runtime.is_main:
+                paths = save_figures(
+                    self.model,
+                    self.run.eval_manifest,
+                    list(self.run.modalities),
+                    self.run.output_dir / "figures",
+                    num_samples=self.run.config.evaluation.figure_samples,
+                    seed=self.run.config.training.seed,
+                )
+                self.recorder.figures(self.global_step, paths)

@@ -26,9 +26,7 @@ class Recorder:
         wandb_run_id: The run's identity at W&B from the checkpoint, if there is one.
     """
 
-    def __init__(
-        self, run: ResolvedRun, *, is_main: bool, resume_step: int, wandb_run_id: str | None
-    ) -> None:
+    def __init__(self, run: ResolvedRun, *, is_main: bool, resume_step: int, wandb_run_id: str | None) -> None:
         self._log: MetricsLog | None = None
         if not is_main:
             return

@@ -57,9 +57,7 @@ class Requests:
         checkpoint_every_s: Rank 0 asks for a checkpoint after this many seconds; None never.
     """
 
-    def __init__(
-        self, collectives: Collectives, signals: StopSignals, checkpoint_every_s: float | None
-    ) -> None:
+    def __init__(self, collectives: Collectives, signals: StopSignals, checkpoint_every_s: float | None) -> None:
         self._collectives = collectives
         self._signals = signals
         self._checkpoint_every_s = checkpoint_every_s

@@ -101,7 +101,8 @@ def test_bf16_trains_and_keeps_float32_state(make_run: MakeRun) -> None:
     full, half = make_run("fp32", *settings), make_run("bf16", *settings, "--training.precision", "bf16")
     full.train(1)
     half.train(2)
-    losses = [(one["loss/total"], other["loss/total"]) for one, other in zip(full.records(), half.records())]
+    records = zip(full.records(), half.records(), strict=True)
+    losses = [(one["loss/total"], other["loss/total"]) for one, other in records]
     assert losses[0][1] == pytest.approx(losses[0][0], rel=1e-2)
     assert losses[0][1] != losses[0][0]  # otherwise autocast would not be active
     assert losses[-1][1] == pytest.approx(losses[-1][0], rel=5e-2)
@@ -122,9 +123,7 @@ def test_changed_order_is_refused_then_accepted(make_run: MakeRun) -> None:
     run.train(1, "--training.steps", "10")
     output = run.train(1, "--training.steps", "20", "--training.seed", "1", expect=2)
     assert "training.seed was 0, is now 1" in output
-    accepted = run.train(
-        *(1, "--training.steps", "20", "--training.seed", "1", "--data.allow_order_change", "true")
-    )
+    accepted = run.train(*(1, "--training.steps", "20", "--training.seed", "1", "--data.allow_order_change", "true"))
     assert "accepted by data.allow_order_change" in accepted
 
 

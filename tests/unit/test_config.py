@@ -1,0 +1,206 @@
+"""Configuration: every mistake is one line that names the key and what is allowed; printing reproduces."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jmvae_dist.config import JMVAEConfig, RunConfig
+from jmvae_dist.config_io import dump_run_config, load_run_config, parse_run_config, save_run_config
+from jmvae_dist.errors import ConfigError
+from jmvae_dist.training.setup import resolve_run
+from tests.conftest import ROOT, launch_environment
+
+DIGITS = str(ROOT / "configs" / "digits.yaml")
+
+
+def parse(*arguments: str) -> RunConfig:
+    return parse_run_config(["--config", DIGITS, *arguments])
+
+
+# (arguments, what the message must contain: the key, and what is allowed or close)
+MISTAKES = [
+    (["--training.stps", "3"], ["training.stps", "did you mean steps"]),
+    (["--trainning.steps", "3"], ["trainning", "did you mean training"]),
+    (["--schedule.annealing.shap", "linear"], ["schedule.annealing.shap", "did you mean shape"]),
+    (["--model.foo", "3"], ["model.foo", "unknown key"]),
+    (["training.steps=3"], ["unexpected argument", "--section.key value"]),
+    (["--training.epochs", "many"], ["training.epochs", "many", "float or null"]),
+    (["--checkpoint.every_steps", "1.5"], ["checkpoint.every_steps", "1.5", "int or null"]),
+    (["--training.precision", "fp7"], ["training.precision", "fp7", "'fp32', 'bf16'"]),
+    (["--training.engine", "horovod"], ["training.engine", "horovod", "ddp"]),
+    (["--optimizer.betas", "[0.9]"], ["optimizer.betas", "tuple[float, float]"]),
+    (["--optimizer.betas", "[0.9, 1.0]"], ["optimizer.betas", "below 1"]),
+    (["--optimizer.eps", "0"], ["optimizer.eps", "greater than 0"]),
+    (["--training.steps", "10"], ["exactly one of training.steps and training.epochs"]),
+    (["--training.global_batch_size", "0"], ["training.global_batch_size", "greater than 0"]),
+    (["--data.lanes", "7"], ["data.lanes", "7", "divide training.global_batch_size (64)"]),
+    (["--data.shuffle_window", "0"], ["data.shuffle_window", "at least 1"]),
+    (["--data.modalities", "[image]"], ["data.modalities", "at least two"]),
+    (["--model.alpha", "-1"], ["model.alpha", "at least 0"]),
+    (["--model.beta", "nan"], ["model.beta", "nan is not allowed"]),
+    (["--model.latent_dim", "0"], ["model.latent_dim", "at least 1"]),
+    (["--model.decoders_dist", "{image: poisson, label: categorical}"], ["model.decoders_dist", "poisson", "normal"]),
+    (["--model.decoder_dist_params", "{image: {scale: 1}}"], ["image.scale", "soft_targets", "bernoulli"]),
+    (["--model.networks.encoder_hidden_dims", "[]"], ["model.networks.encoder_hidden_dims", "non-empty"]),
+    (["--schedule.learning_rate.peak", "0"], ["schedule.learning_rate.peak", "greater than 0"]),
+    (["--schedule.learning_rate.warmup_steps", "3"], ["schedule.learning_rate", "at most one"]),
+    (["--checkpoint.keep_last", "1"], ["checkpoint.keep_last", "at least 2"]),
+    (["--evaluation.joint_nll_samples", "-1"], ["evaluation.joint_nll_samples", "at least 0"]),
+    (["--config", "nowhere.yaml"], ["config", "nowhere.yaml", "does not exist"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), MISTAKES, ids=[" ".join(case[0]) for case in MISTAKES])
+def test_mistakes_are_one_clear_line(arguments: list[str], expected: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in expected:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("training: {stps: 3}", "training.stps: unknown key"),
+        ("training: [1", "Problems parsing config"),
+        ("- a\n- b\n", "onfig"),
+        ("trainin: {steps: 3}", "trainin: unknown key"),
+        ("model: !!python/object/apply:os.system ['touch /tmp/never']", "Problems parsing config"),
+    ],
+)
+def test_mistakes_in_files(tmp_path: Path, content: str, expected: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        parse("--config", str(path))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"output_dir, data\.train_manifest, training\.global_batch_size"):
+        parse_run_config([])
+
+
+# Mistakes that only the data can show: made against real digits shards.
+DATA_MISTAKES = [
+    (["--data.train_manifest", "nowhere/manifest.json"], ["data.train_manifest", "nowhere/manifest.json"]),
+    (["--data.eval_manifest", "nowhere/manifest.json"], ["data.eval_manifest", "nowhere/manifest.json"]),
+    (["--data.modalities", "[image, sound]"], ["sound", "image, label"]),
+    (["--model.decoders_dist", "{picture: normal, label: categorical}"], ["model.decoder_dist_params", "'image'"]),
+    (["--model.decoder_dist_params", "{picture: {scale: 1}}"], ["model.decoder_dist_params", "'picture'"]),
+    (["--model.decoders_dist", "{image: bernoulli}"], ["model.decoders_dist", "label"]),
+    (["--model.input_dims", "{image: [1, 28, 28], label: [10]}"], ["model.input_dims.image", "[1, 8, 8]"]),
+    (["--model.input_dims", "{picture: [1, 8, 8], label: [10]}"], ["'image'", "['picture', 'label']"]),
+    (["--model.n_modalities", "3"], ["model.n_modalities", "2"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), DATA_MISTAKES, ids=[" ".join(c[0]) for c in DATA_MISTAKES])
+def test_mistakes_against_the_data(digits: Path, arguments: list[str], expected: list[str]) -> None:
+    manifests = [
+        f"--data.train_manifest={digits / 'train' / 'manifest.json'}",
+        f"--data.eval_manifest={digits / 'test' / 'manifest.json'}",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        resolve_run(parse(*manifests, *arguments), world_size=1)
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_more_processes_than_lanes(digits: Path) -> None:
+    manifest = str(digits / "train" / "manifest.json")
+    config = parse("--data.train_manifest", manifest, "--data.eval_manifest", "null", "--data.lanes", "4")
+    with pytest.raises(ConfigError, match=r"data\.lanes: 4 lanes .* 8 processes.*\[8, 16, 32, 64\]"):
+        resolve_run(config, world_size=8)
+
+
+def test_exit_code_and_stderr_of_the_command(digits: Path) -> None:
+    """One line on standard error, nothing else, exit code 2; also through the launcher with 2 processes."""
+    arguments = ["train", "--config", DIGITS, "--data.train_manifest", "nowhere.json"]
+    for launcher in (
+        [sys.executable, "-m", "jmvae_dist"],
+        ["bash", str(ROOT / "launch" / "local.sh"), "2"],
+    ):
+        result = subprocess.run(
+            [*launcher, *arguments], capture_output=True, text=True, env=launch_environment(), check=False
+        )
+        assert result.returncode == 2
+        assert result.stdout == ""
+        assert result.stderr.startswith("jmvae-dist train: data.train_manifest: no manifest at nowhere.json")
+        assert result.stderr.count("\n") == 1
+
+
+def test_printed_configuration_reproduces_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["--checkpoint.every_s", "null", "--training.seed", "7", "--model.alpha", "0.25"]
+    with pytest.raises(SystemExit) as caught:
+        parse(*overrides, "--print_config")
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    path = tmp_path / "printed.yaml"
+    path.write_text(printed)
+    assert parse_run_config(["--config", str(path)]) == parse(*overrides)
+    # Nulls are written out: a null that overrides a default must not be lost.
+    assert yaml.safe_load(printed)["checkpoint"]["every_s"] is None
+
+
+def test_saved_configuration_reproduces_itself(tmp_path: Path) -> None:
+    config = parse("--model.input_dims", "{label: [10], image: [1, 8, 8]}")
+    save_run_config(config, tmp_path / "config.yaml")
+    loaded = load_run_config(tmp_path / "config.yaml")
+    assert loaded == config
+    assert list(loaded.model.input_dims or {}) == ["label", "image"]  # the order is the model's
+    assert dump_run_config(loaded) == dump_run_config(config)
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    later = tmp_path / "later.yaml"
+    later.write_text("training: {seed: 5}\nmodel: {alpha: 0.9}\n")
+    config = parse("--config", str(later), "--model.alpha", "0.7")
+    assert (config.training.seed, config.model.alpha) == (5, 0.7)
+    assert config.model.latent_dim == parse().model.latent_dim  # untouched keys of the section stay
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_shipped_configurations_are_valid(name: str) -> None:
+    parse_run_config(["--config", str(ROOT / "configs" / name)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_modalities": 1}, "n_modalities"),
+        ({"n_modalities": 2, "input_dims": {"a": (3,)}}, "input_dims"),
+        ({"n_modalities": 2, "input_dims": {"a": (3,), "b": ()}}, r"input_dims\.b"),
+        ({"n_modalities": 2, "input_dims": {"a": (3,), "b.c": (2,)}}, "without dots"),
+        ({"n_modalities": 2, "warmup": -1}, "warmup"),
+        ({"n_modalities": 2, "decoder_dist_params": {"a": {"scale": 0}}}, r"a\.scale"),
+        ({"n_modalities": 2, "decoder_dist_params": {"a": {"sclae": 1}}}, "unknown parameter 'sclae'"),
+        (
+            {
+                "n_modalities": 2,
+                "input_dims": {"a": (3,), "b": (2,)},
+                "uses_likelihood_rescaling": True,
+                "rescale_factors": {"a": 1.0},
+            },
+            "rescale_factors: modality 'b' is missing",
+        ),
+    ],
+)
+def test_model_configuration_in_python(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        JMVAEConfig(**options)
+
+
+def test_model_configuration_has_the_documented_defaults() -> None:
+    config = JMVAEConfig(n_modalities=2)
+    assert (config.latent_dim, config.alpha, config.warmup, config.beta) == (10, 0.1, 10, 1.0)
+    assert config.uses_likelihood_rescaling is False
+    assert config.input_dims is config.rescale_factors is config.decoders_dist is config.decoder_dist_params is None
