@@ -10,7 +10,7 @@ SUMMARY = "write a run's self-contained HTML report"
 
 
 def main(argv: list[str]) -> int:
-    """Write the report and print where it is.
+    """Write the report; print what was learned and where to look.
 
     Raises:
         ConfigError: RUN is not a run directory, or the report cannot be written.
@@ -20,7 +20,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", metavar="FILE", type=Path, help="where to write (default: RUN/report.html)")
     arguments = parser.parse_args(argv)
 
-    from jmvae_dist.tracking.report import write_report
+    from jmvae_dist.tracking.report import headline, write_report
 
-    print(write_report(arguments.run, arguments.out))
+    path = write_report(arguments.run, arguments.out)
+    for line in headline(arguments.run):
+        print(line)
+    print(f"report: {path}")
     return 0

@@ -176,13 +176,11 @@ def _format_values(record: dict[str, Any], short: bool) -> str:
 
 
 def _format_evaluation(record: dict[str, Any]) -> str:
-    """One line with the totals; the terms of each modality are in the record."""
-    shown = {
-        name.removeprefix("eval/"): value
+    """One line with the numbers that sum up an evaluation; the others are in the record."""
+    shown = ("eval/elbo", "eval/joint_nll", "eval/accuracy/")
+    values = [
+        f"{name.removeprefix('eval/')} {value:.4g}"
         for name, value in record.items()
-        if name.startswith("eval/")
-        and isinstance(value, (int, float))
-        and not name.startswith(("eval/loss/reconstruction/", "eval/loss/kl_unimodal/"))
-    }
-    values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-    return f"step {record['global_step']} evaluation  {values}"
+        if name.startswith(shown) and not name.endswith("_stderr")
+    ]
+    return f"step {record['global_step']} evaluation  {'  '.join(values)}"

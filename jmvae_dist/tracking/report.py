@@ -104,6 +104,12 @@ class RunData:
         return self.total_steps is not None and self.last_step >= self.total_steps
 
 
+def headline(run_dir: Path) -> list[str]:
+    """The numbers of the newest evaluation of a run, one line each; nothing if there was none."""
+    numbers = _evaluation_numbers(collect(Path(run_dir)))
+    return [f"{label}: {value}{' ' + addition if addition else ''}" for value, label, addition in numbers]
+
+
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write the report of a run and return its path.
 

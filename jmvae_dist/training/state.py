@@ -96,11 +96,12 @@ def write_run_files(run: ResolvedRun, runtime: Runtime) -> None:
     save_run_config(run.config, run.output_dir / "config.yaml")
     write_json(run.output_dir / "environment.json", describe_environment(runtime))
     stride = max(1, run.total_steps // _SCHEDULE_POINTS)
-    steps = sorted({*range(0, run.total_steps, stride), run.total_steps - 1})
+    # Numbered as in the record: `global_step` g with the values with which the g-th step is taken.
+    steps = sorted({*range(1, run.total_steps, stride), run.total_steps})
     schedule = {
         "global_step": steps,
-        "annealing": [run.annealing(step) for step in steps],
-        "learning_rate": [run.learning_rate(step) for step in steps],
+        "annealing": [run.annealing(step - 1) for step in steps],
+        "learning_rate": [run.learning_rate(step - 1) for step in steps],
     }
     write_json(run.output_dir / "schedule.json", schedule)
 

@@ -185,7 +185,9 @@ def test_not_finite_values_are_counted(tmp_path: Path) -> None:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = make_run(tmp_path / "run")
     assert main([str(run_dir)]) == 0
-    assert capsys.readouterr().out.strip() == str(run_dir / "report.html")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"report: {run_dir / 'report.html'}"
+    assert any(line.startswith("ELBO, final evaluation: ") for line in printed)
     assert main([str(run_dir), "--out", str(tmp_path / "new" / "page.html")]) == 0
     assert [item.name for item in (tmp_path / "new").iterdir()] == ["page.html"]
     for path in (tmp_path, tmp_path / "missing"):

@@ -1,0 +1,166 @@
+"""What a user does with a finished run: evaluate on any number of processes, sample, export, report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import jmvae_dist
+from tests.conftest import ROOT, Run, launch_environment
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Run:
+    """A short run on 2 processes, with evaluation, figures and report."""
+    run = Run(
+        tmp_path_factory.mktemp("runs") / "finished",
+        digits,
+        [
+            *("--data.eval_manifest", str(digits / "test" / "manifest.json")),
+            *("--training.steps", "400", "--evaluation.every_steps", "300", "--evaluation.joint_nll_samples", "20"),
+        ],
+    )
+    run.train(2)
+    return run
+
+
+def jmvae(*arguments: str, num_processes: int = 1) -> str:
+    """Run a verb of the command line and return its standard output."""
+    launcher = [sys.executable, "-m", "jmvae_dist"]
+    if num_processes > 1:
+        launcher = ["bash", str(ROOT / "launch" / "local.sh"), str(num_processes)]
+    result = subprocess.run(
+        [*launcher, *arguments], cwd="/", env=launch_environment(), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_evaluation_does_not_depend_on_the_number_of_processes(finished: Run, tmp_path: Path) -> None:
+    results = []
+    for num_processes, batch_size in ((1, 256), (2, 50), (3, 7)):
+        out = tmp_path / f"{num_processes}.json"
+        manifest = str(finished.digits / "test" / "manifest.json")
+        jmvae(
+            *("evaluate", str(finished.output_dir), "--manifest", manifest, "--out", str(out)),
+            *("--joint-nll-samples", "20", "--batch-size", str(batch_size)),
+            num_processes=num_processes,
+        )
+        results.append(json.loads(out.read_text()))
+    assert results[0]["num_samples"] == results[0]["metrics"]["eval/samples"] == 359
+    for other in results[1:]:
+        assert other["metrics"].keys() == results[0]["metrics"].keys()
+        for key, value in results[0]["metrics"].items():
+            assert other["metrics"][key] == pytest.approx(value, rel=1e-5), key
+    # The evaluation at the end of the training is the same computation.
+    final = json.loads((finished.output_dir / "evaluation.json").read_text())["metrics"]
+    assert final == pytest.approx(results[0]["metrics"], rel=1e-5)
+
+
+def test_chosen_metrics_only(finished: Run, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    manifest = str(finished.digits / "test" / "manifest.json")
+    jmvae("evaluate", str(finished.output_dir), "--manifest", manifest, "--metrics", "accuracy", "--out", str(out))
+    assert list(json.loads(out.read_text())["metrics"]) == ["eval/accuracy/label/from_image"]
+
+
+def test_samples(finished: Run, tmp_path: Path) -> None:
+    run, manifest = str(finished.output_dir), str(finished.digits / "test" / "manifest.json")
+    jmvae("sample", run, "--out", str(tmp_path / "prior"), "--n", "7")
+    jmvae("sample", run, "--out", str(tmp_path / "again"), "--n", "7")
+    jmvae("sample", run, "--out", str(tmp_path / "given"), "--given", "label", "--manifest", manifest, "--n", "12")
+    prior = np.load(tmp_path / "prior" / "samples.npz", allow_pickle=False)
+    assert {name: prior[name].shape for name in prior} == {"z": (7, 16), "image": (7, 1, 8, 8), "label": (7, 10)}
+    assert np.allclose(prior["label"].sum(-1), 1, atol=1e-5)
+    again = np.load(tmp_path / "again" / "samples.npz", allow_pickle=False)
+    assert all(np.array_equal(prior[name], again[name]) for name in prior)
+    given = np.load(tmp_path / "given" / "samples.npz", allow_pickle=False)
+    assert given["image"].shape == (12, 1, 8, 8)
+    assert given["data.label"].shape == (12, 10)
+    for folder in ("prior", "given"):
+        assert (tmp_path / folder / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_export_and_checkpoint_give_the_same_model(finished: Run, tmp_path: Path) -> None:
+    jmvae("checkpoint", "export", str(finished.output_dir), "--out", str(tmp_path / "exported"))
+    models = [
+        jmvae_dist.load_model(path) for path in (finished.output_dir, finished.checkpoint(400), tmp_path / "exported")
+    ]
+    weights = finished.tensors(400)
+    for model in models:
+        assert not model.training
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.reshape(-1), weights[f"weight/{name}"])
+    image = torch.rand(3, 1, 8, 8)
+    predictions = [model.predict({"image": image}, cond_mod="image", gen_mod="label") for model in models]
+    assert len(predictions) == 3
+    (tmp_path / "exported" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(jmvae_dist.errors.CheckpointError, match="sha256"):
+        jmvae_dist.load_model(tmp_path / "exported")
+
+
+def test_run_directory_holds_what_the_design_says(finished: Run) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "report.html", "evaluation.json", "checkpoints/LATEST"):
+        assert (finished.output_dir / name).is_file(), name
+    figures = sorted(path.name for path in (finished.output_dir / "figures").iterdir())
+    assert figures == ["given_image.png", "given_label.png", "prior_samples.png", "reconstruction.png"]
+    steps = [record["global_step"] for record in finished.records() if "eval/elbo" in record]
+    assert steps == [300, 400]
+    training = next(record for record in finished.records() if "loss/total" in record)
+    expected = {
+        *("global_step", "samples_seen", "epoch", "elbo", "grad_norm", "loss/total", "loss/reconstruction"),
+        *("loss/reconstruction/image", "loss/reconstruction/label", "loss/kl_prior", "loss/kl_unimodal"),
+        *("loss/kl_unimodal/image", "loss/kl_unimodal/label", "schedule/annealing", "schedule/learning_rate"),
+    }
+    assert set(training) == expected
+    parts = [training[f"loss/reconstruction/{name}"] for name in ("image", "label")]
+    assert sum(parts) == pytest.approx(training["loss/reconstruction"], rel=1e-6)
+
+
+def test_saved_configuration_repeats_the_run(finished: Run, make_run: Callable[..., Run]) -> None:
+    again = make_run("again")
+    command = [
+        *("bash", str(ROOT / "launch" / "local.sh"), "2", "train"),
+        *("--config", str(finished.output_dir / "config.yaml")),
+        *("--output_dir", str(again.output_dir), "--data.eval_manifest", "null"),
+    ]
+    subprocess.run(command, env=launch_environment(), check=True, capture_output=True)
+    records = [[record for record in run.records() if "loss/total" in record] for run in (finished, again)]
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["evaluate", "RUN", "--manifest", "nowhere.json"], 2, "no manifest at nowhere.json"),
+        (["evaluate", "RUN", "--manifest", "TEST", "--metrics", "fid"], 2, "choose from elbo,accuracy,joint_nll"),
+        (["evaluate", "nowhere", "--manifest", "TEST"], 2, "no such directory"),
+        (["sample", "RUN", "--out", "/tmp/x", "--given", "label"], 2, "belong together"),
+        (["sample", "RUN", "--out", "/tmp/x", "--given", "sound", "--manifest", "TEST"], 2, "image, label"),
+        (["checkpoint", "verify", "nowhere"], 2, "no such directory"),
+        (["checkpoint", "verify", "TEST_FOLDER"], 1, "not a checkpoint manifest"),
+        (["report", "TEST_FOLDER"], 2, "not a run directory"),
+        (["frobnicate"], 2, "the verbs are"),
+    ],
+)
+def test_mistakes(finished: Run, arguments: list[str], code: int, message: str) -> None:
+    test_folder = finished.digits / "test"
+    places = {"RUN": finished.output_dir, "TEST": test_folder / "manifest.json", "TEST_FOLDER": test_folder}
+    command = [str(places.get(argument, argument)) for argument in arguments]
+    result = subprocess.run(
+        [sys.executable, "-m", "jmvae_dist", *command],
+        env=launch_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    assert message in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,131 @@
+"""The directory of checkpoints: commit, validity, sweeping, retention, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jmvae_dist.checkpoint.layout import (
+    CheckpointManifest,
+    FileRecord,
+    commit,
+    find_damage,
+    list_checkpoints,
+    read_manifest,
+    remove_checkpoint,
+    resolve_checkpoint,
+    seal_file,
+    sweep,
+    temporary_directory,
+)
+from jmvae_dist.errors import CheckpointError
+from tests.unit.checkpoint.test_fragments import make_manifest
+
+
+def write_checkpoint(root: Path, global_step: int, content: bytes = b"weights") -> Path:
+    temporary = temporary_directory(root, global_step)
+    temporary.mkdir(parents=True)
+    (temporary / "rank-00000.safetensors").write_bytes(content)
+    record = seal_file(temporary / "rank-00000.safetensors")
+    return commit(root, make_manifest(global_step=global_step, files={"rank-00000.safetensors": record}))
+
+
+def test_commit_publishes_and_names_the_latest(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 7)
+    assert path == tmp_path / "step-00000007"
+    assert (tmp_path / "LATEST").read_text() == "step-00000007\n"
+    assert find_damage(path, read_manifest(path)) is None
+    assert sweep(tmp_path) == []
+
+
+def test_commit_replaces_a_damaged_checkpoint_of_the_same_step(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 7)
+    (path / "rank-00000.safetensors").write_bytes(b"damaged")
+    assert find_damage(path, read_manifest(path)) is not None
+    write_checkpoint(tmp_path, 7, b"anew")
+    assert (path / "rank-00000.safetensors").read_bytes() == b"anew"
+    assert find_damage(path, read_manifest(path)) is None
+
+
+def test_order_is_that_of_the_steps_not_of_the_names(tmp_path: Path) -> None:
+    for global_step in (99_999_999, 100_000_000, 5):
+        write_checkpoint(tmp_path, global_step)
+    names = [path.name for path in list_checkpoints(tmp_path)]
+    assert names == ["step-00000005", "step-99999999", "step-100000000"]
+
+
+def test_only_complete_directories_count_and_the_rest_is_swept(tmp_path: Path) -> None:
+    kept = write_checkpoint(tmp_path, 1)
+    deleted = write_checkpoint(tmp_path, 2)
+    (deleted / "manifest.json").unlink()  # as a deletion that was interrupted leaves it
+    temporary_directory(tmp_path, 3).mkdir()
+    (tmp_path / "step-notes").mkdir()  # not ours
+    assert list_checkpoints(tmp_path) == [kept]
+    assert sweep(tmp_path) == [".tmp-step-00000003", "step-00000002"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-00000001", "step-notes"]
+
+
+def test_damage_to_files(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 1, b"0123456789")
+    manifest, file = read_manifest(path), path / "rank-00000.safetensors"
+    for content, expected in ((b"0123456788", "sha256"), (b"012345678", "9 bytes instead of 10")):
+        file.write_bytes(content)
+        assert expected in (find_damage(path, manifest) or "")
+    file.unlink()
+    assert "cannot be read" in (find_damage(path, manifest) or "")
+
+
+def test_ranks_share_the_checking(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 1)
+    manifest = read_manifest(path)
+    manifest.files["rank-00001.safetensors"] = FileRecord(1, "0" * 64)
+    found = [find_damage(path, manifest, part, parts=2) for part in range(2)]
+    assert found[0] is None
+    assert "rank-00001" in (found[1] or "")
+
+
+@pytest.mark.parametrize("position", range(0, 700, 23))
+def test_any_flipped_bit_in_a_manifest_is_noticed(tmp_path: Path, position: int) -> None:
+    path = write_checkpoint(tmp_path, 1) / "manifest.json"
+    content = bytearray(path.read_bytes())
+    content[position % len(content)] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError):
+        read_manifest(path.parent)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{}", '{"digest": 1}', "[" * 100_000, '{"format_version": 2, "digest": ""}']
+)
+def test_what_is_not_a_manifest(text: str) -> None:
+    with pytest.raises(CheckpointError, match="here"):
+        CheckpointManifest.from_json(text, Path("here"))
+
+
+def test_file_names_cannot_leave_the_directory() -> None:
+    manifest = make_manifest(files={"../../secret": FileRecord(1, "0" * 64)})
+    with pytest.raises(CheckpointError, match="not allowed"):
+        CheckpointManifest.from_json(manifest.to_json(), Path("here"))
+
+
+def test_another_format_version_says_so() -> None:
+    content = json.loads(make_manifest().to_json())
+    content["format_version"] = 99
+    with pytest.raises(CheckpointError, match="99"):
+        CheckpointManifest.from_json(json.dumps(content), Path("here"))
+
+
+def test_resolving_what_a_user_names(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    first, second = write_checkpoint(root, 1), write_checkpoint(root, 2)
+    assert resolve_checkpoint(tmp_path) == second
+    assert resolve_checkpoint(first) == first
+    (second / "rank-00000.safetensors").write_bytes(b"damaged")
+    assert resolve_checkpoint(tmp_path) == first
+    remove_checkpoint(first)
+    with pytest.raises(CheckpointError, match="no intact checkpoint"):
+        resolve_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
+        resolve_checkpoint(tmp_path / "elsewhere")
