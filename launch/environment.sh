@@ -25,7 +25,9 @@ create_venv() {
 }
 
 pip_install() {
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    local quiet=--quiet
+    [ ! -t 1 ] || quiet= # on a terminal pip shows what it does
+    "$venv/bin/python" -m pip install $quiet --disable-pip-version-check \
         --constraint "$root/constraints.txt" "$@" ||
         fail "pip could not install $*; is the package index reachable? (PIP_INDEX_URL and HTTPS_PROXY are honoured)"
 }

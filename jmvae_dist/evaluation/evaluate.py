@@ -74,7 +74,7 @@ def evaluate_batches(
             empty.
         seed: Seed of the noise.
         joint_nll_samples: Importance samples K per data sample; 0: no importance sampling.
-        progress: Called after every batch with the number of samples evaluated so far.
+        progress: Called after every batch with its number of samples.
 
     Returns:
         `samples` (their number) and the sums of `likelihood_sums` and `coherence_sums`.
@@ -85,7 +85,6 @@ def evaluate_batches(
     device = next(model.parameters()).device
     keys = ["samples", *likelihood_keys(model.modalities, joint_nll_samples), *coherence_keys(model)]
     totals = {key: torch.zeros((), dtype=torch.float64, device=device) for key in keys}
-    num_samples = 0
     with evaluation_mode(model), torch.autocast(device.type, enabled=False):
         for batch in batches:
             inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
@@ -95,9 +94,8 @@ def evaluate_batches(
             for key, value in (likelihoods | coherence).items():
                 totals[key] += value
             totals["samples"] += len(rows)
-            num_samples += len(rows)
             if progress is not None:
-                progress(num_samples)
+                progress(len(rows))
     return EvaluationSums(totals)
 
 

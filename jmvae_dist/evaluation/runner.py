@@ -39,7 +39,7 @@ def evaluate_together(
         batch_size: Samples per forward pass on one rank.
         seed: Of the noise, which is keyed by it and by the sample's position: not by rank or batch size.
         joint_nll_samples: Importance samples per sample for the joint likelihood; 0 leaves it out.
-        progress: Called after each batch with the number of samples finished on this rank.
+        progress: Called after each batch of this rank with its number of samples.
 
     Returns:
         `eval/...` -> value.

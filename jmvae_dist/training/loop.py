@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from jmvae_dist.distributed.runtime import Runtime
 from jmvae_dist.errors import ConfigError, TrainingError
 from jmvae_dist.evaluation.runner import evaluate_together, save_figures
 from jmvae_dist.model import JMVAE
+from jmvae_dist.tracking.console import progress
 from jmvae_dist.tracking.report import write_report
 from jmvae_dist.training.meter import Meter
 from jmvae_dist.training.recorder import Recorder
@@ -71,7 +73,7 @@ class Trainer:
             return EXIT_DONE
         self.runtime.collectives.on_main(lambda: write_run_files(self.run, self.runtime))
         with self._open_recorder(resumed_from) as self.recorder:
-            with StopSignals() as signals:
+            with StopSignals() as signals, self.recorder.progress_shown():
                 stopped = self._take_remaining_steps(signals)
             if stopped:
                 logger.info("stopped on request after step %d; the same command continues", self.global_step)
@@ -227,7 +229,9 @@ class Trainer:
         record = collectives.broadcast(self.recorder.recorded_evaluation(self.global_step))
         if record is None:
             samples = self.run.config.evaluation.joint_nll_samples
-            record = {"global_step": self.global_step, **self._evaluate(joint_nll_samples=samples)}
+            with self._evaluation_progress() as advance:
+                metrics = self._evaluate(joint_nll_samples=samples, advance=advance)
+            record = {"global_step": self.global_step, **metrics}
             self._write(record)
         self._draw_figures()
         if self.runtime.is_main:
@@ -239,7 +243,14 @@ class Trainer:
             }
             write_json(self.run.output_dir / "evaluation.json", evaluation)
 
-    def _evaluate(self, joint_nll_samples: int) -> dict[str, float]:
+    def _evaluation_progress(self) -> AbstractContextManager[Callable[[int], None] | None]:
+        """A progress bar of rank 0's share, which is that of every rank, to one sample."""
+        assert self.run.eval_manifest is not None
+        if not self.runtime.is_main:
+            return nullcontext()
+        return progress(self.run.eval_manifest.num_samples // self.runtime.process.world_size, "evaluating")
+
+    def _evaluate(self, joint_nll_samples: int, advance: Callable[[int], None] | None = None) -> dict[str, float]:
         assert self.run.eval_manifest is not None
         return evaluate_together(
             self.model,
@@ -249,6 +260,7 @@ class Trainer:
             batch_size=self.run.config.evaluation.batch_size,
             seed=self.run.config.training.seed,
             joint_nll_samples=joint_nll_samples,
+            progress=advance,
         )
 
     def _draw_figures(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,17 +45,12 @@ class Recorder:
         self._summary: dict[str, Any] = {}
 
     def __enter__(self) -> Recorder:
-        if self._log is not None:
-            self._console.__enter__()
-            _BarHandler.console = self._console
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._log is not None:
-            _BarHandler.console = None
-            self._console.__exit__(kind, error, trace)
             self._log.close()
             self._wandb.finish(self._summary, exit_code=0 if kind is None else 1)
 
@@ -61,6 +58,19 @@ class Recorder:
     def wandb_run_id(self) -> str | None:
         """The run's identity at W&B, to be kept in checkpoints; None on other ranks, which write no manifest."""
         return None if self._log is None else self._wandb.run_id
+
+    @contextlib.contextmanager
+    def progress_shown(self) -> Iterator[None]:
+        """While steps are taken: a progress bar on a terminal, lines elsewhere."""
+        if self._log is None:
+            yield
+            return
+        with self._console:
+            _BarHandler.console = self._console
+            try:
+                yield
+            finally:
+                _BarHandler.console = None
 
     def record(self, values: dict[str, Any]) -> None:
         """Append one record to `metrics.jsonl` and show it everywhere else.
