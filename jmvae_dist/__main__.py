@@ -6,12 +6,19 @@ import importlib
 import os
 import sys
 
-from jmvae_dist.errors import CheckpointError, ConfigError, DataError, LaunchError, TrainingError
-
-EXIT_FAILURE = 1
-EXIT_USAGE = 2
-EXIT_STOPPED = 75
-EXIT_INTERRUPTED = 130
+from jmvae_dist.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LaunchError,
+    PeerError,
+    TrainingError,
+    is_on_all_ranks,
+)
 
 # Verb -> one line of help; the verb's module in `commands` is imported only when it is used.
 VERBS = {
@@ -39,17 +46,21 @@ def main(arguments: list[str] | None = None) -> int:
     if verb not in VERBS:
         return _complain(f"unknown verb {verb!r}; the verbs are {', '.join(VERBS)}", EXIT_USAGE)
     try:
-        return _tell_launcher(importlib.import_module(f"jmvae_dist.commands.{verb}").main(rest))
+        exit_code = importlib.import_module(f"jmvae_dist.commands.{verb}").main(rest)
+        return _tell_launcher(exit_code) if exit_code == EXIT_STOPPED else exit_code
     except ConfigError as error:
-        return _complain(f"{verb}: {error}", EXIT_USAGE)
-    except (DataError, CheckpointError, LaunchError, TrainingError) as error:
-        return _complain(f"{verb}: {error}", EXIT_FAILURE)
-    except KeyboardInterrupt:
-        return _complain(f"{verb}: interrupted", EXIT_INTERRUPTED)
+        # The same on every rank: all of them read the same arguments and files.
+        return _tell_launcher(_complain(f"{verb}: {error}", EXIT_USAGE))
     except BrokenPipeError:
         # `jmvae-dist shards show M | head` is not an error; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
+    except (DataError, CheckpointError, LaunchError, TrainingError, PeerError, OSError) as error:
+        everywhere = is_on_all_ranks(error)
+        exit_code = _complain(f"{verb}: {error}", EXIT_FAILURE, is_shared=everywhere)
+        return _tell_launcher(exit_code) if everywhere else exit_code
+    except KeyboardInterrupt:
+        return _complain(f"{verb}: interrupted", EXIT_INTERRUPTED)
 
 
 def _print_help() -> None:
@@ -59,23 +70,30 @@ def _print_help() -> None:
 
 
 def _tell_launcher(exit_code: int) -> int:
-    """Leave 75 in the file that `launch/local.sh` reads: torchrun turns every non-zero code into a failure."""
+    """Leave an exit code that all ranks share in the file that `launch/local.sh` reads.
+
+    Torchrun would turn it into 1, behind a page about failed processes.
+    """
     path = os.environ.get("JMVAE_DIST_EXIT_CODE_FILE")
-    if exit_code != EXIT_STOPPED or path is None:
+    if path is None:
         return exit_code
-    if os.environ.get("RANK") == "0":
+    if _rank() == 0:
         with open(path, "w", encoding="utf-8") as file:
             file.write(str(exit_code))
     return 0
 
 
-def _complain(message: str, exit_code: int) -> int:
-    # Configuration errors are the same on every rank: one of them says it. Others name their own rank.
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) or 0)
-    if exit_code == EXIT_USAGE and rank != 0:
+def _rank() -> int:
+    value = os.environ.get("RANK", "0")
+    return int(value) if value.isdigit() else 0
+
+
+def _complain(message: str, exit_code: int, is_shared: bool = False) -> int:
+    """Print an error; one that all ranks share only from rank 0."""
+    if (is_shared or exit_code == EXIT_USAGE) and _rank() != 0:
         return exit_code
-    prefix = "jmvae-dist" if exit_code == EXIT_USAGE or "RANK" not in os.environ else f"jmvae-dist[rank {rank}]"
-    print(f"{prefix} {message}", file=sys.stderr)
+    is_own = "RANK" in os.environ and not is_shared and exit_code != EXIT_USAGE
+    print(f"jmvae-dist{f'[rank {_rank()}]' if is_own else ''} {message}", file=sys.stderr)
     return exit_code
 
 

@@ -26,7 +26,12 @@ def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
 
 
 def _is_finite(value: float) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether `value` is an int; True and False, which Python counts as ints, are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass
@@ -50,7 +55,8 @@ class JMVAEConfig:
         beta: Weight of the KL term to the prior.
 
     Raises:
-        ConfigError: A value is out of range, or a dictionary does not name exactly the modalities.
+        ConfigError: A value has the wrong type or is out of range, or a dictionary does not name exactly the
+            modalities.
     """
 
     n_modalities: int
@@ -67,27 +73,36 @@ class JMVAEConfig:
 
     def __post_init__(self) -> None:
         if self.n_modalities is not None:
-            _require(self.n_modalities >= 2, "n_modalities", self.n_modalities, "at least 2")
-        _require(self.latent_dim >= 1, "latent_dim", self.latent_dim, "at least 1")
+            valid = is_integer(self.n_modalities) and self.n_modalities >= 2
+            _require(valid, "n_modalities", self.n_modalities, "an integer and at least 2")
+        valid = is_integer(self.latent_dim) and self.latent_dim >= 1
+        _require(valid, "latent_dim", self.latent_dim, "an integer and at least 1")
+        rescaling = self.uses_likelihood_rescaling
+        _require(isinstance(rescaling, bool), "uses_likelihood_rescaling", rescaling, "true or false")
         for name in ("alpha", "beta", "warmup"):
             value = getattr(self, name)
             _require(_is_finite(value) and value >= 0, name, value, "finite and at least 0")
+        for name in ("input_dims", "rescale_factors", "decoders_dist", "decoder_dist_params"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, dict), name, value, "a dictionary with modalities as keys")
         if self.input_dims is not None:
             self._check_input_dims(self.input_dims)
         self._check_likelihoods()
-        self._check_names()
+        if self.input_dims is not None:
+            self.check_modalities(list(self.input_dims))
 
     def _check_input_dims(self, input_dims: dict[str, tuple[int, ...]]) -> None:
-        self.input_dims = {name: tuple(shape) for name, shape in input_dims.items()}
         if self.n_modalities is not None:
             allowed = f"one shape for each of the n_modalities={self.n_modalities} modalities"
             _require(len(input_dims) == self.n_modalities, "input_dims", list(input_dims), allowed)
-        for name, shape in self.input_dims.items():
-            valid = len(shape) > 0 and all(isinstance(size, int) and size >= 1 for size in shape)
+        for name, shape in input_dims.items():
+            valid = isinstance(shape, (tuple, list)) and len(shape) > 0
+            valid = valid and all(is_integer(size) and size >= 1 for size in shape)
             _require(valid, f"input_dims.{name}", shape, "a non-empty shape of positive integers")
             # A dot would be ambiguous in tar member names, metric keys and parameter names.
-            named = bool(name) and not set(name) & set("./ ")
+            named = isinstance(name, str) and bool(name) and not set(name) & set("./ ")
             _require(named, "input_dims", name, "named without dots, slashes and spaces")
+        self.input_dims = {name: tuple(shape) for name, shape in input_dims.items()}
 
     def _check_likelihoods(self) -> None:
         for name, distribution in (self.decoders_dist or {}).items():
@@ -100,6 +115,8 @@ class JMVAEConfig:
                 raise ConfigError(
                     f"decoder_dist_params: modality {name!r} is not one of decoders_dist: {list(self.decoders_dist)}"
                 )
+            allowed = "a dictionary of parameters"
+            _require(isinstance(parameters, dict), f"decoder_dist_params.{name}", parameters, allowed)
             distribution = (self.decoders_dist or {}).get(name, "normal")
             types = LIKELIHOOD_PARAMETERS[distribution]
             for parameter, value in parameters.items():
@@ -112,16 +129,15 @@ class JMVAEConfig:
                 else:
                     _require(_is_finite(value) and value > 0, key, value, "a number greater than 0")
 
-    def _check_names(self) -> None:
-        if self.input_dims is not None:
-            self.check_modalities(list(self.input_dims))
-
     def check_modalities(self, modalities: list[str]) -> None:
         """Check that every dictionary keyed by modality names only `modalities`, and the complete ones all.
 
         Raises:
-            ConfigError: A name is unknown, or `decoders_dist` or `rescale_factors` leave a modality out.
+            ConfigError: A name is unknown or reserved, or `decoders_dist` or `rescale_factors` leave a modality out.
         """
+        for name in ("all", "others"):
+            if name in modalities:
+                raise ConfigError(f"input_dims: no modality can be named {name!r}, which stands for several of them")
         for key in ("input_dims", "decoders_dist", "rescale_factors", "decoder_dist_params"):
             names = getattr(self, key)
             if names is None:
@@ -173,6 +189,8 @@ class ModelSection(JMVAEConfig):
             super().__post_init__()
         except ConfigError as error:
             raise ConfigError(f"model.{error}") from None
+        allowed = "empty: networks of your own are given in Python, to JMVAE(...)"
+        _require(not self.custom_architectures, "model.custom_architectures", self.custom_architectures, allowed)
 
     def resolve(self, input_dims: dict[str, tuple[int, ...]]) -> JMVAEConfig:
         """The model's configuration for data whose modalities have the shapes `input_dims`.
@@ -272,13 +290,14 @@ class TrainingSection:
         for name in ("steps", "epochs", "global_batch_size", "micro_batch_size", "log_every_steps"):
             value = getattr(self, name)
             if value is not None:
-                _require(value > 0, f"training.{name}", value, "greater than 0")
+                _require(_is_finite(value) and value > 0, f"training.{name}", value, "finite and greater than 0")
         if self.gradient_clip_norm is not None:
             positive = _is_finite(self.gradient_clip_norm) and self.gradient_clip_norm > 0
             _require(positive, "training.gradient_clip_norm", self.gradient_clip_norm, "greater than 0, or null")
         _require(0 <= self.seed < 2**63, "training.seed", self.seed, "between 0 and 2^63 - 1")
         timeout = self.process_group_timeout_s
-        _require(timeout > 0, "training.process_group_timeout_s", timeout, "greater than 0")
+        allowed = "greater than 0 and at most a year"
+        _require(0 < timeout <= 366 * 86400, "training.process_group_timeout_s", timeout, allowed)
 
 
 @dataclass
@@ -354,7 +373,7 @@ class LearningRateSection:
         for name in ("warmup_steps", "warmup_epochs"):
             value = getattr(self, name)
             if value is not None:
-                _require(value >= 0, f"{key}.{name}", value, "at least 0")
+                _require(_is_finite(value) and value >= 0, f"{key}.{name}", value, "finite and at least 0")
         fraction = self.final_fraction
         _require(0 <= fraction <= 1, f"{key}.final_fraction", fraction, "between 0 and 1")
 
@@ -392,7 +411,8 @@ class CheckpointSection:
         for name in ("every_steps", "every_s", "keep_every_steps"):
             value = getattr(self, name)
             if value is not None:
-                _require(value > 0, f"checkpoint.{name}", value, "greater than 0, or null")
+                allowed = "finite and greater than 0, or null"
+                _require(_is_finite(value) and value > 0, f"checkpoint.{name}", value, allowed)
         allowed = "at least 2 (with a single one, a damaged checkpoint would end the run)"
         _require(self.keep_last >= 2, "checkpoint.keep_last", self.keep_last, allowed)
 
@@ -492,6 +512,7 @@ class RunConfig:
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
 
     def __post_init__(self) -> None:
+        _require(bool(self.output_dir.strip()), "output_dir", self.output_dir, "the path of a directory")
         batch, lanes = self.training.global_batch_size, self.data.lanes
         if lanes is not None and batch % lanes != 0:
             raise ConfigError(

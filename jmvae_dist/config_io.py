@@ -18,6 +18,9 @@ from jmvae_dist.files import write_text_atomic
 if TYPE_CHECKING:
     import jsonargparse
 
+# Handled before the parser: it asks for something else than a run.
+CHECK_OPTION = "--check"
+
 
 def make_parser(prog: str = "jmvae-dist train") -> jsonargparse.ArgumentParser:
     """A parser of `RunConfig` with ``--config`` (repeatable) and ``--print_config``."""
@@ -27,7 +30,12 @@ def make_parser(prog: str = "jmvae-dist train") -> jsonargparse.ArgumentParser:
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise ConfigError(_one_line(message))
 
-    parser = Parser(prog=prog, allow_abbrev=False, description="Train a JMVAE, or resume the run in output_dir.")
+    parser = Parser(
+        prog=prog,
+        allow_abbrev=False,
+        description="Train a JMVAE, or resume the run in output_dir.",
+        epilog=f"{CHECK_OPTION}: check configuration and data, say what would run, and exit",
+    )
     parser.add_argument("--config", action="config", help="YAML file; may be repeated, later files win")
     parser.add_class_arguments(RunConfig)
     return parser
@@ -42,27 +50,19 @@ def parse_run_config(arguments: list[str], prog: str = "jmvae-dist train") -> Ru
         ConfigError: One line that names the key, the value and what is allowed.
     """
     parser = make_parser(prog)
+    try:
+        return _parse(parser, arguments)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config: a file is not UTF-8 text ({error})") from None
+
+
+def _parse(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> RunConfig:
     if any(re.match(r"--print_config(=|$)", argument) for argument in arguments):
         # Validated like a run: a file that cannot run must not be printed as if it could.
         kept = [argument for argument in arguments if not re.match(r"--print_config(=|$)", argument)]
         print(dump_run_config(_instantiate(parser, parser.parse_args(kept))), end="")
         raise SystemExit(0)
     return _instantiate(parser, parser.parse_args(arguments))
-
-
-def load_run_config(path: Path) -> RunConfig:
-    """The configuration saved in a run directory.
-
-    Raises:
-        ConfigError: The file is missing or not a valid configuration.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; a run directory has a config.yaml")
-    parser = make_parser()
-    try:
-        return _instantiate(parser, parser.parse_path(str(path)))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
 
 
 def dump_run_config(config: RunConfig) -> str:

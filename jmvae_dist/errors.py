@@ -1,10 +1,16 @@
-"""Errors meant for users: each message says what is wrong, where, and which setting changes it.
+"""Errors meant for users, and exit codes.
 
-The command line prints them as one line, without a traceback. Violations of the project's own invariants
-are `assert`s instead and do show a traceback.
+Each message says what is wrong, where, and which setting changes it. The command line prints it as one line,
+without a traceback. Violations of the project's own invariants are `assert`s instead and do show a traceback.
 """
 
 from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 75
+EXIT_INTERRUPTED = 130
 
 
 class ConfigError(ValueError):
@@ -25,3 +31,22 @@ class LaunchError(RuntimeError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on, for example because the loss is not finite (exit code 1)."""
+
+
+class PeerError(RuntimeError):
+    """Another rank failed; its own message says why (exit code 1)."""
+
+
+class StopRequested(Exception):  # noqa: N818  # a request, not an error
+    """A stop was asked for while something other than training steps was going on."""
+
+
+def is_on_all_ranks(error: BaseException) -> bool:
+    """Whether every rank raises this error, so that none waits for another."""
+    return getattr(error, "_is_on_all_ranks", False)
+
+
+def mark_on_all_ranks(error: Exception) -> Exception:
+    """Note that every rank raises this error; returns it."""
+    error._is_on_all_ranks = True  # type: ignore[attr-defined]
+    return error

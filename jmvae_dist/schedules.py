@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from jmvae_dist.config import AnnealingSection, LearningRateSection
 
@@ -71,28 +72,32 @@ class LearningRateSchedule:
         return self.peak * (1.0 - (1.0 - self.final_fraction) * fraction)
 
 
-def epochs_to_steps(epochs: float, steps_per_epoch: float) -> int:
-    """The first step at which at least `epochs` passes over the data are finished."""
-    # The tolerance keeps a product such as 3 * (1437 / 64) from being rounded up past its exact value.
-    return math.ceil(epochs * steps_per_epoch - 1e-9)
+def epochs_to_steps(epochs: float, num_samples: int, global_batch_size: int) -> int:
+    """The first step at which at least `epochs` passes over the data are finished; exact for any size."""
+    return math.ceil(Fraction(str(epochs)) * num_samples / global_batch_size)
 
 
 def resolve_annealing(
-    section: AnnealingSection, *, warmup_epochs: float, steps_per_epoch: float, total_steps: int
+    section: AnnealingSection,
+    *,
+    warmup_epochs: float,
+    num_samples: int,
+    global_batch_size: int,
+    total_steps: int,
 ) -> AnnealingSchedule:
     """The schedule of a run: epochs become steps; `section.warmup_steps` overrides `warmup_epochs`."""
     warmup_steps = section.warmup_steps
     if warmup_steps is None:
-        warmup_steps = epochs_to_steps(warmup_epochs, steps_per_epoch)
+        warmup_steps = epochs_to_steps(warmup_epochs, num_samples, global_batch_size)
     cycle_steps = max(1, math.ceil(total_steps / section.cycles))
     return AnnealingSchedule(section.shape, warmup_steps, cycle_steps, section.cycle_growth)
 
 
 def resolve_learning_rate(
-    section: LearningRateSection, *, steps_per_epoch: float, total_steps: int
+    section: LearningRateSection, *, num_samples: int, global_batch_size: int, total_steps: int
 ) -> LearningRateSchedule:
     """The schedule of a run: epochs become steps."""
     warmup_steps = section.warmup_steps or 0
     if section.warmup_epochs is not None:
-        warmup_steps = epochs_to_steps(section.warmup_epochs, steps_per_epoch)
+        warmup_steps = epochs_to_steps(section.warmup_epochs, num_samples, global_batch_size)
     return LearningRateSchedule(section.shape, section.peak, total_steps, warmup_steps, section.final_fraction)

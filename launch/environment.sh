@@ -18,6 +18,10 @@ create_venv() {
     command -v "$python" >/dev/null || fail "$python is not installed; install Python 3.11 or newer, or set PYTHON"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         fail "$("$python" --version) is too old; install Python 3.11 or newer, or set PYTHON to one"
+    # Never into a directory that holds something else, so that a failure may be cleaned up.
+    if [ -e "$venv" ] && [ -n "$(ls -A "$venv" 2>/dev/null)" ]; then
+        fail "$venv exists but is not a virtual environment; move it away, or set JMVAE_DIST_VENV"
+    fi
     if ! "$python" -m venv "$venv" >/dev/null 2>&1; then
         rm -rf "$venv"
         fail "'$python -m venv' does not work here; on Debian and Ubuntu: apt-get install python3-venv"

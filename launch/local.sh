@@ -9,7 +9,7 @@
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
+if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]] || ! [[ $2 =~ ^(train|evaluate)$ ]]; then
     printf 'usage: bash launch/local.sh N VERB [options]   (N processes; VERB is train or evaluate)\n' >&2
     exit 2
 fi
@@ -20,14 +20,20 @@ shift 2
 # An active environment wins over the repository's own; PYTHON wins over both.
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
-    [ -n "${VIRTUAL_ENV:-}" ] || [ ! -x "$root/.venv/bin/python" ] || PYTHON=$root/.venv/bin/python
+    own=${JMVAE_DIST_VENV:-$root/.venv}/bin/python
+    [ -n "${VIRTUAL_ENV:-}" ] || [ ! -x "$own" ] || PYTHON=$own
 fi
 
-# Mistakes are one line from one process, not a traceback from each of them.
+# Mistakes are one line from one process, after half a second.
 if [ "$verb" = train ]; then
+    for argument in "$@"; do
+        case $argument in
+        --print_config* | --help | -h) exec "$PYTHON" -m jmvae_dist train "$@" ;;
+        esac
+    done
     WORLD_SIZE=$num_processes RANK=0 LOCAL_RANK=0 "$PYTHON" -m jmvae_dist train --check "$@" || exit
     for argument in "$@"; do
-        case $argument in --print_config* | --help | -h) exit 0 ;; esac
+        [ "$argument" != --check ] || exit 0
     done
 fi
 
@@ -35,7 +41,8 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     threads=$(($(nproc) / num_processes))
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
-# Ranks that stop with a checkpoint leave 75 here and exit 0, because torchrun would report a failure otherwise.
+# An exit code that all ranks share is left here, and they exit with 0: torchrun would turn it into 1, behind a
+# page about failed processes.
 JMVAE_DIST_EXIT_CODE_FILE=$(mktemp)
 export JMVAE_DIST_EXIT_CODE_FILE
 trap 'rm -f "$JMVAE_DIST_EXIT_CODE_FILE"' EXIT

@@ -2,7 +2,7 @@
 # The whole path on real data, on 2 processes of this machine: set up, write shards, train, evaluate, sample, report.
 # Run it again: it continues where it stopped, or says that the run is complete.
 #
-#   bash launch/quickstart.sh [--section.key value ...]     settings for the training run
+#   bash launch/quickstart.sh [--section.key value ...]     settings of the training run
 #
 # JMVAE_DIST_WORKDIR   where data/ and runs/ go (default: the repository)
 set -euo pipefail
@@ -24,8 +24,8 @@ jmvae-dist shards write digits --split train --out "$data/train"
 jmvae-dist shards write digits --split test --out "$data/test"
 
 step "Training on 2 processes (the same launcher as for your own runs)"
-bash "$root/launch/local.sh" 2 train --config "$root/configs/digits.yaml" --output_dir "$run" \
-    --data.train_manifest "$data/train/manifest.json" --data.eval_manifest "$data/test/manifest.json" "$@"
+bash "$root/launch/local.sh" 2 train --config "$root/configs/digits.yaml" "$@" --output_dir "$run" \
+    --data.train_manifest "$data/train/manifest.json" --data.eval_manifest "$data/test/manifest.json"
 
 step "Evaluation of the held-out shards on 2 processes"
 bash "$root/launch/local.sh" 2 evaluate "$run" --manifest "$data/test/manifest.json" --out "$run/evaluation.json"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from jmvae_dist.checkpoint.fragments import check_same_entries, read_entries
-from jmvae_dist.checkpoint.layout import CheckpointManifest, find_damage, read_manifest, resolve_checkpoint
+from jmvae_dist.checkpoint.layout import CheckpointManifest, find_intact
 from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.errors import CheckpointError
 from jmvae_dist.files import sha256_of, write_text_atomic
@@ -32,24 +32,15 @@ def load_model(path: str | Path, **networks: Any) -> JMVAE:
     Raises:
         CheckpointError: Nothing intact is there, or the networks do not fit.
     """
-    path = Path(path)
+    return load_described(Path(path), **networks)[0]
+
+
+def load_described(path: Path, **networks: Any) -> tuple[JMVAE, dict[str, Any]]:
+    """Like `load_model`, with the training data's modalities: the manifest's entries by name."""
     if (path / CONFIG_NAME).is_file():
         return _load_export(path, networks)
-    return model_from_checkpoint(*read_verified(path), **networks)
-
-
-def read_verified(path: Path) -> tuple[Path, CheckpointManifest]:
-    """The checkpoint meant by a run directory or a checkpoint, and its manifest, after checking its files.
-
-    Raises:
-        CheckpointError: Nothing intact is there.
-    """
-    checkpoint = resolve_checkpoint(path)
-    manifest = read_manifest(checkpoint)
-    problem = find_damage(checkpoint, manifest)
-    if problem is not None:
-        raise CheckpointError(problem)
-    return checkpoint, manifest
+    checkpoint, manifest = find_intact(path)
+    return model_from_checkpoint(checkpoint, manifest, **networks), manifest.modalities
 
 
 def model_from_checkpoint(checkpoint: Path, manifest: CheckpointManifest, **networks: Any) -> JMVAE:
@@ -72,9 +63,9 @@ def export_model(source: Path, out: Path) -> Path:
     """
     from safetensors.torch import save_file
 
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"{out}: is not empty; choose another --out")
-    checkpoint, manifest = read_verified(source)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists and is not an empty directory; choose another --out")
+    checkpoint, manifest = find_intact(source)
     model = model_from_checkpoint(checkpoint, manifest)
     out.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out / WEIGHTS_NAME)
@@ -91,7 +82,7 @@ def export_model(source: Path, out: Path) -> Path:
     return out
 
 
-def _load_export(path: Path, networks: dict[str, Any]) -> JMVAE:
+def _load_export(path: Path, networks: dict[str, Any]) -> tuple[JMVAE, dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -104,11 +95,12 @@ def _load_export(path: Path, networks: dict[str, Any]) -> JMVAE:
             raise CheckpointError(f"{path / WEIGHTS_NAME}: sha256 differs from {CONFIG_NAME}'s")
         model = _build(description["model"], networks)
         model.load_state_dict(load_file(path / WEIGHTS_NAME))
+        modalities = dict(description["modalities"])
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: not an intact export ({type(error).__name__}: {error})") from None
-    return model.eval()
+    return model.eval(), modalities
 
 
 def _build(description: dict[str, Any], networks: dict[str, Any]) -> JMVAE:

@@ -151,8 +151,11 @@ def read_entries(checkpoint: Path, manifest: CheckpointManifest, entries: dict[s
                 for name, fragment in wanted:
                     values = file.get_tensor(name)
                     target = entries[name].view(-1)[fragment.start : fragment.start + fragment.numel]
+                    if values.shape != target.shape or values.dtype != target.dtype:
+                        found = f"{values.dtype} {list(values.shape)}"
+                        raise CheckpointError(f"{checkpoint / file_name}: {name} is {found}, not what the index says")
                     target.copy_(values)
-        except (SafetensorError, OSError, RuntimeError) as error:
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{checkpoint / file_name}: {error}") from None
 
 

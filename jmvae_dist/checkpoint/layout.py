@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -122,7 +123,20 @@ class CheckpointManifest:
         for name in manifest.files:
             if not _FILE_NAME.fullmatch(name):
                 raise CheckpointError(f"{where}: file name {name!r} is not allowed in a checkpoint")
+        for name, record in manifest.tensors.items():
+            if not _is_covered(record, manifest.files):
+                raise CheckpointError(f"{where}: the fragments of {name} are not exactly all of it")
         return manifest
+
+
+def _is_covered(record: TensorRecord, files: dict[str, FileRecord]) -> bool:
+    """Whether the fragments, in listed files, cover the tensor exactly once."""
+    covered = 0
+    for fragment in record.fragments:
+        if fragment.start != covered or fragment.numel < 1 or fragment.file not in files:
+            return False
+        covered += fragment.numel
+    return covered == math.prod(record.shape)
 
 
 def _tensor_record(record: dict[str, Any]) -> TensorRecord:
@@ -206,9 +220,6 @@ def commit(root: Path, manifest: CheckpointManifest) -> Path:
     """Turn the temporary directory of a step, whose files are durable, into a checkpoint; returns its path."""
     temporary = temporary_directory(root, manifest.global_step)
     final = root / step_name(manifest.global_step)
-    if final.exists():
-        # It was found damaged when the run resumed from an older one and came by here again.
-        remove_checkpoint(final)
     write_text_atomic(temporary / MANIFEST_NAME, manifest.to_json())
     os.replace(temporary, final)
     fsync_path(root)
@@ -235,23 +246,27 @@ def sweep(root: Path) -> list[str]:
     return sorted(removed)
 
 
-def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user means by `path`: itself, or the newest intact one of a run directory.
+def find_intact(path: Path) -> tuple[Path, CheckpointManifest]:
+    """The checkpoint that a user means by `path`, and its manifest, after checking all of its files.
+
+    Args:
+        path: A checkpoint, or a run directory, whose newest intact checkpoint is meant.
 
     Raises:
         CheckpointError: There is no intact checkpoint.
     """
-    if (path / MANIFEST_NAME).is_file():
-        return path
+    is_checkpoint = (path / MANIFEST_NAME).is_file()
+    candidates = [path] if is_checkpoint else list(reversed(list_checkpoints(path / "checkpoints")))
+    if not candidates:
+        raise CheckpointError(f"{path}: neither a checkpoint nor a run directory with checkpoints")
     problems = []
-    for checkpoint in reversed(list_checkpoints(path / "checkpoints")):
+    for checkpoint in candidates:
         try:
-            problem = find_damage(checkpoint, read_manifest(checkpoint))
+            manifest = read_manifest(checkpoint)
+            problem = find_damage(checkpoint, manifest)
         except CheckpointError as error:
             problem = str(error)
         if problem is None:
-            return checkpoint
+            return checkpoint, manifest
         problems.append(problem)
-    if problems:
-        raise CheckpointError(f"{path}: no intact checkpoint; " + "; ".join(problems))
-    raise CheckpointError(f"{path}: neither a checkpoint nor a run directory with checkpoints")
+    raise CheckpointError(f"{path}: no intact checkpoint; " + "; ".join(problems))

@@ -7,9 +7,11 @@ raised on all of them.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ from jmvae_dist.checkpoint.layout import (
 )
 from jmvae_dist.config import CheckpointSection
 from jmvae_dist.distributed.collectives import Collectives
-from jmvae_dist.errors import CheckpointError
+from jmvae_dist.errors import CheckpointError, mark_on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +77,11 @@ class CheckpointManager:
         self.collectives = collectives
         self.last_saved_step = -1
 
-    def resume(self) -> CheckpointManifest | None:
+    def resume(self, check: Callable[[CheckpointManifest], None]) -> CheckpointManifest | None:
         """Load the newest intact checkpoint into model and optimizer.
+
+        Args:
+            check: Called with its manifest before anything is loaded; raises if the run is another one.
 
         Returns:
             Its manifest; None if the run has no checkpoint.
@@ -85,18 +90,30 @@ class CheckpointManager:
             CheckpointError: There are checkpoints, but none is intact, or they are another model's.
         """
         names = self.collectives.on_main(self._find_candidates)
-        for name in names:
+        for number, name in enumerate(names):
             manifest = self._verify_together(self.root / name)
             if manifest is not None:
-                self._load_together(self.root / name, manifest)
+                self._load_together(self.root / name, manifest, check)
+                self.collectives.on_main(partial(self._set_aside, names[:number]))
                 self.last_saved_step = manifest.global_step
                 return manifest
         if names:
-            raise CheckpointError(
-                f"{self.root}: none of the {len(names)} checkpoints is intact (see the warnings above); "
-                "restore one from a copy, or move the directory away to start from the beginning"
+            raise mark_on_all_ranks(
+                CheckpointError(
+                    f"{self.root}: none of the {len(names)} checkpoints is intact (see the warnings above); "
+                    "restore one from a copy, or move the directory away to start from the beginning"
+                )
             )
         return None
+
+    def _set_aside(self, damaged: list[str]) -> None:
+        """Take damaged checkpoints out of the list: they must not count when old ones are deleted."""
+        for name in damaged:
+            aside = self.root / f"damaged-{name}"
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.replace(self.root / name, aside)
+            logger.warning("the damaged checkpoint is now %s; delete it when you have seen enough", aside)
 
     def _find_candidates(self) -> list[str]:
         """Names of the checkpoints, newest first, after removing what interrupted writes left behind."""
@@ -123,8 +140,11 @@ class CheckpointManager:
             logger.warning("DAMAGED CHECKPOINT, trying the one before: %s", "; ".join(sorted(set(problems))))
         return None if problems else manifest
 
-    def _load_together(self, checkpoint: Path, manifest: CheckpointManifest) -> None:
+    def _load_together(
+        self, checkpoint: Path, manifest: CheckpointManifest, check: Callable[[CheckpointManifest], None]
+    ) -> None:
         with self.collectives.together():
+            check(manifest)
             create_optimizer_state(self.optimizer)
             entries = replicated_entries(self.model, self.optimizer)
             check_same_entries(entries, manifest, checkpoint)
@@ -146,9 +166,16 @@ class CheckpointManager:
         manifest = describe()
         if manifest.global_step == self.last_saved_step:
             return None
-        self.collectives.on_main(lambda: self._prepare(manifest.global_step))
-        self._write_together(manifest)
-        self.collectives.on_main(lambda: self._commit(manifest))
+        try:
+            self.collectives.on_main(lambda: self._prepare(manifest.global_step))
+            self._write_together(manifest)
+            self.collectives.on_main(lambda: self._commit(manifest))
+        except CheckpointError:
+            if self.collectives.rank == 0:
+                # What was written of it may be what filled the disk.
+                shutil.rmtree(temporary_directory(self.root, manifest.global_step), ignore_errors=True)
+            raise
+        self.collectives.on_main(self._retain)
         self.last_saved_step = manifest.global_step
         return self.root / step_name(manifest.global_step)
 
@@ -186,7 +213,6 @@ class CheckpointManager:
     def _commit(self, manifest: CheckpointManifest) -> None:
         try:
             commit(self.root, manifest)
-            self._retain()
         except OSError as failure:
             raise CheckpointError(f"{self.root}: the checkpoint was not committed ({failure})") from failure
 
@@ -196,4 +222,7 @@ class CheckpointManager:
             global_step = int(checkpoint.name.removeprefix("step-"))
             every = self.section.keep_every_steps
             if every is None or global_step % every != 0:
-                remove_checkpoint(checkpoint)
+                try:
+                    remove_checkpoint(checkpoint)
+                except OSError as failure:
+                    logger.warning("%s: an old checkpoint could not be deleted (%s)", checkpoint, failure)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jmvae_dist.errors import ConfigError
 
 
 class _Parser(argparse.ArgumentParser):
+    """Abbreviations are refused, also by subparsers: `--over` must not silently become `--overwrite`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """An `argparse` parser whose errors are `ConfigError`s; its subparsers behave alike."""
-    return _Parser(prog=prog, description=description, allow_abbrev=False)
+    return _Parser(prog=prog, description=description)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +13,9 @@ from jmvae_dist.commands.cli import make_parser
 from jmvae_dist.errors import ConfigError
 
 if TYPE_CHECKING:
+    from jmvae_dist.data.manifest import Manifest
     from jmvae_dist.distributed.runtime import Runtime
+    from jmvae_dist.model import JMVAE
 
 METRICS = ("elbo", "accuracy", "joint_nll")
 
@@ -20,22 +23,28 @@ METRICS = ("elbo", "accuracy", "joint_nll")
 def main(arguments: list[str]) -> int:
     """Evaluate and print a table; rank 0 also writes `--out`."""
     options = _parse(arguments)
-    from jmvae_dist.checkpoint.layout import read_manifest, resolve_checkpoint
+    from jmvae_dist.checkpoint.export import model_from_checkpoint
+    from jmvae_dist.checkpoint.layout import find_intact, read_manifest
     from jmvae_dist.data.manifest import Manifest
     from jmvae_dist.distributed.environment import detect_process
     from jmvae_dist.distributed.runtime import check_device, start_runtime
     from jmvae_dist.training.setup import check_same_modalities
+    from jmvae_dist.training.state import write_json
 
     process = detect_process()
-    check_device(options.device)
-    manifest = Manifest.load(options.manifest)
+    if options.device == "cuda":
+        check_device(options.device)
     with start_runtime(process, device=options.device) as runtime:
-        # Rank 0 chooses: a checkpoint that is being written could look different to another rank.
-        checkpoint = Path(runtime.collectives.on_main(lambda: str(resolve_checkpoint(options.path))))
-        with runtime.collectives.together():
+        collectives = runtime.collectives
+        # Rank 0 chooses and checks: a checkpoint that is being written could look different to another rank.
+        checkpoint = Path(collectives.on_main(lambda: str(find_intact(options.path)[0])))
+        with collectives.together():
+            manifest = Manifest.load(options.manifest)
             described = read_manifest(checkpoint)
             check_same_modalities(described.modalities, manifest, "--manifest")
-        metrics = _evaluate(options, runtime, checkpoint, manifest, list(described.modalities))
+            model = model_from_checkpoint(checkpoint, described).to(runtime.device)
+            _check_metrics(options.metrics, model)
+        metrics = _evaluate(options, runtime, model, manifest, list(described.modalities))
         if runtime.is_main:
             result = {
                 "global_step": described.global_step,
@@ -48,8 +57,6 @@ def main(arguments: list[str]) -> int:
             }
             _show(result)
             if options.out is not None:
-                from jmvae_dist.training.state import write_json
-
                 write_json(options.out, result)
     return 0
 
@@ -74,20 +81,31 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             raise ConfigError(f"--{name.replace('_', '-')}: {getattr(options, name)} must be at least 1")
     if not options.path.is_dir():
         raise ConfigError(f"{options.path}: no such directory; give a run directory or a checkpoint")
-    if options.out is not None and not options.out.resolve().parent.is_dir():
-        raise ConfigError(f"--out: the directory {options.out.resolve().parent} does not exist")
+    if not 0 <= options.seed < 2**63:
+        raise ConfigError(f"--seed: {options.seed} must be between 0 and 2^63 - 1")
+    if options.out is not None:
+        _check_writable(options.out)
     return options
 
 
-def _evaluate(
-    options: argparse.Namespace, runtime: Runtime, checkpoint: Path, manifest: Any, modalities: list[str]
-) -> dict[str, float]:
-    from jmvae_dist.checkpoint.export import load_model
-    from jmvae_dist.evaluation.runner import evaluate_together
-    from jmvae_dist.tracking.console import progress
+def _check_writable(path: Path) -> None:
+    """Find out before the evaluation, not after it, that its result has no place."""
+    folder = path.resolve().parent
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out: {path} cannot be written; {folder} must be a writable directory")
 
-    with runtime.collectives.together():
-        model = load_model(checkpoint).to(runtime.device)
+
+def _check_metrics(metrics: list[str], model: JMVAE) -> None:
+    if metrics == ["accuracy"] and not any(item.name == "categorical" for item in model.likelihoods.values()):
+        raise ConfigError("--metrics: accuracy needs a categorical modality, and the model has none")
+
+
+def _evaluate(
+    options: argparse.Namespace, runtime: Runtime, model: JMVAE, manifest: Manifest, modalities: list[str]
+) -> dict[str, float]:
+    from jmvae_dist.evaluation.runner import evaluate_together
+    from jmvae_dist.progress import progress
+
     world_size = runtime.process.world_size
     with ExitStack() as stack:
         advance = None
@@ -104,12 +122,17 @@ def _evaluate(
             joint_nll_samples=options.joint_nll_samples if "joint_nll" in options.metrics else 0,
             progress=advance,
         )
-    if "accuracy" not in options.metrics:
-        metrics = {key: value for key, value in metrics.items() if not key.startswith("eval/accuracy/")}
-    if "elbo" not in options.metrics:
-        kept = ("eval/accuracy/", "eval/joint_nll")
-        metrics = {key: value for key, value in metrics.items() if key.startswith(kept)}
-    return metrics
+    groups = {key: _group_of(key) for key in metrics}
+    return {key: value for key, value in metrics.items() if groups[key] in options.metrics or groups[key] is None}
+
+
+def _group_of(key: str) -> str | None:
+    """The member of METRICS that a result belongs to; None for the number of samples."""
+    if key == "eval/samples":
+        return None
+    if key.startswith("eval/accuracy/"):
+        return "accuracy"
+    return "joint_nll" if key.startswith(("eval/joint_nll", "eval/marginal_nll")) else "elbo"
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from jmvae_dist.commands.cli import make_parser
 
-SUMMARY = "write a run's self-contained HTML report"
-
 
 def main(argv: list[str]) -> int:
     """Write the report; print what was learned and where to look.
@@ -15,7 +13,7 @@ def main(argv: list[str]) -> int:
     Raises:
         ConfigError: RUN is not a run directory, or the report cannot be written.
     """
-    parser = make_parser("jmvae-dist report", SUMMARY)
+    parser = make_parser("jmvae-dist report", "Write a run's self-contained HTML report.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory (output_dir of the training)")
     parser.add_argument("--out", metavar="FILE", type=Path, help="where to write (default: RUN/report.html)")
     arguments = parser.parse_args(argv)

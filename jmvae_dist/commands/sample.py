@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jmvae_dist.commands.cli import make_parser
 from jmvae_dist.errors import ConfigError
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from jmvae_dist.checkpoint.layout import CheckpointManifest
     from jmvae_dist.model import JMVAE
 
 # The picture shows at most this many of the samples; the arrays hold all of them.
@@ -23,41 +24,53 @@ _MAX_PICTURED = 20
 def main(arguments: list[str]) -> int:
     """Write `samples.npz` (arrays) and `samples.png` (a grid)."""
     options = _parse(arguments)
+    _make_folder(options.out)
     import numpy as np
 
-    from jmvae_dist.checkpoint.export import model_from_checkpoint, read_verified
+    from jmvae_dist.checkpoint.export import load_described
     from jmvae_dist.evaluation.figures import save_png
     from jmvae_dist.files import writing_atomic
 
-    checkpoint, manifest = read_verified(options.path)
-    model = model_from_checkpoint(checkpoint, manifest)
+    model, described = load_described(options.path)
     given = _given_modalities(options.given, model.modalities)
-    tensors, figure = _sample_given(options, model, manifest, given) if given else _sample_prior(options, model)
-    options.out.mkdir(parents=True, exist_ok=True)
+    tensors, figure = _sample_given(options, model, described, given) if given else _sample_prior(options, model)
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
     with writing_atomic(options.out / "samples.npz") as file:
-        np.savez_compressed(file, allow_pickle=False, **{name: tensor.numpy() for name, tensor in tensors.items()})
+        np.savez_compressed(file, **arrays)
     save_png(figure, options.out / "samples.png")
     origin = f"given {', '.join(given)}" if given else "from the prior"
-    print(f"{len(tensors['z'])} samples {origin}: {options.out / 'samples.npz'}, {options.out / 'samples.png'}")
+    print(f"{len(arrays['latent.z'])} samples {origin}: {options.out / 'samples.npz'}, {options.out / 'samples.png'}")
     return 0
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = make_parser("jmvae-dist sample", "Generate from the prior, or given some modalities.")
-    parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="or an export of one")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--given", metavar="MODALITIES", help="comma-separated; default: sample the prior")
     parser.add_argument("--manifest", type=Path, metavar="M", help="shards that hold the given modalities")
     parser.add_argument("--n", type=int, default=40, metavar="N", help="number of samples (default: 40)")
     parser.add_argument("--seed", type=int, default=0, help="of the latent noise (default: 0)")
     options = parser.parse_args(arguments)
+    if not 0 <= options.seed < 2**63:
+        raise ConfigError(f"--seed: {options.seed} must be between 0 and 2^63 - 1")
     if options.n < 1:
         raise ConfigError(f"--n: {options.n} must be at least 1")
     if (options.given is None) != (options.manifest is None):
         raise ConfigError("--given and --manifest belong together: the manifest's samples are what is given")
     if not options.path.is_dir():
-        raise ConfigError(f"{options.path}: no such directory; give a run directory or a checkpoint")
+        raise ConfigError(f"{options.path}: no such directory; give a run directory, a checkpoint or an export")
     return options
+
+
+def _make_folder(folder: Path) -> None:
+    """Create the output directory and try to write to it, before the time is spent on what goes there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--out: {folder} cannot be written ({error.strerror}); choose another directory") from None
 
 
 def _given_modalities(text: str | None, modalities: list[str]) -> list[str]:
@@ -79,11 +92,11 @@ def _sample_prior(options: argparse.Namespace, model: JMVAE) -> tuple[dict[str, 
     columns = min(options.n, 10)
     lines = max(1, min(options.n, 2 * _MAX_PICTURED) // columns)
     figure = prior_samples_figure(model, num_samples=columns, num_lines=lines, seed=options.seed)
-    return {"z": z, **_expectations(model, z)}, figure
+    return {"latent.z": z, **_expectations(model, z)}, figure
 
 
 def _sample_given(
-    options: argparse.Namespace, model: JMVAE, checkpoint: CheckpointManifest, given: list[str]
+    options: argparse.Namespace, model: JMVAE, described: dict[str, Any], given: list[str]
 ) -> tuple[dict[str, Tensor], Figure]:
     from jmvae_dist.data.loader import EvaluationLoader
     from jmvae_dist.data.manifest import Manifest
@@ -95,13 +108,15 @@ def _sample_given(
     # Modalities that are not given are shown beside the generated ones where the manifest has them.
     available = {modality.name for modality in manifest.modalities}
     wanted = [name for name in model.modalities if name in given or name in available]
-    expected = {name: checkpoint.modalities[name] for name in wanted}
+    expected = {name: described[name] for name in wanted}
     check_same_modalities(expected, manifest, "--manifest")
     loader = EvaluationLoader(manifest, rank=0, world_size=1, batch_size=options.n, modalities=wanted)
     batch = next(iter(loader))
+    if manifest.num_samples < options.n:
+        print(f"--n: {options.manifest} has {manifest.num_samples} samples; all of them are used", file=sys.stderr)
     noise = normal_noise(options.seed, 0, batch.rows, model.latent_dim, Stream.CONDITIONAL)
     z = model.encode(batch.inputs, given, noise=noise[None], flatten=True).z
-    tensors = {"z": z, **_expectations(model, z)}
+    tensors = {"latent.z": z, **_expectations(model, z)}
     tensors.update({f"data.{name}": values for name, values in batch.inputs.items()})
     if set(given) == set(model.modalities):
         figure = reconstruction_figure(model, batch.inputs, max_samples=_MAX_PICTURED)
@@ -111,6 +126,6 @@ def _sample_given(
 
 
 def _expectations(model: JMVAE, z: Tensor) -> dict[str, Tensor]:
-    """Decoded expected values (probabilities for bernoulli and categorical) by modality."""
+    """Decoded expected values (probabilities for bernoulli and categorical), `generated.<modality>`."""
     decoded = model.decode(z)
-    return {name: model.likelihoods[name].mean(values) for name, values in decoded.items()}
+    return {f"generated.{name}": model.likelihoods[name].mean(values) for name, values in decoded.items()}

@@ -7,9 +7,9 @@ import json
 import sys
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NoReturn
 
-from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.commands.cli import make_parser
+from jmvae_dist.data.manifest import Manifest, Modality, printable
 from jmvae_dist.data.sources.base import SPLITS, Source
 from jmvae_dist.errors import ConfigError
 
@@ -29,21 +29,8 @@ def main(argv: list[str]) -> int:
     return exit_code
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports usage mistakes as a ConfigError, one line instead of the whole usage text.
-
-    Abbreviations are refused: `--over` must not silently become `--overwrite`.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see `{self.prog} --help`)")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="jmvae-dist shards", description=SUMMARY)
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("jmvae-dist shards", SUMMARY)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     write = verbs.add_parser("write", help="write a source as tar shards with indexes and a manifest")
     _add_sources(write)
@@ -84,10 +71,11 @@ def _add_sources(write: argparse.ArgumentParser) -> None:
     npz.add_argument("--file", type=Path, required=True)
     npz.add_argument(
         "--class-modalities",
-        type=lambda text: text.split(","),
-        default=[],
-        metavar="A,B",
-        help="integer arrays to store as class indices (the model sees one-hot vectors)",
+        type=_class_modalities,
+        default={},
+        metavar="NAME[=K],...",
+        help="integer arrays to store as class indices of K classes (the model sees one-hot vectors); default K: "
+        "the largest index of the file + 1, so give K if another file lacks the last class",
     )
     npz.add_argument("--offset", type=_named_number, action="append", default=[], metavar="NAME=NUMBER")
     npz.add_argument(
@@ -98,23 +86,28 @@ def _add_sources(write: argparse.ArgumentParser) -> None:
         metavar="NAME=NUMBER",
         help="the model sees (value - offset) * scale, for example --scale image=1/255",
     )
+    npz.add_argument("--file-is-split", action="store_true", help="the file holds the samples of --split only")
     _add_split_options(npz, None)
     npz.set_defaults(source=_npz)
 
     for source in (digits, mnist, mfeat, npz):
         _add_output_options(source)
         source.set_defaults(run=_write)
+    # A default would let the whole file become the test split as well as the train split.
+    npz.set_defaults(split=None)
 
 
 def _add_split_options(parser: argparse.ArgumentParser, test_fraction: float | None) -> None:
-    default = "none: the file is the split" if test_fraction is None else str(test_fraction)
-    parser.add_argument("--test-fraction", type=float, default=test_fraction, help=f"default {default}")
+    default = "" if test_fraction is None else f" (default {test_fraction})"
+    parser.add_argument(
+        "--test-fraction", type=float, default=test_fraction, help=f"share of the test split{default}"
+    )
     parser.add_argument("--split-seed", type=int, default=0, help="default 0")
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="default train")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="default train; npz has none")
     parser.add_argument("--samples-per-shard", type=_positive, help="at most; the default depends on the source")
     parser.add_argument("--shuffle-seed", type=int, default=0, help="permutes samples before packing; default 0")
     parser.add_argument("--workers", type=_positive, help="processes (default: the available CPUs, 1 if faster)")
@@ -129,6 +122,16 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return value
+
+
+def _class_modalities(text: str) -> dict[str, int | None]:
+    classes: dict[str, int | None] = {}
+    for entry in text.split(","):
+        name, separator, number = entry.partition("=")
+        if not name or name in classes:
+            raise argparse.ArgumentTypeError(f"{text!r} must name each array once, as NAME or NAME=K")
+        classes[name] = _positive(number) if separator else None
+    return classes
 
 
 def _named_number(text: str) -> tuple[str, float]:
@@ -165,6 +168,11 @@ def _mfeat(arguments: argparse.Namespace) -> Source:
 def _npz(arguments: argparse.Namespace) -> Source:
     from jmvae_dist.data.sources.npz import load_npz_source
 
+    if arguments.split is None or (arguments.test_fraction is None) != arguments.file_is_split:
+        raise ConfigError(
+            "npz: name the split to write, --split train|test, and either --test-fraction F (F of the file are the "
+            "test split) or --file-is-split (the file holds the samples of that split only)"
+        )
     return load_npz_source(
         arguments.file,
         arguments.split,
@@ -211,7 +219,8 @@ def _show(arguments: argparse.Namespace) -> int:
         print(f"{name:<12} {value}")
     for key, value in manifest.source.items():
         for entry in value if isinstance(value, list) else [value]:
-            print(f"{'source':<12} {key}: {entry if isinstance(entry, str) else json.dumps(entry)}")
+            text = entry if isinstance(entry, str) else json.dumps(entry)
+            print(f"{'source':<12} {printable(f'{key}: {text}')}")
     print()
     _print_table(
         ("modality", "encoding", "dtype", "shape", "model sees"),

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from jmvae_dist.config_io import parse_run_config
+from typing import TYPE_CHECKING
+
+from jmvae_dist.config_io import CHECK_OPTION, parse_run_config
+
+if TYPE_CHECKING:
+    from jmvae_dist.distributed.environment import ProcessInfo
+    from jmvae_dist.training.setup import ResolvedRun
 
 
 def main(arguments: list[str]) -> int:
     """Train; returns 0 when the run is complete, 75 when it was stopped with a checkpoint written."""
     # Everything up to the runtime is checked without torch and without other processes, so that a mistake is
     # one line after half a second.
-    check_only = "--check" in arguments
-    config = parse_run_config([argument for argument in arguments if argument != "--check"])
+    check_only = CHECK_OPTION in arguments
+    config = parse_run_config([argument for argument in arguments if argument != CHECK_OPTION])
     from jmvae_dist.distributed.environment import detect_process
     from jmvae_dist.training.setup import resolve_run, summarize
 
     process = detect_process()
     run = resolve_run(config, process.world_size)
-    if process.rank == 0 and (check_only or process.launcher == "single"):
-        print(summarize(run, process.world_size))
-    if check_only:
-        return 0
+    if config.training.device == "cuda":
+        from jmvae_dist.distributed.runtime import check_device
 
-    from jmvae_dist.distributed.runtime import check_device, start_runtime
+        check_device(config.training.device)
+    if process.rank == 0 and (check_only or process.launcher == "single"):
+        print(summarize(run, process.world_size), flush=True)
+    return 0 if check_only else _train(run, process)
+
+
+def _train(run: ResolvedRun, process: ProcessInfo) -> int:
+    from jmvae_dist.distributed.runtime import start_runtime
     from jmvae_dist.training.loop import Trainer
     from jmvae_dist.training.recorder import configure_logging
+    from jmvae_dist.training.signals import StopSignals
     from jmvae_dist.training.state import locked_run_directory
 
-    check_device(config.training.device)
+    training = run.config.training
     configure_logging(process.rank)
-    training = config.training
     with (
+        StopSignals() as signals,
         start_runtime(
             process,
             device=training.device,
@@ -38,4 +50,4 @@ def main(arguments: list[str]) -> int:
         ) as runtime,
         locked_run_directory(run.output_dir, runtime),
     ):
-        return Trainer(run, runtime).train()
+        return Trainer(run, runtime, signals).train()

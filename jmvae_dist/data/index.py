@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jmvae_dist.data.files import open_regular
 from jmvae_dist.errors import DataError
 
 INDEX_VERSION = 1
@@ -32,6 +33,7 @@ def index_bytes(records_NM: np.ndarray) -> bytes:
 
 
 def index_num_bytes(num_samples: int, num_modalities: int) -> int:
+    """Size of the index file of a shard."""
     return _HEADER.size + num_samples * num_modalities * RECORD_DTYPE.itemsize
 
 
@@ -53,7 +55,7 @@ def read_index(
     """
     expected_bytes = index_num_bytes(num_samples, num_modalities)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             content = file.read(expected_bytes + 1)
     except OSError as error:
         raise DataError(f"{path}: cannot read index: {error.strerror}") from None

@@ -9,6 +9,7 @@ Shape suffix: B samples of this rank's batch.
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -229,7 +230,7 @@ def _iterate(dataset: _Batches, numbers: range, workers: int, pin_memory: bool) 
         pin_memory=pin_memory,
         prefetch_factor=_PREFETCH_BATCHES_PER_WORKER if workers else None,
     )
-    with _signals_left_to_the_rank():
+    with _signals_left_to_the_rank(), _child_signal_kept():
         batches = iter(loader)
     try:
         for _ in numbers:
@@ -259,14 +260,8 @@ def _next_batch(batches: Iterator[Batch | _Failure], workers: int) -> Batch | _F
 def _shut_down(batches: Iterator[Batch | _Failure]) -> None:
     """End the worker processes now: a traceback that refers to the iterator would otherwise keep them alive."""
     shut_down_workers = getattr(batches, "_shutdown_workers", None)
-    if shut_down_workers is None:
-        return
-    try:
+    if shut_down_workers is not None:
         shut_down_workers()
-    except RuntimeError as error:
-        # torch raises from its signal handler, anywhere, when a worker died; by now that has been reported.
-        if not _tells_of_a_dead_worker(error):
-            raise
 
 
 def _tells_of_a_dead_worker(error: RuntimeError) -> bool:
@@ -291,6 +286,23 @@ def _signals_left_to_the_rank() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _child_signal_kept() -> Iterator[None]:
+    """Take back the SIGCHLD handler that torch installs with the first workers.
+
+    It raises as soon as a worker dies, wherever this process happens to be: in the middle of an optimizer step or
+    of a checkpoint. Without it the same is found where the next batch is asked for, within seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
 def _shards_in_use(plan: SamplePlan, num_lanes: int) -> int:

@@ -20,6 +20,8 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from jmvae_dist.data.files import open_regular
+from jmvae_dist.data.index import index_num_bytes
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import write_text_atomic
 
@@ -43,6 +45,7 @@ MAX_MANIFEST_BYTES = 256 * 2**20
 MAX_SAMPLE_BYTES = 2**30
 MAX_CLASSES = 1_000_000
 MAX_DIMENSIONS = 8
+_MAX_NESTING = 4 + MAX_DIMENSIONS  # an offset is nested lists inside document, list and modality
 
 # The key ends at the first dot of a member's name, and USTAR names have 100 bytes.
 _MODALITY_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")
@@ -94,8 +97,12 @@ class Modality:
         for key, value in (("offset", self.offset), ("scale", self.scale)):
             if not _is_number(value) and not (isinstance(value, list) and _nested_shape(value) == self.shape):
                 raise ValueError(f"{key} must be a finite number or nested lists of shape {list(self.shape)}")
-        if not np.all(np.asarray(self.scale, dtype=np.float64)):
-            raise ValueError("scale must not be 0: every value would become 0")
+        offset, scale = self._transform
+        for key, numbers in (("offset", offset), ("scale", scale)):
+            if not np.isfinite(numbers).all():
+                raise ValueError(f"{key} is beyond the range of {self._compute_dtype}")
+        if not scale.all():
+            raise ValueError(f"scale must not be 0 (as {self._compute_dtype}): every value would become 0")
 
     def _check_shape(self) -> None:
         if not isinstance(self.shape, tuple) or not all(_is_integer(size) and size >= 1 for size in self.shape):
@@ -131,6 +138,13 @@ class Modality:
         assert self.num_classes is not None
         return len(str(self.num_classes - 1))
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the stored value of one sample, without headers."""
+        if self.encoding == "cls":
+            return self.class_digits
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
     def to_model(self, stored: np.ndarray) -> np.ndarray:
         """What the model sees, float32 (B, *shape), of stored values (B, *shape) or class indices (B,).
 
@@ -142,12 +156,12 @@ class Modality:
             return one_hot
         values = stored.astype(self._compute_dtype)
         offset, scale = self._transform
-        if np.any(offset):
-            values -= offset
-        if np.any(scale != 1):
-            values *= scale
-        # A float64 beyond the float32 range becomes infinite here; the reader reports it as not finite.
-        with np.errstate(over="ignore"):
+        # What is beyond the float32 range becomes infinite here; writer and reader report it as not finite.
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.any(offset):
+                values -= offset
+            if np.any(scale != 1):
+                values *= scale
             return values.astype(np.float32, copy=False)
 
     @cached_property
@@ -157,10 +171,11 @@ class Modality:
 
     @cached_property
     def _transform(self) -> tuple[np.ndarray, np.ndarray]:
-        return (
-            np.asarray(self.offset, dtype=self._compute_dtype),
-            np.asarray(self.scale, dtype=self._compute_dtype),
-        )
+        with np.errstate(over="ignore"):
+            return (
+                np.asarray(self.offset, dtype=self._compute_dtype),
+                np.asarray(self.scale, dtype=self._compute_dtype),
+            )
 
     def to_json(self) -> dict[str, Any]:
         record: dict[str, Any] = {
@@ -255,16 +270,16 @@ class Manifest:
         """
         path = Path(path)
         try:
-            num_bytes = path.stat().st_size
-            if num_bytes > MAX_MANIFEST_BYTES:
-                raise DataError(f"{path}: {num_bytes} bytes; a manifest has at most {MAX_MANIFEST_BYTES}")
-            content = path.read_bytes()
+            with open_regular(path) as file:
+                content = file.read(MAX_MANIFEST_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(
                 f"no manifest at {path}; make one with `jmvae-dist shards write SOURCE --out {path.parent}`"
             ) from None
         except OSError as error:
             raise ConfigError(f"cannot read manifest {path}: {error.strerror}") from None
+        if len(content) > MAX_MANIFEST_BYTES:
+            raise DataError(f"{path}: a manifest has at most {MAX_MANIFEST_BYTES} bytes")
         return _ManifestParser(path).parse(content)
 
     def save(self, path: str | Path) -> None:
@@ -345,17 +360,17 @@ class _ManifestParser:
         self._path = path
 
     def _fail(self, key: str, problem: str) -> NoReturn:
-        raise DataError(f"{self._path}: {key}: {problem}" if key else f"{self._path}: {problem}")
+        raise DataError(f"{self._path}: {printable(key)}: {problem}" if key else f"{self._path}: {problem}")
 
     def parse(self, content: bytes) -> Manifest:
         record = self._decode(content)
         version = record.get("format_version") if isinstance(record, dict) else None
         if isinstance(record, dict) and version != FORMAT_VERSION:
-            self._fail("format_version", f"{version!r} is not supported; this version reads {FORMAT_VERSION}")
+            self._fail("format_version", f"{_shown(version)} is not supported; this version reads {FORMAT_VERSION}")
         keys = {"format_version", "fingerprint", "num_samples", "num_bytes", "modalities", "source", "shards"}
         record = self._object(record, "", keys)
         modalities = self._modalities(record["modalities"])
-        shards = self._shards(record["shards"])
+        shards = self._shards(record["shards"], len(modalities))
         source = record["source"]
         if not isinstance(source, dict):
             self._fail("source", "must be an object")
@@ -373,11 +388,14 @@ class _ManifestParser:
 
     def _decode(self, content: bytes) -> Any:
         try:
-            return json.loads(
+            record = json.loads(
                 content.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
             )
         except (ValueError, RecursionError) as error:
             self._fail("", f"not valid JSON: {error}")
+        if _is_nested_deeper(record, _MAX_NESTING):
+            self._fail("", f"lists and objects are nested more than {_MAX_NESTING} deep")
+        return record
 
     def _object(self, value: Any, key: str, keys: set[str], optional: frozenset[str] = frozenset()) -> Any:
         if not isinstance(value, dict):
@@ -396,7 +414,7 @@ class _ManifestParser:
 
     def _integer(self, value: Any, key: str, minimum: int) -> int:
         if not _is_integer(value) or not minimum <= value < 2**62:
-            self._fail(key, f"{value!r} must be an integer of at least {minimum}")
+            self._fail(key, f"{_shown(value)} must be an integer of at least {minimum}")
         return value
 
     def _sha256(self, value: Any, key: str) -> str:
@@ -406,7 +424,7 @@ class _ManifestParser:
 
     def _url(self, value: Any, key: str) -> str:
         if not isinstance(value, str) or not value or len(value) > 4096 or not value.isprintable():
-            self._fail(key, f"{str(value)[:80]!r} must be a path or URL of 1 to 4096 printable characters")
+            self._fail(key, f"{_shown(value)} must be a path or URL of 1 to 4096 printable characters")
         return value
 
     def _modalities(self, value: Any) -> list[Modality]:
@@ -421,29 +439,25 @@ class _ManifestParser:
                 modalities.append(Modality(**{**entry, "shape": tuple(entry["shape"])}))
             except (ValueError, TypeError) as error:
                 self._fail(key, str(error))
-        # webdataset lower-cases extensions, so names that differ only in case would overwrite each other.
-        names = [modality.name.lower() for modality in modalities]
-        if len(set(names)) != len(names):
-            self._fail("modalities", "two modalities have the same name (upper and lower case are not told apart)")
+        try:
+            check_distinct_names(modalities)
+        except ValueError as error:
+            self._fail("modalities", str(error))
         return modalities
 
-    def _shards(self, value: Any) -> list[Shard]:
+    def _shards(self, value: Any, num_modalities: int) -> list[Shard]:
         shards = []
         for number, entry in enumerate(self._list(value, "shards")):
             key = f"shards[{number}]"
             entry = self._object(entry, key, {"url", "num_samples", "num_bytes", "sha256", "index"})
-            index = self._object(entry["index"], f"{key}.index", {"url", "num_bytes", "sha256"})
+            num_samples = self._integer(entry["num_samples"], f"{key}.num_samples", minimum=1)
             shards.append(
                 Shard(
                     url=self._url(entry["url"], f"{key}.url"),
-                    num_samples=self._integer(entry["num_samples"], f"{key}.num_samples", minimum=1),
+                    num_samples=num_samples,
                     num_bytes=self._integer(entry["num_bytes"], f"{key}.num_bytes", minimum=1),
                     sha256=self._sha256(entry["sha256"], f"{key}.sha256"),
-                    index=IndexFile(
-                        url=self._url(index["url"], f"{key}.index.url"),
-                        num_bytes=self._integer(index["num_bytes"], f"{key}.index.num_bytes", minimum=1),
-                        sha256=self._sha256(index["sha256"], f"{key}.index.sha256"),
-                    ),
+                    index=self._index(entry["index"], f"{key}.index", num_samples, num_modalities),
                 )
             )
         urls = [shard.url for shard in shards]
@@ -451,6 +465,53 @@ class _ManifestParser:
             repeated = next(url for url in urls if urls.count(url) > 1)
             self._fail("shards", f"{repeated!r} is listed twice: its samples would be seen twice per epoch")
         return shards
+
+    def _index(self, value: Any, key: str, num_samples: int, num_modalities: int) -> IndexFile:
+        entry = self._object(value, key, {"url", "num_bytes", "sha256"})
+        index = IndexFile(
+            url=self._url(entry["url"], f"{key}.url"),
+            num_bytes=self._integer(entry["num_bytes"], f"{key}.num_bytes", minimum=1),
+            sha256=self._sha256(entry["sha256"], f"{key}.sha256"),
+        )
+        expected_bytes = index_num_bytes(num_samples, num_modalities)
+        if index.num_bytes != expected_bytes:
+            self._fail(
+                f"{key}.num_bytes",
+                f"says {index.num_bytes}, but {num_samples} samples with {num_modalities} modalities take "
+                f"{expected_bytes}",
+            )
+        return index
+
+
+def check_distinct_names(modalities: Sequence[Modality]) -> None:
+    """Raise ValueError if two modalities could be taken for each other.
+
+    webdataset lower-cases extensions, so names that differ only in case would overwrite each other.
+    """
+    names: set[str] = set()
+    for modality in modalities:
+        if modality.name.lower() in names:
+            raise ValueError(
+                f"two modalities have the same name {modality.name!r} (upper and lower case are not told apart)"
+            )
+        names.add(modality.name.lower())
+
+
+def printable(text: str) -> str:
+    """The text with control and other unprintable characters escaped: a terminal would act on them."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]
+
+
+def _is_nested_deeper(value: Any, depth: int) -> bool:
+    """Whether lists and objects of a JSON value are nested more than `depth` deep; does not recurse further."""
+    if not isinstance(value, list | dict):
+        return False
+    entries = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(_is_nested_deeper(entry, depth - 1) for entry in entries)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -477,11 +538,13 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _nested_shape(value: Any) -> tuple[int, ...] | None:
-    """Shape of nested lists of finite numbers; None if ragged or anything else is inside."""
+def _nested_shape(value: Any, max_dimensions: int = MAX_DIMENSIONS) -> tuple[int, ...] | None:
+    """Shape of nested lists of finite numbers; None if ragged, too deep, or anything else is inside."""
     if not isinstance(value, list):
         return () if _is_number(value) else None
-    shapes = {_nested_shape(entry) for entry in value}
+    if max_dimensions == 0:
+        return None
+    shapes = {_nested_shape(entry, max_dimensions - 1) for entry in value}
     if len(shapes) != 1 or None in shapes:
         return None
     (inner,) = shapes

@@ -22,6 +22,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 
+from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import read_index
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.errors import ConfigError, DataError
@@ -173,7 +174,7 @@ class ShardReader:
         declared = (np.dtype(spec.dtype), spec.shape)
         if (dtype, shape) != declared or fortran_order:
             return None
-        if member_N.shape[1] != header_bytes + _num_bytes(spec):
+        if member_N.shape[1] != header_bytes + spec.stored_bytes:
             return None
         if np.any(member_N[:, :header_bytes] != member_N[0, :header_bytes]):
             return None
@@ -305,8 +306,8 @@ def decode_member(content: bytes, modality: Modality) -> np.ndarray | int:
         raise DataError(f"stored dtype is {dtype.str}, the manifest says {np.dtype(modality.dtype).str}")
     if shape != modality.shape:
         raise DataError(f"stored shape is {list(shape)}, the manifest says {list(modality.shape)}")
-    if len(content) != header_bytes + _num_bytes(modality):
-        raise DataError(f"{len(content)} bytes, expected {header_bytes + _num_bytes(modality)}")
+    if len(content) != header_bytes + modality.stored_bytes:
+        raise DataError(f"{len(content)} bytes, expected {header_bytes + modality.stored_bytes}")
     return np.ndarray(shape, dtype, content, header_bytes, order="F" if fortran_order else "C")
 
 
@@ -349,14 +350,10 @@ def _decode_class(content: bytes, modality: Modality) -> int:
     return class_index
 
 
-def _num_bytes(modality: Modality) -> int:
-    return int(np.prod(modality.shape, dtype=np.int64)) * np.dtype(modality.dtype).itemsize
-
-
 def _map_shard(path: Path, num_bytes: int, sha256: str, verify: Verify) -> mmap.mmap:
     """Map a shard read-only after checking its size and, as `verify` says, its sha256."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             status = os.fstat(file.fileno())
             if status.st_size != num_bytes:
                 what = "truncated" if status.st_size < num_bytes else "replaced"

@@ -6,17 +6,19 @@ import io
 import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from jmvae_dist.data.index import read_index
+from jmvae_dist.data.index import index_num_bytes, read_index
 from jmvae_dist.data.manifest import Manifest, Modality
-from jmvae_dist.data.processes import default_workers, run_in_processes
-from jmvae_dist.data.progress import progress
+from jmvae_dist.data.processes import Report, default_workers, run_in_processes
 from jmvae_dist.data.reader import ShardReader
 from jmvae_dist.errors import DataError
 from jmvae_dist.files import sha256_of
+from jmvae_dist.progress import progress
 
 _CHUNK_BYTES = 64 * 2**20
 
@@ -26,16 +28,15 @@ def verify_shards(manifest: Manifest, workers: int | None = None) -> list[str]:
 
     Checks of every shard: size and sha256 of shard and index; the index against the members that the tar
     holds; every member against the declared dtype, shape and number of classes; finite values; and that plain
-    webdataset reads the same samples.
+    webdataset reads the same samples. With several workers, a script must call this inside
+    `if __name__ == "__main__":`, because every worker imports the script.
     """
-    problems: dict[int, list[str]] = {}
     shard_numbers = range(len(manifest.shards))
-    with progress("verifying shards", manifest.num_samples, "samples") as shown:
-        for number, found in run_in_processes(
-            _verify_shard, manifest, shard_numbers, workers or default_workers(manifest.num_samples)
-        ):
-            problems[number] = found
-            shown.advance(manifest.shards[number].num_samples)
+    workers = workers or default_workers(manifest.num_samples, manifest.num_bytes)
+    with TemporaryDirectory() as folder, progress(manifest.num_samples, "verifying samples") as advance:
+        problems = dict(
+            run_in_processes(_verify_shard, manifest, shard_numbers, workers, folder=Path(folder), advance=advance)
+        )
     repeated = _repeated_shards(manifest)
     return [problem for number in shard_numbers for problem in problems[number]] + repeated
 
@@ -50,10 +51,22 @@ def _repeated_shards(manifest: Manifest) -> list[str]:
     return problems
 
 
-def _verify_shard(manifest: Manifest, number: int) -> list[str]:
+def _verify_shard(manifest: Manifest, number: int, report: Report) -> list[str]:
+    problems = _shard_problems(manifest, number, report)
+    report(manifest.shards[number].num_samples)
+    return problems
+
+
+def _shard_problems(manifest: Manifest, number: int, report: Report) -> list[str]:
     """The problems of one shard; later checks are left out where an earlier one makes them meaningless."""
     shard, path = manifest.shards[number], manifest.shard_path(number)
     problems = []
+    index_bytes = index_num_bytes(shard.num_samples, len(manifest.modalities))
+    if shard.index.num_bytes != index_bytes:
+        problems.append(
+            f"{manifest.index_path(number)}: the manifest says {shard.index.num_bytes} bytes, but an index of "
+            f"{shard.num_samples} samples with {len(manifest.modalities)} modalities has {index_bytes}"
+        )
     try:
         if path.stat().st_size == shard.num_bytes and sha256_of(path) != shard.sha256:
             problems.append(f"{path}: sha256 differs from the manifest's")
@@ -70,7 +83,7 @@ def _verify_shard(manifest: Manifest, number: int) -> list[str]:
     try:
         layout_problems = _check_layout(manifest, number, reader)
         problems += layout_problems
-        problems += _check_values(manifest.modalities, reader)
+        problems += _check_values(manifest.modalities, reader, report)
         # Plain webdataset trusts a tar's own sizes, so it only gets one whose members are what the index
         # says.
         if not layout_problems:
@@ -118,7 +131,7 @@ def _chunks(modalities: Sequence[Modality], num_samples: int) -> Iterator[np.nda
         yield np.arange(start, min(start + size, num_samples), dtype=np.int64)
 
 
-def _check_values(modalities: Sequence[Modality], reader: ShardReader) -> list[str]:
+def _check_values(modalities: Sequence[Modality], reader: ShardReader, report: Report) -> list[str]:
     problems = []
     for index_B in _chunks(modalities, reader.num_samples):
         for modality in modalities:
@@ -126,6 +139,7 @@ def _check_values(modalities: Sequence[Modality], reader: ShardReader) -> list[s
                 reader.read(index_B, modality.name)
             except DataError:
                 problems += _check_one_by_one(modality, reader, index_B)
+        report(int(index_B[-1]) + 1)
     return problems
 
 

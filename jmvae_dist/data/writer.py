@@ -5,12 +5,13 @@
     DIR/manifest.json            written last
 
 Everything is written to a hidden folder beside DIR, which takes its name only when it is complete, so
-whatever has the name DIR is complete. The bytes depend on the source and the options alone.
+whatever has the name DIR is complete. A lock file beside DIR keeps other writers away meanwhile. The bytes
+depend on the source and the options alone.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -19,28 +20,29 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from jmvae_dist.data.index import MAX_MEMBER_BYTES, RECORD_DTYPE, index_bytes
-from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard
+from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard, check_distinct_names
 from jmvae_dist.data.philox import PURPOSE_PACKING, permutation
-from jmvae_dist.data.processes import default_workers, run_in_processes
-from jmvae_dist.data.progress import progress
+from jmvae_dist.data.processes import Report, default_workers, run_in_processes
 from jmvae_dist.data.sources.base import Source, check_seed
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import fsync_path, sha256_of
+from jmvae_dist.progress import progress
 
 MANIFEST_NAME = "manifest.json"
 
 _TAR_BLOCK_BYTES = 512
 _TAR_NAME_BYTES = 100
-_LOCK_NAME = ".writing.lock"
-_OUR_FILES = re.compile(r"shard-\d{6,}\.tar(\.index)?|manifest\.json|\.writing\.lock")
+_OUR_FILES = re.compile(r"shard-\d{6,}\.tar(\.index)?|manifest\.json")
 
 
 def write_shards(
@@ -54,6 +56,9 @@ def write_shards(
 ) -> tuple[Manifest, bool]:
     """Write all samples of a source, shuffled, to the folder `out`.
 
+    With several workers, a script must call this inside `if __name__ == "__main__":`, because every worker
+    imports the script; and large arrays of the source are copied once to the disk of `out` while it is written.
+
     Args:
         source: the raw samples.
         out: the folder; must not exist, be empty, or hold shards written earlier.
@@ -66,46 +71,75 @@ def write_shards(
         The manifest at `out`, and whether it was written now (False: the same data was already there).
 
     Raises:
-        ConfigError: an option is out of range, or `out` holds something else.
-        DataError: the source yields samples that are not what it declares.
+        ConfigError: an option is out of range, `out` holds something else, is being written by another process,
+            or cannot be written (disk full, read-only).
+        DataError: the source yields samples that are not what it declares, or a worker died.
     """
     # Symbolic links are resolved, so that the link stays and its target is replaced.
     out = Path(out).expanduser().resolve()
     if samples_per_shard is None:
         samples_per_shard = source.default_samples_per_shard
     _check_options(source, samples_per_shard, shuffle_seed, workers)
-    existing = _existing_manifest(out, overwrite)
-    if existing is not None and not overwrite and _differs_at_a_glance(existing, source):
-        raise _other_content(out)
     if workers is None:
-        workers = default_workers(len(source))
-    parts = _pack(len(source), samples_per_shard, shuffle_seed)
-    with _Staging(out) as staging:
-        jobs = [_Job(staging.path / f"shard-{number:06d}.tar", part) for number, part in enumerate(parts)]
-        shards = _write_all(source, jobs, workers)
-        description = {
-            **source.description(),
-            "samples_per_shard": samples_per_shard,
-            "shuffle_seed": shuffle_seed,
-        }
-        manifest = Manifest.create(source.modalities, shards, description, out / MANIFEST_NAME)
-        if existing is not None and existing.fingerprint == manifest.fingerprint:
-            if _is_intact(existing):
-                return existing, False
-        elif existing is not None and not overwrite:
+        sample_bytes = sum(modality.stored_bytes for modality in source.modalities)
+        workers = default_workers(len(source), len(source) * sample_bytes)
+    with _os_errors_explained(out), _locked(out) as is_locked:
+        existing = _existing_manifest(out, overwrite)
+        if existing is not None and not overwrite and _differs_at_a_glance(existing, source):
             raise _other_content(out)
-        manifest.save(staging.path / MANIFEST_NAME)
-        fsync_path(staging.path)
-        staging.commit()
+        with _Staging(out, is_locked) as staging:
+            return _write_staged(source, staging, existing, samples_per_shard, shuffle_seed, workers, overwrite)
+
+
+def _write_staged(
+    source: Source,
+    staging: _Staging,
+    existing: Manifest | None,
+    samples_per_shard: int,
+    shuffle_seed: int,
+    workers: int,
+    overwrite: bool,
+) -> tuple[Manifest, bool]:
+    out = staging.out
+    shards = _write_all(source, staging.path, samples_per_shard, shuffle_seed, workers)
+    description = {
+        **source.description(),
+        "samples_per_shard": samples_per_shard,
+        "shuffle_seed": shuffle_seed,
+    }
+    manifest = Manifest.create(source.modalities, shards, description, out / MANIFEST_NAME)
+    if existing is not None and existing.fingerprint == manifest.fingerprint:
+        if _is_intact(existing):
+            return existing, False
+    elif existing is not None and not overwrite:
+        raise _other_content(out)
+    manifest.save(staging.path / MANIFEST_NAME)
+    # Whatever is wrong with it must show now, not at the start of a training run.
+    Manifest.load(staging.path / MANIFEST_NAME)
+    fsync_path(staging.path)
+    if _existing_manifest(out, overwrite) != existing:
+        raise ConfigError(
+            f"{out} was changed by somebody else while shards were written for it; nothing was replaced"
+        )
+    staging.commit()
     return manifest, True
 
 
 @dataclass(frozen=True)
+class _Packing:
+    """What is written: samples of the source, one shard after another in this order."""
+
+    source: Source
+    order: np.ndarray
+
+
+@dataclass(frozen=True)
 class _Job:
-    """One shard to write: its path and the source's samples in it."""
+    """One shard to write: its path and its part of the order."""
 
     path: Path
-    indices: np.ndarray
+    start: int
+    stop: int
 
 
 def _check_options(source: Source, samples_per_shard: int, shuffle_seed: int, workers: int | None) -> None:
@@ -116,20 +150,32 @@ def _check_options(source: Source, samples_per_shard: int, shuffle_seed: int, wo
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers must be at least 1, not {workers}")
     check_seed("--shuffle-seed", shuffle_seed)
+    try:
+        check_distinct_names(source.modalities)
+    except ValueError as error:
+        raise DataError(f"the source cannot be written: {error}") from None
 
 
-def _pack(num_samples: int, samples_per_shard: int, shuffle_seed: int) -> list[np.ndarray]:
-    """The source's sample numbers of every shard."""
-    order = permutation(num_samples, seed=shuffle_seed, purpose=PURPOSE_PACKING)
-    return np.array_split(order, -(-num_samples // samples_per_shard))
+def _shard_bounds(num_samples: int, samples_per_shard: int) -> list[tuple[int, int]]:
+    """Start and stop of every shard; sizes differ by at most one, larger ones first."""
+    num_shards = -(-num_samples // samples_per_shard)
+    size, larger = divmod(num_samples, num_shards)
+    starts = [number * size + min(number, larger) for number in range(num_shards + 1)]
+    return list(pairwise(starts))
 
 
-def _write_all(source: Source, jobs: Sequence[_Job], workers: int) -> list[Shard]:
-    shards: dict[int, Shard] = {}
-    with progress("writing shards", len(source), "samples") as shown:
-        for number, shard in run_in_processes(_write_shard, source, jobs, workers):
-            shards[number] = shard
-            shown.advance(shard.num_samples)
+def _write_all(source: Source, folder: Path, samples_per_shard: int, shuffle_seed: int, workers: int) -> list[Shard]:
+    packing = _Packing(source, permutation(len(source), seed=shuffle_seed, purpose=PURPOSE_PACKING))
+    jobs = [
+        _Job(folder / f"shard-{number:06d}.tar", start, stop)
+        for number, (start, stop) in enumerate(_shard_bounds(len(source), samples_per_shard))
+    ]
+    arrays_folder = folder / "arrays"
+    arrays_folder.mkdir()
+    with progress(len(source), "writing samples") as advance:
+        results = run_in_processes(_write_shard, packing, jobs, workers, folder=arrays_folder, advance=advance)
+        shards = dict(results)
+    shutil.rmtree(arrays_folder)
     return [shards[number] for number in range(len(jobs))]
 
 
@@ -153,24 +199,26 @@ class _HashingFile(io.RawIOBase):
         return self._file.write(data)
 
 
-def _write_shard(source: Source, job: _Job) -> Shard:
+def _write_shard(packing: _Packing, job: _Job, report: Report) -> Shard:
     """Write and fsync one shard and its index."""
     from webdataset import TarWriter
 
-    modalities = source.modalities
-    records_NM = np.empty((len(job.indices), len(modalities)), RECORD_DTYPE)
+    source, modalities = packing.source, packing.source.modalities
+    num_samples = job.stop - job.start
+    records_NM = np.empty((num_samples, len(modalities)), RECORD_DTYPE)
     encoders = [_MemberEncoder(modality) for modality in modalities]
     with open(job.path, "xb") as file:
         hashing = _HashingFile(file)
         # A fixed integer time: the bytes are reproducible, and no PAX header (1 KiB per member) is needed.
         with TarWriter(hashing, encoder=False, mtime=0, user="", group="", compress=False) as tar:
-            for row, index in enumerate(job.indices.tolist()):
+            for row, index in enumerate(packing.order[job.start : job.stop].tolist()):
                 key, values = source.key(index), source.sample(index)
                 members = {encoder.extension: encoder.encode(key, values) for encoder in encoders}
                 start = tar.tarstream.offset
                 tar.write({"__key__": key, **members})
                 end = _record_members(records_NM[row], members, key, start)
                 assert tar.tarstream.offset == end, f"{key}: unexpected tar layout"
+                report(row + 1)
         file.flush()
         os.fsync(file.fileno())
     index = index_bytes(records_NM)
@@ -181,7 +229,7 @@ def _write_shard(source: Source, job: _Job) -> Shard:
         os.fsync(file.fileno())
     return Shard(
         url=job.path.name,
-        num_samples=len(job.indices),
+        num_samples=num_samples,
         num_bytes=hashing.num_bytes,
         sha256=hashing.digest.hexdigest(),
         index=IndexFile(index_path.name, len(index), hashlib.sha256(index).hexdigest()),
@@ -216,7 +264,8 @@ class _MemberEncoder:
         """The bytes of this modality's member of one sample.
 
         Raises:
-            DataError: the value is missing, not finite, or not of the declared dtype, shape or classes.
+            DataError: the value is missing, not of the declared dtype, shape or classes, or not finite as stored
+                or as the model sees it.
         """
         modality = self.modality
         if modality.name not in values:
@@ -229,8 +278,10 @@ class _MemberEncoder:
                 key,
                 f"is {array.dtype} {list(array.shape)}, declared as {modality.dtype} {list(modality.shape)}",
             )
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise self._error(key, "is not finite (NaN or infinite)")
+        if not np.isfinite(modality.to_model(array[None])).all():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise self._error(key, "is not finite (NaN or infinite)")
+            raise self._error(key, "(value - offset) * scale, which the model sees, is not finite as float32")
         return self._header + array.tobytes()
 
     def _encode_class(self, key: str, class_index: int) -> bytes:
@@ -289,7 +340,9 @@ def _is_intact(manifest: Manifest) -> bool:
     """Whether all files of a manifest are there with the sha256 that it states."""
     try:
         return all(
-            sha256_of(manifest.shard_path(number)) == shard.sha256
+            manifest.shard_path(number).is_file()
+            and manifest.index_path(number).is_file()
+            and sha256_of(manifest.shard_path(number)) == shard.sha256
             and sha256_of(manifest.index_path(number)) == shard.index.sha256
             for number, shard in enumerate(manifest.shards)
         )
@@ -297,67 +350,93 @@ def _is_intact(manifest: Manifest) -> bool:
         return False
 
 
+@contextmanager
+def _os_errors_explained(out: Path) -> Iterator[None]:
+    """A full or read-only disk is not a defect of this program: one line instead of a traceback."""
+    try:
+        yield
+    except OSError as error:
+        about = f" ({error.filename})" if error.filename is not None else ""
+        raise ConfigError(f"cannot write --out {out}: {error.strerror or error}{about}") from None
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[bool]:
+    """Keep other writers away from `out`; yields False where the file system has no locks.
+
+    Raises:
+        ConfigError: another process writes to `out`.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.with_name(f".{out.name}.lock")
+    while True:
+        with open(path, "ab") as lock:
+            is_locked = _lock(lock, out)
+            # The previous owner may have removed the file between its opening and its locking here.
+            if is_locked and not _is_same_file(lock, path):
+                continue
+            try:
+                yield is_locked
+            finally:
+                if is_locked:
+                    path.unlink(missing_ok=True)
+            return
+
+
+def _lock(lock: BinaryIO, out: Path) -> bool:
+    """Lock an open file until it is closed; False where the file system has no locks."""
+    try:
+        # Unlike `flock`, record locks also hold between the nodes of a network file system.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ConfigError(f"another process is writing to {out}; wait for it, or choose another --out") from None
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return False
+        raise
+    return True
+
+
+def _is_same_file(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 class _Staging:
     """A hidden folder beside `out` that becomes `out` on commit and is removed otherwise.
 
-    Its lock file is locked while its writer lives. The next writer takes a folder whose lock is free for what a
-    killed writer left behind, and removes it.
+    Args:
+        out: what the folder becomes.
+        is_locked: no other writer can be alive: hidden folders that are there already were left behind by a
+            killed one, and are removed.
     """
 
-    def __init__(self, out: Path) -> None:
-        self._out = out
+    def __init__(self, out: Path, is_locked: bool) -> None:
+        self.out = out
         self.path = self._hidden_sibling()
-        self._lock: BinaryIO | None = None
+        self._is_locked = is_locked
 
     def _hidden_sibling(self) -> Path:
-        return self._out.with_name(f".{self._out.name}.writing-{secrets.token_hex(8)}")
+        return self.out.with_name(f".{self.out.name}.writing-{secrets.token_hex(8)}")
 
     def __enter__(self) -> _Staging:
-        try:
-            self._out.parent.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            self.path.mkdir()
-            self._lock = open(self.path / _LOCK_NAME, "xb")
-        except OSError as error:
-            raise ConfigError(f"cannot write to {self._out.parent}: {error.strerror}") from None
-        # Some network file systems have no locks; there a leftover looks alive and stays, which is harmless.
-        with contextlib.suppress(OSError):
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if self._is_locked:
+            for leftover in self.out.parent.glob(f".{glob.escape(self.out.name)}.writing-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        self.path.mkdir()
         return self
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
-        if self._lock is not None:
-            self._lock.close()
 
     def commit(self) -> None:
         """Give the finished folder its name."""
         retired = self._hidden_sibling()
-        try:
-            if self._out.exists():
-                # Moved aside before it is deleted: `out` is never a mixture of old and new shards.
-                os.rename(self._out, retired)
-            os.rename(self.path, self._out)
-        except OSError as error:
-            raise ConfigError(f"cannot move the finished shards to {self._out}: {error.strerror}") from None
-        (self._out / _LOCK_NAME).unlink()
-        fsync_path(self._out)
-        fsync_path(self._out.parent)
+        if self.out.exists():
+            # Moved aside before it is deleted: `out` is never a mixture of old and new shards.
+            os.rename(self.out, retired)
+        os.rename(self.path, self.out)
+        fsync_path(self.out.parent)
         shutil.rmtree(retired, ignore_errors=True)
-
-    def _remove_leftovers(self) -> None:
-        for leftover in self._out.parent.glob(f".{glob.escape(self._out.name)}.writing-*"):
-            if _is_abandoned(leftover):
-                shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_abandoned(staging: Path) -> bool:
-    """Whether no living writer holds the lock of a hidden folder."""
-    try:
-        with open(staging / _LOCK_NAME, "r+b") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False

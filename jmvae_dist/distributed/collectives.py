@@ -14,10 +14,20 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from jmvae_dist.errors import CheckpointError, ConfigError, DataError, LaunchError, TrainingError
+from jmvae_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LaunchError,
+    PeerError,
+    StopRequested,
+    TrainingError,
+    mark_on_all_ranks,
+)
 
 _ERROR_CLASSES: dict[str, type[Exception]] = {
-    error.__name__: error for error in (CheckpointError, ConfigError, DataError, LaunchError, TrainingError)
+    error.__name__: error
+    for error in (CheckpointError, ConfigError, DataError, LaunchError, StopRequested, TrainingError)
 }
 T = TypeVar("T")
 
@@ -91,11 +101,11 @@ class Collectives:
         report = None if error is None else [type(error).__name__, str(error)]
         reports = self.gather(report)
         if error is not None:
-            raise error
+            raise mark_on_all_ranks(error)
         for rank, other in enumerate(reports):
             if other is not None:
                 name, message = other
-                raise _ERROR_CLASSES.get(name, RuntimeError)(f"rank {rank}: {message}")
+                raise mark_on_all_ranks(_ERROR_CLASSES.get(name, PeerError)(f"rank {rank}: {message}"))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Element-wise sum over ranks of a CPU tensor of equal shape everywhere; returns a new tensor."""
@@ -109,8 +119,3 @@ class Collectives:
         if self._group is None:
             return None
         return dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self._group is not None:
-            dist.barrier(group=self._group)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -34,13 +34,27 @@ class Runtime:
         return self.process.rank == 0
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Wrap the model for the engine: autocast in its forward pass, DDP around it with several processes."""
-        return self.accelerator.prepare_model(model)
+        """Wrap the model for the engine: autocast in its forward pass, DDP around it with several processes.
+
+        `model` itself stays as it is: evaluations that use it run in the precision of its weights.
+        """
+        return self.accelerator.prepare_model(_Forward(model))
 
     @property
     def device(self) -> torch.device:
         """Where the model and its batches live."""
         return self.accelerator.device
+
+
+class _Forward(nn.Module):
+    """Takes the wrappers that Accelerate puts on a module's `forward` in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self.model(*arguments, **options)
 
 
 def check_device(device: str) -> None:

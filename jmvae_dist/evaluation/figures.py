@@ -7,8 +7,6 @@ current figure) is touched and figures are freed when they go out of scope.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from jmvae_dist.errors import ConfigError
+from jmvae_dist.files import writing_atomic
 from jmvae_dist.kernels.noise import Stream, normal_noise
 from jmvae_dist.model import JMVAE
 from jmvae_dist.model.likelihoods import Likelihood
@@ -252,16 +251,7 @@ def save_png(figure: Figure, path: str | Path) -> None:
     """Write the figure as PNG; a reader sees the old file or the complete new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        # Without the version of matplotlib in the metadata, equal figures are equal files.
-        metadata: dict[str, Any] = {"Software": None}
-        with os.fdopen(handle, "wb") as file:
-            figure.savefig(file, format="png", metadata=metadata)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    # Without the version of matplotlib in the metadata, equal figures are equal files.
+    metadata: dict[str, Any] = {"Software": None}
+    with writing_atomic(path) as file:
+        figure.savefig(file, format="png", metadata=metadata)

@@ -7,6 +7,8 @@ floating-point sums.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,11 @@ from jmvae_dist.kernels.noise import Stream, normal_noise
 from jmvae_dist.model import JMVAE
 from jmvae_dist.model.objective import metric_keys
 
-# Latents that are decoded at once while importance sampling; bounds the memory for any batch size.
-_LATENTS_PER_CHUNK = 16_384
+# Elements, of all modalities together, that are decoded at once while importance sampling: bounds the memory for
+# any batch size and any sample size.
+_ELEMENTS_PER_CHUNK = 1 << 24
+# A latent counts as at least this many elements: the hidden layers of a decoder need memory too.
+_MIN_ELEMENTS_PER_LATENT = 1 << 10
 
 
 def companion_key(key: str, suffix: str) -> str:
@@ -51,9 +56,8 @@ def likelihood_sums(
 
         - the metrics of the model's forward pass at full annealing, with one latent per sample,
         - `log_likelihood/<m>`: log p(x_m | z) at that latent, not rescaled,
-        - `joint_nll`: -log p(x), and `marginal_nll/<m>`: -log p(x_m), by importance sampling with K draws
-        from the
-          joint posterior, and `joint_nll_squared`, `marginal_nll_squared/<m>`: sums of their squares.
+        - `joint_nll`: -log p(x), and `marginal_nll/<m>`: -log p(x_m), by importance sampling with K draws from
+          the joint posterior, and `joint_nll_squared`, `marginal_nll_squared/<m>`: sums of their squares.
 
     Raises:
         DataError: The inputs are not what the model takes.
@@ -63,19 +67,34 @@ def likelihood_sums(
     sums = {key: value.double() for key, value in metrics.items()}
     for name in model.modalities:
         sums[f"log_likelihood/{name}"] = -sums[f"loss/reconstruction/{name}"] / model.rescale_factors[name]
-    if joint_nll_samples == 0:
-        return sums
-
-    def importance_noise(draws: range) -> Tensor:
-        noise = [normal_noise(seed, draw, rows, model.latent_dim, Stream.IMPORTANCE) for draw in draws]
-        return torch.stack(noise)
-
-    groups = {"joint_nll": model.modalities, **{f"marginal_nll/{name}": [name] for name in model.modalities}}
-    chunk = max(1, _LATENTS_PER_CHUNK // max(1, len(rows)))
-    nlls = model.compute_joint_nlls(
-        inputs, groups, joint_nll_samples, chunk, noise=importance_noise, check_inputs=False
-    )
-    for key, nll_B in nlls.items():
-        sums[key] = nll_B.double().sum()
-        sums[companion_key(key, "squared")] = nll_B.double().square().sum()
+    if joint_nll_samples > 0:
+        for key, nll_B in _importance_sampled_nlls(model, inputs, rows, seed, joint_nll_samples).items():
+            sums[key] = nll_B.double().sum()
+            sums[companion_key(key, "squared")] = nll_B.double().square().sum()
     return sums
+
+
+def _importance_sampled_nlls(
+    model: JMVAE, inputs: dict[str, Tensor], rows: Tensor, seed: int, num_draws: int
+) -> dict[str, Tensor]:
+    """`joint_nll` and `marginal_nll/<m>` of every sample, (B,) each, in blocks of samples and draws."""
+    groups = {"joint_nll": model.modalities, **{f"marginal_nll/{name}": [name] for name in model.modalities}}
+    elements = sum(math.prod(inputs[name].shape[1:]) for name in model.modalities)
+    latents = max(1, _ELEMENTS_PER_CHUNK // max(elements, _MIN_ELEMENTS_PER_LATENT))
+    blocks = []
+    # An empty batch is one empty block.
+    for start in range(0, max(1, len(rows)), latents):
+        block = {name: tensor[start : start + latents] for name, tensor in inputs.items()}
+        block_rows = rows[start : start + latents]
+
+        def importance_noise(draws: range, block_rows: Tensor = block_rows) -> Tensor:
+            noise = [normal_noise(seed, draw, block_rows, model.latent_dim, Stream.IMPORTANCE) for draw in draws]
+            return torch.stack(noise)
+
+        draws_at_once = max(1, latents // max(1, len(block_rows)))
+        blocks.append(
+            model.compute_joint_nlls(
+                block, groups, num_draws, draws_at_once, noise=importance_noise, check_inputs=False
+            )
+        )
+    return {key: torch.cat([nlls[key] for nlls in blocks]) for key in groups}

@@ -27,8 +27,11 @@ def check_structure(
         The batch size B.
 
     Raises:
-        DataError: A modality is missing or unknown, not of floating point, or not of the right shape.
+        DataError: The batch is not a dictionary of tensors; a modality is missing or unknown, not of floating
+            point, or not of the right shape.
     """
+    if not isinstance(inputs, dict):
+        raise DataError(f"inputs: a {type(inputs).__name__} is not a dictionary of tensors by modality")
     unknown = [name for name in inputs if name not in modalities]
     if unknown:
         raise DataError(f"inputs: unknown modality {unknown[0]!r}; the model has {modalities}")
@@ -38,6 +41,7 @@ def check_structure(
     batch_sizes = {}
     for name in required:
         tensor = inputs[name]
+        require_tensor(f"inputs.{name}", tensor)
         if not tensor.is_floating_point():
             raise DataError(f"inputs.{name}: dtype {tensor.dtype} is not floating point; convert it, e.g. to float32")
         if tensor.ndim < 2:
@@ -51,6 +55,16 @@ def check_structure(
     return batch_sizes[required[0]]
 
 
+def require_tensor(key: str, value: object) -> None:
+    """Refuse what is not a tensor, such as a numpy array.
+
+    Raises:
+        DataError: With the key and the type of the value.
+    """
+    if not isinstance(value, Tensor):
+        raise DataError(f"{key}: a {type(value).__name__} is not a torch.Tensor; convert it with torch.as_tensor")
+
+
 def _raise_for_first(wrong: Tensor, name: str, target: Tensor, wanted: str) -> None:
     """Raise if any element of `wrong` is set (this reads it back from the device)."""
     if bool(wrong.any()):
@@ -62,7 +76,9 @@ def _raise_for_first(wrong: Tensor, name: str, target: Tensor, wanted: str) -> N
         )
 
 
-def check_values(inputs: dict[str, Tensor], likelihoods: dict[str, Likelihood]) -> None:
+def check_values(
+    inputs: dict[str, Tensor], likelihoods: dict[str, Likelihood], present: dict[str, Tensor] | None = None
+) -> None:
     """Check that every value is finite and that its modality's likelihood can explain it.
 
     Reads values back from the device, which makes the host wait for it.
@@ -70,11 +86,20 @@ def check_values(inputs: dict[str, Tensor], likelihoods: dict[str, Likelihood]) 
     Args:
         inputs: The batch, restricted to the modalities to check.
         likelihoods: The likelihoods of (at least) these modalities.
+        present: bool (B,) per modality of an incomplete batch: samples without it may hold anything there.
 
     Raises:
         DataError: With the modality, the first wrong sample and its value.
     """
     for name, tensor in inputs.items():
-        _raise_for_first(~torch.isfinite(tensor), name, tensor, "finite")
-        wrong, wanted = likelihoods[name].invalid(tensor)
-        _raise_for_first(wrong, name, tensor, wanted.replace("<modality>", name))
+        unsupported, wanted = likelihoods[name].invalid(tensor)
+        checks = ((~torch.isfinite(tensor), "finite"), (unsupported, wanted.replace("<modality>", name)))
+        for wrong, allowed in checks:
+            if present is not None:
+                wrong = wrong & per_sample(present[name], tensor)
+            _raise_for_first(wrong, name, tensor, allowed)
+
+
+def per_sample(values_B: Tensor, tensor: Tensor) -> Tensor:
+    """(B,) as (B, 1, ...), with as many dimensions as `tensor`."""
+    return values_B.view(-1, *[1] * (tensor.ndim - 1))

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jmvae_dist.config import JMVAEConfig, NetworksConfig
+from jmvae_dist.config import JMVAEConfig, NetworksConfig, is_integer
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.kernels.gaussian import gaussian_kl_terms, product_of_experts
 from jmvae_dist.kernels.reference import computation_dtype
-from jmvae_dist.model.inputs import check_structure, check_values
+from jmvae_dist.model.inputs import check_structure, check_values, per_sample, require_tensor
 from jmvae_dist.model.likelihoods import build_likelihood, log_prob
 from jmvae_dist.model.networks import GaussianParams, build_networks
 from jmvae_dist.model.objective import ObjectiveTerms, combine, resolve_rescale_factors
@@ -261,8 +261,7 @@ class JMVAE(nn.Module):
             DataError: Names, dtypes, shapes or values of the inputs are wrong.
         """
         names = self._select("cond_mod", cond_mod)
-        if N < 1:
-            raise ConfigError(f"N: {N} is not allowed; it must be at least 1")
+        _check_count("N", N)
         if mask is None:
             self._check(inputs, names, check_inputs)
             posterior = self._posterior(inputs, names, prior_expert)
@@ -288,7 +287,8 @@ class JMVAE(nn.Module):
         Returns:
             (*leading, *shape) per modality, in the model's order.
         """
-        latents = z if isinstance(z, Tensor) else z.z
+        latents = z.z if isinstance(z, (LatentOutput, JMVAEOutput)) else z
+        require_tensor("z", latents)
         if latents.ndim == 0 or latents.shape[-1] != self.latent_dim:
             raise ConfigError(f"z: shape {tuple(latents.shape)} does not end in latent_dim={self.latent_dim}")
         return self._decode(latents, self._select("modalities", modalities))
@@ -327,10 +327,18 @@ class JMVAE(nn.Module):
             n: Number of samples, at least 1.
             noise: Standard normal noise (n, D); drawn if None.
             generator: Generator to draw the noise from, on the model's device.
+
+        Raises:
+            ConfigError: `n` is below 1, or the model has no parameters.
         """
-        if n < 1:
-            raise ConfigError(f"n: {n} is not allowed; it must be at least 1")
-        zeros = next(self.parameters()).new_zeros((n, self.latent_dim))
+        _check_count("n", n)
+        parameter = next(self.parameters(), None)
+        if parameter is None:
+            raise ConfigError(
+                "generate_from_prior: the networks have no parameters, so that device and dtype of the samples are "
+                "not known; decode latents of your own instead"
+            )
+        zeros = parameter.new_zeros((n, self.latent_dim))
         zeros = zeros.to(computation_dtype((zeros,)))
         return LatentOutput(_draw(noise, (n, self.latent_dim), zeros, generator), zeros, zeros.clone())
 
@@ -375,7 +383,13 @@ class JMVAE(nn.Module):
         generator: torch.Generator | None = None,
         check_inputs: bool = True,
     ) -> dict[str, Tensor]:
-        """`compute_joint_nll` for several groups of modalities from the same samples: {group: (B,)}."""
+        """`compute_joint_nll` for several groups of modalities from the same samples: {group: (B,)}.
+
+        Raises:
+            ConfigError: A group names no or unknown modalities, or K or batch_size_K is below 1.
+            DataError: Names, dtypes, shapes or values of the inputs are wrong.
+        """
+        groups = {key: self._select(f"groups.{key}", names) for key, names in groups.items()}
         self._check(inputs, self.modalities, check_inputs)
         proposal = self._encode_joint(inputs)
         return self._monte_carlo_nll(inputs, proposal, groups, True, K, batch_size_K, noise, generator)
@@ -420,10 +434,12 @@ class JMVAE(nn.Module):
 
     def _select(self, key: str, names: Modalities) -> list[str]:
         """The named modalities in the model's order."""
-        if names == "all":
-            names = self.modalities
-        wanted = {names} if isinstance(names, str) else set(names)
-        unknown = sorted(wanted - set(self.modalities))
+        if isinstance(names, str):
+            names = self.modalities if names == "all" else [names]
+        if not isinstance(names, Iterable):
+            raise ConfigError(f"{key}: {names!r} is neither a name nor several; the modalities are {self.modalities}")
+        wanted = list(names)
+        unknown = [name for name in wanted if name not in self.modalities]
         if unknown or not wanted:
             what = f"unknown modality {unknown[0]!r}" if unknown else "names no modality"
             raise ConfigError(f"{key}: {what}; the modalities are {self.modalities}")
@@ -478,12 +494,9 @@ class JMVAE(nn.Module):
         self._select("mask", mask)
         present = {name: _presence(name, mask, inputs[name]) for name in names}
         if check_inputs:
-            check_values({name: inputs[name][present[name]] for name in names}, self.likelihoods)
+            check_values({name: inputs[name] for name in names}, self.likelihoods, present)
         # Absent values become 0 before the networks: NaN there would spread through batch statistics.
-        filled = {}
-        for name in names:
-            tensor = inputs[name]
-            filled[name] = torch.where(present[name].view(-1, *[1] * (tensor.ndim - 1)), tensor, 0.0)
+        filled = {name: torch.where(per_sample(present[name], inputs[name]), inputs[name], 0.0) for name in names}
         experts = [self._encode_unimodal(name, filled[name]) for name in names]
         mus_MBD, logvars_MBD = (torch.stack(tensors) for tensors in zip(*experts, strict=True))
         mask_BM = torch.stack([present[name] for name in names], dim=1)
@@ -530,9 +543,8 @@ class JMVAE(nn.Module):
         generator: torch.Generator | None,
     ) -> dict[str, Tensor]:
         """-log 1/K sum_k w_k p(x_group | z_k), with w_k = p(z_k) / q(z_k) if weighted, else 1."""
-        for key, value in (("K", K), ("batch_size_K", batch_size_K)):
-            if value < 1:
-                raise ConfigError(f"{key}: {value} is not allowed; it must be at least 1")
+        _check_count("K", K)
+        _check_count("batch_size_K", batch_size_K)
         mu_BD, logvar_BD = posterior
         names = [name for name in self.modalities if any(name in group for group in groups.values())]
         # Log-sum-exp runs in float64: K terms are added up one chunk after the other.
@@ -568,13 +580,20 @@ def _presence(name: str, mask: dict[str, Tensor], x: Tensor) -> Tensor:
     if name not in mask:
         return torch.ones(len(x), dtype=torch.bool, device=x.device)
     present = mask[name]
+    require_tensor(f"mask.{name}", present)
     if present.dtype != torch.bool or tuple(present.shape) != (len(x),):
         got = f"{present.dtype} of shape {tuple(present.shape)}"
         raise DataError(f"mask.{name}: {got}, expected torch.bool of shape ({len(x)},)")
     return present
 
 
+def _check_count(key: str, value: int) -> None:
+    if not is_integer(value) or value < 1:
+        raise ConfigError(f"{key}: {value!r} is not allowed; it must be an integer and at least 1")
+
+
 def _check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
+    require_tensor("noise", noise)
     if tuple(noise.shape) != tuple(shape):
         raise DataError(f"noise: shape {tuple(noise.shape)}, expected {tuple(shape)}")
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
+
+from jmvae_dist.progress import format_duration, make_bar
 
 _PLAIN_INTERVAL_S = 10.0
 _RATE_WINDOW_S = 60.0
-_BAR_DELAY_S = 2.0
 
 
 class Console:
@@ -42,7 +41,7 @@ class Console:
 
     def __enter__(self) -> Console:
         if self.enabled_bar:
-            self._bar = _make_bar("{task.fields[values]}")
+            self._bar = make_bar("{task.fields[values]}")
             self._bar_task = self._bar.add_task("training", total=self.total_steps, completed=self._step, values="")
             self._bar.start()
         return self
@@ -104,67 +103,6 @@ class Console:
         self.message("  ".join(parts))
         self._last_printed_s = time.monotonic()
         self._unprinted = False
-
-
-@contextmanager
-def progress(total: int, label: str) -> Iterator[Callable[[int], None]]:
-    """Show the progress of a command; yields `advance(count)`.
-
-    A bar appears when the work takes longer than two seconds and standard error is a terminal. At the end one
-    line says how much was done, also when the work failed half-way.
-    """
-    bar: Any = None
-    task: Any = None
-    done, start_s = 0, time.monotonic()
-    on_terminal = sys.stderr.isatty()
-
-    def advance(count: int = 1) -> None:
-        nonlocal bar, task, done
-        done += count
-        if bar is None and on_terminal and time.monotonic() - start_s > _BAR_DELAY_S:
-            bar = _make_bar("", transient=True)
-            task = bar.add_task(label, total=total)
-            bar.start()
-        if bar is not None:
-            bar.update(task, completed=done)
-
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.stop()
-        amount = str(done) if done == total else f"{done} of {total}"
-        elapsed = format_duration(time.monotonic() - start_s)
-        print(f"{label}: {amount} in {elapsed}", file=sys.stderr, flush=True)
-
-
-def format_duration(duration_s: float) -> str:
-    """A duration in the units that a person needs: 0.4 s, 42 s, 3 min 05 s, 2 h 07 min, 3 d 04 h."""
-    if duration_s < 10:
-        return f"{duration_s:.1f} s"
-    seconds = round(duration_s)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    minutes = round(duration_s / 60)
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    hours = round(duration_s / 3600)
-    return f"{hours // 24} d {hours % 24:02d} h"
-
-
-def _make_bar(values: str, transient: bool = False) -> Any:
-    from rich.console import Console as RichConsole
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns: list[Any] = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
-    if values:
-        columns.append(TextColumn(values, markup=False))
-    columns.append(TimeRemainingColumn())
-    return Progress(
-        *columns, console=RichConsole(stderr=True), transient=transient, speed_estimate_period=_RATE_WINDOW_S
-    )
 
 
 def _format_values(record: dict[str, Any], short: bool) -> str:

@@ -36,7 +36,7 @@ class MetricsLog:
         path: The file; created with its parent directories when missing.
         resume_step: Global step of the checkpoint that the run continues from. Records of later steps are
             removed, because those steps run again, and so is a line torn by a crash; the rest stays byte for
-            byte. 0 means that the run starts over: the record is emptied. None means that the run is new.
+            byte. None: the run is new.
 
     Raises:
         DataError: The file has records although the run is new, or a line other than the last is damaged.
@@ -45,7 +45,6 @@ class MetricsLog:
     def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._last_step: int | None = None
         if self.path.exists():
             self._rewind(resume_step)
         self._file_descriptor: int | None = os.open(
@@ -59,22 +58,13 @@ class MetricsLog:
                     f"{self.path}: holds the records of another run; choose a new output_dir or resume that run"
                 )
             resume_step = 0
-        kept_bytes = 0
-        for line, record in _iterate(self.path):
-            if _is_kept(record, resume_step):
-                kept_bytes += len(line)
-                self._last_step = max(record["global_step"], self._last_step or 0)
+        kept_bytes = sum(len(line) for line, record in _iterate(self.path) if record["global_step"] <= resume_step)
         if kept_bytes == self.path.stat().st_size:
             return
         with writing_atomic(self.path) as rewound:
             for line, record in _iterate(self.path):
-                if _is_kept(record, resume_step):
+                if record["global_step"] <= resume_step:
                     rewound.write(line)
-
-    @property
-    def last_step(self) -> int | None:
-        """The largest `global_step` on record, or None when there is none."""
-        return self._last_step
 
     def write(self, record: dict[str, Any]) -> None:
         """Append `record` as one line; when this returns, a crash of the process cannot lose it.
@@ -99,7 +89,6 @@ class MetricsLog:
             # Otherwise the next record would continue the torn line, and both would be unreadable.
             os.ftruncate(self._file_descriptor, start)
             raise
-        self._last_step = max(record["global_step"], self._last_step or 0)
 
     def sync(self) -> None:
         """Make all records durable against a power loss; call it before a checkpoint is committed."""
@@ -166,10 +155,6 @@ def _iterate(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
                 yield line, record
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _is_kept(record: dict[str, Any], resume_step: int) -> bool:
-    return resume_step > 0 and record["global_step"] <= resume_step
 
 
 def _to_json_value(value: Any) -> Any:

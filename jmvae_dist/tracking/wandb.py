@@ -61,7 +61,7 @@ class WandbTracker:
         run_dir: Run directory; the client's files go to `run_dir/wandb`.
         run_id: W&B id of the run, from the checkpoint that is resumed; None: a new one.
         config: The resolved configuration, shown in W&B. Credentials in URLs are removed.
-        resume_step: Global step of the checkpoint that is resumed; None or 0: the run starts.
+        resume_step: Global step of the checkpoint that is resumed; None: the run starts, under a new id.
         run_name: Display name unless `section.name` is set.
         message: Prints one line for the user; by default a warning of the logger `jmvae_dist.tracking`.
 
@@ -92,7 +92,7 @@ class WandbTracker:
         self._restarts = 0
         self._silence_reported = False
         self._last_step = resume_step or 0
-        is_new = run_id is None or not resume_step
+        is_new = run_id is None or resume_step is None
         self.run_id = _make_run_id() if run_id is None or is_new else run_id
         self.mode: WandbMode = resolve_mode(section.mode, self._message)
         self._job: dict[str, Any] = {
@@ -275,12 +275,15 @@ class WandbTracker:
 
 
 def resolve_mode(configured: str, message: Callable[[str], None]) -> WandbMode:
-    """The mode to use: `auto` follows WANDB_MODE, and without it is online exactly where a key is configured."""
-    if configured != "auto":
-        mode = configured
-    else:
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_credentials() else "offline")
+    """The mode to use: `auto` follows WANDB_MODE, and without it is online exactly where a key is configured.
+
+    Args:
+        configured: auto, online, offline or disabled.
+        message: Is told why the mode is not the one that was asked for.
+    """
+    mode = configured if configured != "auto" else os.environ.get("WANDB_MODE") or "auto"
     modes: dict[str, WandbMode] = {
+        "auto": "online",
         "online": "online",
         "run": "online",
         "offline": "offline",
@@ -289,24 +292,43 @@ def resolve_mode(configured: str, message: Callable[[str], None]) -> WandbMode:
     }
     if mode not in modes:
         message(f"W&B: WANDB_MODE={mode!r} is none of online, offline, disabled; recording offline")
-        return "offline"
-    if modes[mode] == "online" and not has_credentials():
-        message("W&B: online, but no API key is configured (WANDB_API_KEY or `wandb login`); recording offline")
+        mode = "offline"
+    if modes[mode] == "disabled":
+        return "disabled"
+    try:
+        has_key = has_credentials()
+    except ValueError as error:
+        message(f"W&B: {error}; the client cannot start with it, going on without W&B")
+        return "disabled"
+    if modes[mode] == "online" and not has_key:
+        if mode != "auto":
+            message("W&B: online, but no API key is configured (WANDB_API_KEY or `wandb login`); recording offline")
         return "offline"
     return modes[mode]
 
 
 def has_credentials() -> bool:
-    """Whether the W&B client would find a key: in the environment, or in netrc for the configured server."""
+    """Whether the W&B client would find a key: in the environment, or in netrc for the configured server.
+
+    Raises:
+        ValueError: The server's address or the netrc file is such that the client fails on it, even offline.
+    """
+    base_url = _base_url()
+    try:
+        host = urlsplit(base_url).netloc
+    except ValueError as error:
+        raise ValueError(f"WANDB_BASE_URL={redact(base_url)!r} is not a URL ({error})") from None
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlsplit(_base_url()).netloc
     named = os.environ.get("NETRC")
     candidates = [Path(named)] if named else [Path("~/.netrc"), Path("~/_netrc")]
     for path in candidates:
         # An unreadable or malformed file is one without a key; no home directory is a RuntimeError.
         with contextlib.suppress(OSError, RuntimeError, netrc.NetrcParseError):
-            found = netrc.netrc(str(path.expanduser())).authenticators(host)
+            try:
+                found = netrc.netrc(str(path.expanduser())).authenticators(host)
+            except UnicodeDecodeError:
+                raise ValueError(f"{path} (NETRC) is not a text file") from None
             if found is not None and found[2]:
                 return True
     return False

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import select
+import shlex
 import signal
 import sys
 import threading
@@ -303,20 +304,22 @@ class Client:
         except TimeoutError:
             self.status.send(
                 message="not everything was uploaded within tracking.wandb.finish_timeout_s; to send the rest: "
-                f"wandb sync --include-online {Path(self._run.dir).parent}"
+                f"{_sync_command(Path(self._run.dir).parent, '--include-online ')}"
             )
             return
         self.state.safe_step = self.last_step
         self.state.save()
         if self.mode == "offline":
-            commands = "".join(f"\n  wandb sync {folder}" for folder in self._folders_to_upload())
+            commands = "".join(f"\n  {_sync_command(folder)}" for folder in self._folders_to_upload())
             self.status.send(message=f"to upload, run each command once, in this order:{commands}")
 
     def _folders_to_upload(self) -> list[Path]:
-        """Folders of offline attempts that are neither uploaded nor superseded, oldest first."""
+        """Folders of this run's offline attempts that are neither uploaded nor superseded, oldest first."""
+        # A run that starts over leaves those of another W&B run behind, whose rows are in no record of this one.
+        first_id = self.job["run_id"].split("-")[0]
         return [
             folder
-            for folder in sorted(self.directory.glob("offline-run-*"))
+            for folder in sorted(self.directory.glob(f"offline-run-*-{first_id}*"))
             if folder.name not in self.state.superseded and not list(folder.glob("*.wandb.synced"))
         ]
 
@@ -451,6 +454,10 @@ def _exit(code: int) -> None:
     # Not through the exit hooks of the client, which wait for a service process that may hang or be gone.
     sys.stderr.flush()
     os._exit(code)
+
+
+def _sync_command(folder: Path, options: str = "") -> str:
+    return f"wandb sync {options}{shlex.quote(str(folder))}"
 
 
 def _describe(error: BaseException) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +18,8 @@ from jmvae_dist.tracking.console import Console
 from jmvae_dist.tracking.jsonl import MetricsLog, read_records
 from jmvae_dist.tracking.wandb import WandbTracker
 from jmvae_dist.training.setup import ResolvedRun
+
+logger = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -32,7 +36,10 @@ class Recorder:
         self._log: MetricsLog | None = None
         if not is_main:
             return
-        self._log = MetricsLog(run.output_dir / "metrics.jsonl", resume_step)
+        path = run.output_dir / "metrics.jsonl"
+        if resume_step == 0:
+            _set_aside(path)
+        self._log = MetricsLog(path, resume_step or None)
         self._console = Console(run.total_steps, resume_step)
         self._wandb = WandbTracker(
             run.config.tracking.wandb,
@@ -102,14 +109,22 @@ class Recorder:
         if self._log is not None:
             self._log.sync()
 
-    def recorded_evaluation(self, global_step: int) -> dict[str, Any] | None:
-        """The evaluation record at `global_step`, if an earlier attempt got as far as writing it."""
+    def recorded(self, global_step: int, key: str) -> dict[str, Any] | None:
+        """The record at `global_step` that has `key`, if an earlier attempt got as far as writing it."""
         if self._log is None:
             return None
         for record in reversed(read_records(self._log.path)):
-            if record["global_step"] == global_step and "eval/elbo" in record:
+            if record["global_step"] == global_step and key in record:
                 return record
         return None
+
+
+def _set_aside(path: Path) -> None:
+    """Keep the records of an attempt that starts over: it left no checkpoint, but perhaps something to learn."""
+    if path.exists() and path.stat().st_size > 0:
+        kept = path.with_name(f"{path.stem}.{time.strftime('%Y%m%d-%H%M%S')}{path.suffix}")
+        os.replace(path, kept)
+        logger.warning("no checkpoint to continue from: the run starts over; its former records are in %s", kept)
 
 
 class _BarHandler(logging.Handler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,8 +50,9 @@ class ResolvedRun:
     learning_rate: LearningRateSchedule
 
     def describe_model(self) -> dict[str, Any]:
-        """What `load_model` needs to rebuild the model, as JSON values."""
-        return {"config": asdict(self.model_config), "networks": asdict(self.config.model.networks)}
+        """What `load_model` needs to rebuild the model, as JSON values (lists in place of tuples)."""
+        description = {"config": asdict(self.model_config), "networks": asdict(self.config.model.networks)}
+        return json.loads(json.dumps(description))
 
 
 def resolve_run(config: RunConfig, world_size: int) -> ResolvedRun:
@@ -71,12 +73,13 @@ def resolve_run(config: RunConfig, world_size: int) -> ResolvedRun:
     if eval_manifest is not None:
         expected = {name: modality.to_json() for name, modality in modalities.items()}
         check_same_modalities(expected, eval_manifest, "data.eval_manifest")
+        check_held_out(train_manifest, eval_manifest)
     plan = _make_plan(config, train_manifest, world_size)
-    steps_per_epoch = plan.steps_per_epoch
+    sizes = {"num_samples": train_manifest.num_samples, "global_batch_size": config.training.global_batch_size}
     total_steps = config.training.steps
     if total_steps is None:
         assert config.training.epochs is not None
-        total_steps = max(1, epochs_to_steps(config.training.epochs, steps_per_epoch))
+        total_steps = max(1, epochs_to_steps(config.training.epochs, **sizes))
     return ResolvedRun(
         config=config,
         output_dir=Path(config.output_dir).expanduser(),
@@ -89,12 +92,10 @@ def resolve_run(config: RunConfig, world_size: int) -> ResolvedRun:
         annealing=resolve_annealing(
             config.schedule.annealing,
             warmup_epochs=model_config.warmup,
-            steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
+            **sizes,
         ),
-        learning_rate=resolve_learning_rate(
-            config.schedule.learning_rate, steps_per_epoch=steps_per_epoch, total_steps=total_steps
-        ),
+        learning_rate=resolve_learning_rate(config.schedule.learning_rate, total_steps=total_steps, **sizes),
     )
 
 
@@ -119,6 +120,71 @@ def check_same_modalities(expected: dict[str, Any], manifest: Manifest, key: str
                     f"{key}: modality {name!r} has {attribute} {available[name].get(attribute)!r}, but the training "
                     f"data has {value!r}; write both from the same source"
                 )
+
+
+def check_held_out(train_manifest: Manifest, eval_manifest: Manifest) -> None:
+    """Refuse to call training data held-out.
+
+    Raises:
+        ConfigError: The two manifests are the same data.
+    """
+    train_shards = {shard.sha256 for shard in train_manifest.shards}
+    shared = [shard.url for shard in eval_manifest.shards if shard.sha256 in train_shards]
+    if shared:
+        raise ConfigError(
+            f"data.eval_manifest: shard {shared[0]} is also one of data.train_manifest; held-out samples must not be "
+            "trained on (write the splits with --test-fraction, or set data.eval_manifest to null)"
+        )
+
+
+# A checkpoint's weights mean something else under another value of these.
+_MODEL_KEYS = (
+    "n_modalities",
+    "latent_dim",
+    "input_dims",
+    "decoders_dist",
+    "decoder_dist_params",
+    "custom_architectures",
+)
+
+
+def check_same_model(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse to continue weights in another model; other weights of the loss terms are the user's business.
+
+    Args:
+        saved: `ResolvedRun.describe_model` of the checkpoint.
+        current: That of the run.
+
+    Raises:
+        ConfigError: Networks, modalities or likelihoods differ.
+    """
+    differences = [
+        f"model.{key} was {saved['config'].get(key)}, is now {current['config'][key]}"
+        for key in _MODEL_KEYS
+        if saved["config"].get(key) != current["config"][key]
+    ]
+    differences += [
+        f"model.networks.{key} was {saved['networks'].get(key)}, is now {value}"
+        for key, value in current["networks"].items()
+        if saved["networks"].get(key) != value
+    ]
+    if differences:
+        raise ConfigError(
+            f"the checkpoint is that of another model ({'; '.join(differences)}); restore the settings, or choose a "
+            "new output_dir"
+        )
+
+
+def describe_changes(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings that differ between two plain configurations, as `key old -> new`."""
+    changes = []
+    for key, value in current.items():
+        before = saved.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            changes += describe_changes(before, value, f"{prefix}{key}.")
+        elif value != before:
+            changes.append(f"{prefix}{key} {before} -> {value}")
+    return changes
 
 
 def _load_manifest(key: str, path: str) -> Manifest:

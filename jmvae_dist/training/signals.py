@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from jmvae_dist.distributed.collectives import Collectives
+from jmvae_dist.errors import StopRequested
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _REPEAT_S = 2.0
@@ -19,7 +21,7 @@ _REPEAT_S = 2.0
 class StopSignals:
     """While active, the stop signals set a flag instead of ending the process.
 
-    A second SIGINT gives up at once, for someone at a keyboard who does not want to wait for the checkpoint.
+    A SIGINT after another signal gives up at once, for someone who does not want to wait for the checkpoint.
     """
 
     def __init__(self) -> None:
@@ -38,18 +40,36 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._received_s = signal.Signals(number).name, time.monotonic()
         # A terminal's Ctrl-C reaches this process twice at once, also through torchrun, which passes it on.
-        is_new = time.monotonic() - self._received_s > _REPEAT_S
-        if number == signal.SIGINT and self.received == "SIGINT" and is_new:
+        elif number == signal.SIGINT and time.monotonic() - self._received_s > _REPEAT_S:
             raise KeyboardInterrupt
-        self.received, self._received_s = signal.Signals(number).name, time.monotonic()
+
+    def raise_if_received(self) -> None:
+        """For work that has no steps to finish.
+
+        Raises:
+            StopRequested: A stop signal has come.
+        """
+        if self.received is not None:
+            raise StopRequested(f"{self.received} received")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks do after a step."""
+
+    stop: bool
+    checkpoint: bool
+    failure: bool
 
 
 class Requests:
-    """What all ranks agreed to do after a step: the maximum of what each one asked for a step earlier.
+    """What all ranks agreed to do after a step: the union of what each one asked for a step earlier.
 
-    The maximum is taken asynchronously, over one step, so that no step waits for it. Every rank calls `poll` once
-    per step and thus learns of a request at the same step.
+    It is found asynchronously, over one step, so that no step waits for it. Every rank calls `poll` once per step
+    and thus learns of a request at the same step.
 
     Args:
         collectives: Agreement between ranks.
@@ -61,22 +81,32 @@ class Requests:
         self._collectives = collectives
         self._signals = signals
         self._checkpoint_every_s = checkpoint_every_s
-        self._last_checkpoint_s = time.monotonic()
-        self._flags = torch.zeros(2, dtype=torch.int32)
+        self._flags = torch.zeros(3, dtype=torch.int32)
         self._pending: dist.Work | None = None
+        self._last_checkpoint_s = time.monotonic()
+        self._is_outdated = False
 
-    def poll(self) -> tuple[bool, bool]:
-        """(stop, checkpoint), equal on all ranks."""
+    def poll(self, failure: bool) -> Agreement:
+        """The agreement on what was asked for at the previous call; equal on all ranks.
+
+        Args:
+            failure: Whether this rank knows that it will have no batch two steps from now.
+        """
         if self._pending is not None:
             self._pending.wait()
-        stop, checkpoint = bool(self._flags[0]), bool(self._flags[1])
-        self._flags = torch.tensor([self._signals.received is not None, self._is_checkpoint_due()]).int()
+        stop, checkpoint, failed = self._flags.bool().tolist()
+        agreement = Agreement(stop, checkpoint and not self._is_outdated, failed)
+        asks = (self._signals.received is not None, self._is_checkpoint_due(), failure)
+        self._flags = torch.tensor(asks).int()
+        self._is_outdated = False
         self._pending = self._collectives.start_maximum(self._flags)
-        return stop, checkpoint
+        return agreement
 
     def checkpoint_written(self) -> None:
-        """Start the clock of the time-based cadence anew."""
+        """Start the clock of the time-based cadence anew, on all ranks after the same step."""
         self._last_checkpoint_s = time.monotonic()
+        # A request that is under way was made before this checkpoint: it must not cause a second one.
+        self._is_outdated = True
 
     def close(self) -> None:
         """Finish the collective that is still under way, so that the next one on the group cannot meet it."""

@@ -10,7 +10,7 @@ import os
 import platform
 import socket
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,9 @@ def _lock(output_dir: Path, stack: contextlib.ExitStack) -> None:
     except OSError as error:
         raise LaunchError(f"output_dir {output_dir}: cannot be written ({error.strerror})") from None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # Not flock: data workers are forked from this process and would hold on to such a lock after its death.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # POSIX allows either for a lock that is held
         file.seek(0)
         holder = file.read().strip() or "another process"
         raise LaunchError(f"output_dir {output_dir}: {holder} is training in it; choose another one") from None
@@ -122,13 +123,14 @@ def describe_checkpoint(
         tracking={"wandb_run_id": wandb_run_id},
         optimizer={},
         elapsed_s=elapsed_s,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_text_atomic(path, json.dumps(value, indent=2) + "\n")
+    """Write a JSON file atomically; NaN and infinities become strings, as in `metrics.jsonl`."""
+    strict = json.loads(json.dumps(value), parse_constant=str)
+    write_text_atomic(path, json.dumps(strict, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

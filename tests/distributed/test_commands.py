@@ -76,15 +76,31 @@ def test_samples(finished: Run, tmp_path: Path) -> None:
     jmvae("sample", run, "--out", str(tmp_path / "prior"), "--n", "7")
     jmvae("sample", run, "--out", str(tmp_path / "again"), "--n", "7")
     jmvae("sample", run, "--out", str(tmp_path / "given"), "--given", "label", "--manifest", manifest, "--n", "12")
+    exported = str(tmp_path / "exported")
+    jmvae("checkpoint", "export", run, "--out", exported)
+    jmvae(
+        "sample", exported, "--out", str(tmp_path / "all"), "--given", "label", "--manifest", manifest, "--n", "999"
+    )
     prior = np.load(tmp_path / "prior" / "samples.npz", allow_pickle=False)
-    assert {name: prior[name].shape for name in prior} == {"z": (7, 16), "image": (7, 1, 8, 8), "label": (7, 10)}
-    assert np.allclose(prior["label"].sum(-1), 1, atol=1e-5)
+    assert {name: prior[name].shape for name in prior} == {
+        "latent.z": (7, 16),
+        "generated.image": (7, 1, 8, 8),
+        "generated.label": (7, 10),
+    }
+    assert np.allclose(prior["generated.label"].sum(-1), 1, atol=1e-5)
     again = np.load(tmp_path / "again" / "samples.npz", allow_pickle=False)
     assert all(np.array_equal(prior[name], again[name]) for name in prior)
     given = np.load(tmp_path / "given" / "samples.npz", allow_pickle=False)
-    assert given["image"].shape == (12, 1, 8, 8)
+    assert given["generated.image"].shape == (12, 1, 8, 8)
     assert given["data.label"].shape == (12, 10)
-    for folder in ("prior", "given"):
+    everything = np.load(tmp_path / "all" / "samples.npz", allow_pickle=False)
+    assert set(everything) == {
+        "latent.z",
+        *(f"{kind}.{m}" for kind in ("generated", "data") for m in ("image", "label")),
+    }
+    assert everything["latent.z"].shape == (359, 16)
+    assert np.allclose(everything["latent.z"][:12], given["latent.z"], atol=1e-5)
+    for folder in ("prior", "given", "all"):
         assert (tmp_path / folder / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -162,3 +162,21 @@ def test_no_intact_checkpoint_is_an_error(make_run: MakeRun) -> None:
     truncate(run.checkpoint(10) / "rank-00000.safetensors")
     output = run.train(2, expect=1)
     assert "none of the 1 checkpoints is intact" in output
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_stop_signal_during_the_final_evaluation(make_run: MakeRun, digits: Path, num_processes: int) -> None:
+    run = make_run("run", "--training.steps", "5", "--training.log_every_steps", "1")
+    manifest = ("--data.eval_manifest", str(digits / "test" / "manifest.json"), "--evaluation.batch_size", "8")
+    process = run.start(num_processes, *manifest, "--evaluation.joint_nll_samples", "30000")
+    while not run.checkpoint(5).exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert not (run.output_dir / "evaluation.json").exists()
+    run.train(num_processes, *manifest, "--evaluation.joint_nll_samples", "2")
+    assert (run.output_dir / "evaluation.json").is_file()
+    assert [record["global_step"] for record in run.records()] == [1, 2, 3, 4, 5, 5]

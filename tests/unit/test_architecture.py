@@ -9,8 +9,8 @@ import sys
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "jmvae_dist"
-# What each room may import, besides itself. `pure` is errors, config, config_io, files, schedules.
-PURE = {"errors", "config", "config_io", "files", "schedules"}
+# What each room may import, besides itself. `pure` is errors, config, config_io, files, progress, schedules.
+PURE = {"errors", "config", "config_io", "files", "progress", "schedules"}
 ALLOWED = {
     "kernels": PURE,
     "model": PURE | {"kernels"},

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jmvae_dist.config import JMVAEConfig, RunConfig
-from jmvae_dist.config_io import dump_run_config, load_run_config, parse_run_config, save_run_config
+from jmvae_dist.config_io import dump_run_config, parse_run_config, save_run_config
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.training.setup import resolve_run
 from tests.conftest import ROOT, launch_environment
@@ -154,7 +154,7 @@ def test_printed_configuration_reproduces_itself(tmp_path: Path, capsys: pytest.
 def test_saved_configuration_reproduces_itself(tmp_path: Path) -> None:
     config = parse("--model.input_dims", "{label: [10], image: [1, 8, 8]}")
     save_run_config(config, tmp_path / "config.yaml")
-    loaded = load_run_config(tmp_path / "config.yaml")
+    loaded = parse_run_config(["--config", str(tmp_path / "config.yaml")])
     assert loaded == config
     assert list(loaded.model.input_dims or {}) == ["label", "image"]  # the order is the model's
     assert dump_run_config(loaded) == dump_run_config(config)

@@ -71,14 +71,16 @@ def test_learning_rate_is_positive_until_the_last_step(step: int, total: int, wa
 
 
 def test_epochs_are_resolved_into_steps() -> None:
-    assert epochs_to_steps(3, 22.46875) == 68  # 67.4 steps: the 68th finishes the third epoch
-    assert epochs_to_steps(2, 50.0) == 100
-    assert epochs_to_steps(0, 50.0) == 0
-    annealing = resolve_annealing(AnnealingSection(), warmup_epochs=10, steps_per_epoch=12.5, total_steps=1000)
-    assert annealing.warmup_steps == 125
-    override = AnnealingSection(warmup_steps=7)
-    assert resolve_annealing(override, warmup_epochs=10, steps_per_epoch=12.5, total_steps=9).warmup_steps == 7
-    cyclical = AnnealingSection(shape="cyclical", cycles=3)
-    assert resolve_annealing(cyclical, warmup_epochs=1, steps_per_epoch=5, total_steps=100).cycle_steps == 34
-    rate = resolve_learning_rate(LearningRateSection(warmup_epochs=2), steps_per_epoch=12.5, total_steps=1000)
-    assert rate.warmup_steps == 25
+    assert epochs_to_steps(3, num_samples=1438, global_batch_size=64) == 68  # 67.4: the 68th finishes the third epoch
+    assert epochs_to_steps(2, num_samples=1000, global_batch_size=20) == 100
+    assert epochs_to_steps(0, num_samples=1000, global_batch_size=20) == 0
+    assert epochs_to_steps(0.1, num_samples=1000, global_batch_size=10) == 10
+    # In floating point this product comes out a little too large.
+    assert epochs_to_steps(119, num_samples=10**9, global_batch_size=7) == 17 * 10**9
+    sizes = {"num_samples": 125, "global_batch_size": 10, "total_steps": 1000}
+    assert resolve_annealing(AnnealingSection(), warmup_epochs=10, **sizes).warmup_steps == 125
+    assert resolve_annealing(AnnealingSection(warmup_steps=7), warmup_epochs=10, **sizes).warmup_steps == 7
+    assert (
+        resolve_annealing(AnnealingSection(shape="cyclical", cycles=3), warmup_epochs=1, **sizes).cycle_steps == 334
+    )
+    assert resolve_learning_rate(LearningRateSection(warmup_epochs=2), **sizes).warmup_steps == 25

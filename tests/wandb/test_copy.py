@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -300,9 +302,10 @@ def test_killed_service_is_started_again(server: StubServer, tmp_path: Path, wai
     attempt.wait_until_online()
     (service,) = attempt.client_pids()[1:]
     os.kill(service, signal.SIGKILL)
+    steps = itertools.count(40, 10)
 
     def restarted() -> bool:
-        attempt.log(attempt.metrics.last_step + 10, total=1.0)  # type: ignore[operator]
+        attempt.log(next(steps), total=1.0)
         time.sleep(0.1)
         return any("starting it again" in message for message in attempt.messages)
 
@@ -372,23 +375,24 @@ def test_offline_attempts_upload_in_order(
     server: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    first = Attempt(tmp_path, None, None)
+    run_dir = tmp_path / "user's $(run)"
+    first = Attempt(run_dir, None, None)
     run_steps(first, 10, 70)
     run_id = first.finish()
-    second = Attempt(tmp_path, run_id, 50)
+    second = Attempt(run_dir, run_id, 50)
     run_steps(second, 60, 100, offset=1000)
     assert second.finish() == run_id
     assert server.calls == []
-    commands = [line.split()[-1] for line in second.messages[-1].splitlines()[1:]]
-    folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
-    assert commands == [str(folder) for folder in folders]
+    commands = [shlex.split(line) for line in second.messages[-1].splitlines()[1:]]
+    folders = sorted((run_dir / "wandb").glob("offline-run-*"))
+    assert commands == [["wandb", "sync", str(folder)] for folder in folders]
     assert [len(read_offline_run(folder).rows) for folder in folders] == [7, 6]
 
     monkeypatch.delenv("WANDB_MODE")
     for folder in folders:
         sync(folder)
         assert list(folder.glob("*.wandb.synced"))
-    assert logged(server.rows(run_id)) == expected_rows(tmp_path)
+    assert logged(server.rows(run_id)) == expected_rows(run_dir)
 
 
 def test_offline_resume_without_any_certain_row(
@@ -405,6 +409,32 @@ def test_offline_resume_without_any_certain_row(
     assert new_id != run_id
     (command,) = second.messages[-1].splitlines()[1:]
     assert logged(read_offline_run(Path(command.split()[-1])).rows) == expected_rows(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_run_that_starts_over_leaves_the_abandoned_attempt_alone(
+    server: StubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    first = Attempt(tmp_path, None, None)
+    run_steps(first, 10, 40)
+    old_id = first.finish()
+    (abandoned,) = (tmp_path / "wandb").glob("offline-run-*")
+    # What the recorder does when there is no checkpoint.
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "metrics.old.jsonl")
+
+    monkeypatch.setenv("WANDB_MODE", mode)
+    second = Attempt(tmp_path, None, None)
+    run_steps(second, 10, 20, offset=1000)
+    new_id = second.finish()
+    assert new_id != old_id
+    # Its rows are in no record of the new run: they may be uploaded as the run of their own that they are.
+    assert not any(abandoned.name in message for message in second.messages)
+    if mode == "online":
+        assert logged(server.rows(new_id)) == expected_rows(tmp_path)
+    else:
+        (command,) = second.messages[-1].splitlines()[1:]
+        assert logged(read_offline_run(Path(shlex.split(command)[-1])).rows) == expected_rows(tmp_path)
 
 
 @pytest.mark.slow

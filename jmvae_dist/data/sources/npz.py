@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from jmvae_dist.data.manifest import DTYPES, Modality
+from jmvae_dist.data.manifest import DTYPES, MAX_CLASSES, Modality
 from jmvae_dist.data.sources.base import ArraySource, split_rows
 from jmvae_dist.data.sources.files import input_files
 from jmvae_dist.errors import ConfigError, DataError
@@ -20,7 +20,7 @@ def load_npz_source(
     split: str,
     test_fraction: float | None,
     split_seed: int,
-    class_modalities: Sequence[str] = (),
+    class_modalities: Mapping[str, int | None] | None = None,
     offsets: Mapping[str, float] | None = None,
     scales: Mapping[str, float] | None = None,
 ) -> ArraySource:
@@ -30,7 +30,8 @@ def load_npz_source(
         path: written by `numpy.savez`; never unpickled.
         split: with `test_fraction` the part to take; without it the file is the split and this only names it.
         test_fraction, split_seed: see `split_rows`.
-        class_modalities: integer arrays to store as class indices, with max + 1 classes.
+        class_modalities: integer arrays to store as class indices, and how many classes each has; None takes
+            the largest index of the file + 1, which may differ between files.
         offsets, scales: by modality; the model sees (value - offset) * scale.
 
     Raises:
@@ -38,7 +39,7 @@ def load_npz_source(
         DataError: an array has an unsuitable dtype, length, or value.
     """
     arrays = _read_arrays(path)
-    offsets, scales = offsets or {}, scales or {}
+    class_modalities, offsets, scales = class_modalities or {}, offsets or {}, scales or {}
     for name in (*class_modalities, *offsets, *scales):
         if name not in arrays:
             raise ConfigError(f"{path} has no array {name!r}; it has {', '.join(arrays)}")
@@ -47,11 +48,18 @@ def load_npz_source(
         if name in class_modalities:
             if name in offsets or name in scales:
                 raise ConfigError(f"class modality {name!r} takes no --offset or --scale")
-            arrays[name] = _as_classes(path, name, arrays[name])
-            modalities.append(Modality.classes(name, int(arrays[name].max()) + 1))
-            continue
-        arrays[name] = _as_samples(path, name, arrays[name])
-        modalities.append(_modality(path, name, arrays[name], offsets.get(name, 0.0), scales.get(name, 1.0)))
+            arrays[name] = _as_classes(path, name, arrays[name], class_modalities[name])
+        else:
+            arrays[name] = _as_samples(path, name, arrays[name])
+        try:
+            if name in class_modalities:
+                modality = Modality.classes(name, class_modalities[name] or int(arrays[name].max()) + 1)
+            else:
+                dtype, shape = arrays[name].dtype.name, arrays[name].shape[1:]
+                modality = Modality(name, dtype, shape, offset=offsets.get(name, 0.0), scale=scales.get(name, 1.0))
+        except ValueError as error:
+            raise DataError(f"{path}: array {name!r}: {error}") from None
+        modalities.append(modality)
     num_rows = len(next(iter(arrays.values())))
     rows = np.arange(num_rows, dtype=np.int64)
     details: dict[str, object] = {"files": input_files(path)}
@@ -85,7 +93,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _as_classes(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+def _as_classes(path: Path, name: str, array: np.ndarray, num_classes: int | None) -> np.ndarray:
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise DataError(
             f"{path}: class modality {name!r} must be a one-dimensional integer array, not {array.dtype} "
@@ -93,6 +101,13 @@ def _as_classes(path: Path, name: str, array: np.ndarray) -> np.ndarray:
         )
     if array.min() < 0:
         raise DataError(f"{path}: class modality {name!r}: row {int(array.argmin())} is negative")
+    # Before the cast, in which large unsigned numbers would become negative.
+    limit = MAX_CLASSES if num_classes is None else num_classes
+    if int(array.max()) >= limit:
+        raise DataError(
+            f"{path}: class modality {name!r}: row {int(array.argmax())} is {int(array.max())}, not below "
+            + (f"the {limit} classes given" if num_classes is not None else f"the limit of {limit} classes")
+        )
     return array.astype(np.int64)
 
 
@@ -107,10 +122,3 @@ def _as_samples(path: Path, name: str, array: np.ndarray) -> np.ndarray:
         if not finite.all():
             raise DataError(f"{path}: array {name!r}: row {int(np.argmin(finite))} is not finite (NaN or infinite)")
     return array
-
-
-def _modality(path: Path, name: str, array: np.ndarray, offset: float, scale: float) -> Modality:
-    try:
-        return Modality(name, array.dtype.name, array.shape[1:], offset=offset, scale=scale)
-    except ValueError as error:
-        raise DataError(f"{path}: array {name!r}: {error}") from None

@@ -10,12 +10,14 @@ import pytest
 from jmvae_dist.checkpoint.layout import (
     CheckpointManifest,
     FileRecord,
+    FragmentRecord,
+    TensorRecord,
     commit,
     find_damage,
+    find_intact,
     list_checkpoints,
     read_manifest,
     remove_checkpoint,
-    resolve_checkpoint,
     seal_file,
     sweep,
     temporary_directory,
@@ -38,15 +40,6 @@ def test_commit_publishes_and_names_the_latest(tmp_path: Path) -> None:
     assert (tmp_path / "LATEST").read_text() == "step-00000007\n"
     assert find_damage(path, read_manifest(path)) is None
     assert sweep(tmp_path) == []
-
-
-def test_commit_replaces_a_damaged_checkpoint_of_the_same_step(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path, 7)
-    (path / "rank-00000.safetensors").write_bytes(b"damaged")
-    assert find_damage(path, read_manifest(path)) is not None
-    write_checkpoint(tmp_path, 7, b"anew")
-    assert (path / "rank-00000.safetensors").read_bytes() == b"anew"
-    assert find_damage(path, read_manifest(path)) is None
 
 
 def test_order_is_that_of_the_steps_not_of_the_names(tmp_path: Path) -> None:
@@ -117,15 +110,27 @@ def test_another_format_version_says_so() -> None:
         CheckpointManifest.from_json(json.dumps(content), Path("here"))
 
 
-def test_resolving_what_a_user_names(tmp_path: Path) -> None:
+def test_finding_what_a_user_names(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     first, second = write_checkpoint(root, 1), write_checkpoint(root, 2)
-    assert resolve_checkpoint(tmp_path) == second
-    assert resolve_checkpoint(first) == first
+    assert find_intact(tmp_path)[0] == second
+    assert find_intact(first)[0] == first
     (second / "rank-00000.safetensors").write_bytes(b"damaged")
-    assert resolve_checkpoint(tmp_path) == first
+    assert find_intact(tmp_path)[0] == first
     remove_checkpoint(first)
     with pytest.raises(CheckpointError, match="no intact checkpoint"):
-        resolve_checkpoint(tmp_path)
+        find_intact(tmp_path)
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run"):
-        resolve_checkpoint(tmp_path / "elsewhere")
+        find_intact(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "fragments",
+    [[], [("rank-00000.safetensors", 0, 3)], [("other.safetensors", 0, 4)], [("rank-00000.safetensors", 1, 4)]],
+)
+def test_fragments_must_cover_their_tensor(fragments: list[tuple[str, int, int]]) -> None:
+    record = TensorRecord([2, 2], "float32", [FragmentRecord(*fragment) for fragment in fragments])
+    files = {"rank-00000.safetensors": FileRecord(1, "0" * 64)}
+    manifest = make_manifest(files=files, tensors={"weight/a": record})
+    with pytest.raises(CheckpointError, match="fragments of weight/a"):
+        CheckpointManifest.from_json(manifest.to_json(), Path("here"))

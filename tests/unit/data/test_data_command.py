@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_examples import example_source
 
 from jmvae_dist.commands.shards import main
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.writer import write_shards
 from jmvae_dist.errors import ConfigError, DataError
 
 
@@ -40,9 +43,45 @@ def test_write_show_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "1 problem\n" in captured.err
 
 
+def test_show_escapes_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = example_source(5)
+    source.details["note\x1b[2J"] = ["\x1b]0;title\x07", {"deep": "\x9b1m"}]
+    write_shards(source, tmp_path / "out")
+    assert main(["show", str(tmp_path / "out" / "manifest.json")]) == 0
+    shown = capsys.readouterr().out
+    assert all(char.isprintable() or char == "\n" for char in shown)
+    assert "note\\x1b[2J: \\x1b]0;title\\x07" in shown
+
+
+def test_npz_asks_which_samples_are_the_split(tmp_path: Path) -> None:
+    """With a default, the whole file would be written as train split and again as test split."""
+    np.savez(tmp_path / "d.npz", x=np.zeros((10, 4), np.float32))
+    command = ["write", "npz", "--file", str(tmp_path / "d.npz"), "--out", str(tmp_path / "out")]
+    for options in (
+        [],
+        ["--split", "train"],
+        ["--test-fraction", "0.2"],
+        ["--file-is-split"],
+        ["--split", "test", "--test-fraction", "0.2", "--file-is-split"],
+    ):
+        with pytest.raises(ConfigError, match=r"--split train\|test, and either --test-fraction F .*--file-is-split"):
+            main([*command, *options])
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--split", "test", "--file-is-split"]) == 0
+    assert Manifest.load(tmp_path / "out" / "manifest.json").num_samples == 10
+
+
+def test_npz_number_of_classes(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", a=np.arange(5), b=np.arange(5))
+    command = ["write", "npz", "--file", str(tmp_path / "d.npz"), "--split", "test", "--file-is-split"]
+    main([*command, "--out", str(tmp_path / "out"), "--class-modalities", "a=10,b"])
+    modalities = Manifest.load(tmp_path / "out" / "manifest.json").modalities
+    assert [modality.num_classes for modality in modalities] == [10, 5]
+
+
 def test_npz_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "d.npz", image=np.zeros((10, 4), np.uint8), kind=np.arange(10) % 3)
-    options = ["--class-modalities", "kind", "--scale", "image=1/255", "--offset", "image=-2"]
+    options = ["--class-modalities", "kind=3", "--scale", "image=1/255", "--offset", "image=-2"]
     command = ["write", "npz", "--file", str(tmp_path / "d.npz"), "--out", str(tmp_path / "out"), *options]
     assert main([*command, "--test-fraction", "0.3", "--split", "test"]) == 0
     assert "wrote 3 samples" in capsys.readouterr().out
@@ -64,6 +103,8 @@ def test_npz_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["write", "digits", "--out", "x", "--test-fraction", "2"], "--test-fraction must lie between 0 and 1"),
         (["write", "npz", "--file", "f", "--out", "x", "--scale", "image"], "NAME=NUMBER"),
         (["write", "npz", "--file", "f", "--out", "x", "--scale", "image=1/0"], "NAME=NUMBER"),
+        (["write", "npz", "--file", "f", "--out", "x", "--class-modalities", "a=0"], "'0' must be a whole number"),
+        (["write", "npz", "--file", "f", "--out", "x", "--class-modalities", "a,a=2"], "each array once"),
         (["show", "nowhere.json"], "no manifest at nowhere.json"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jmvae_dist.data.index import index_num_bytes
 from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard
 from jmvae_dist.errors import ConfigError, DataError
 
@@ -22,7 +24,13 @@ MODALITIES = (
 
 def example(urls: tuple[str, ...] = ("a.tar", "b.tar"), modalities: tuple[Modality, ...] = MODALITIES) -> Manifest:
     shards = [
-        Shard(url, 3 + number, 2048, f"{number:064x}", IndexFile(f"{url}.index", 96, "f" * 64))
+        Shard(
+            url,
+            3 + number,
+            2048,
+            f"{number:064x}",
+            IndexFile(f"{url}.index", index_num_bytes(3 + number, len(modalities)), "f" * 64),
+        )
         for number, url in enumerate(urls)
     ]
     return Manifest.create(modalities, shards, {"name": "example"})
@@ -106,6 +114,14 @@ def removed(*keys: str | int) -> Callable[[dict[str, Any]], None]:
         (changed("shards", 1, "url", value="a\0b"), r"shards\[1\]\.url: .* printable"),
         (changed("shards", 1, "sha256", value="zz"), r"shards\[1\]\.sha256: must be a sha256"),
         (changed("shards", 1, "num_samples", value=0), r"shards\[1\]\.num_samples: 0 must be"),
+        (
+            changed("shards", 1, "index", "num_bytes", value=96),
+            r"shards\[1\]\.index\.num_bytes: says 96, but 4 samples with 2 modalities take 120",
+        ),
+        (changed("modalities", 0, "scale", value=1e300), r"modalities\[0\]: scale is beyond the range of float32"),
+        (changed("modalities", 0, "offset", value=-1e39), r"modalities\[0\]: offset is beyond the range of float32"),
+        (changed("modalities", 0, "scale", value=1e-60), r"modalities\[0\]: scale must not be 0 \(as float32\)"),
+        (changed("modalities", 0, "a\x1b[2J", value=0), r"modalities\[0\]\.a\\x1b\[2J: is not a known key"),
         (removed("shards", 1, "index", "url"), r"shards\[1\]\.index\.url: is missing"),
         (changed("source", value="text"), "source: must be an object"),
     ],
@@ -132,6 +148,34 @@ def test_anything_but_a_json_object_is_refused(tmp_path: Path, content: bytes) -
         Manifest.load(path)
 
 
+@pytest.mark.parametrize("depth", [13, 200, 900, 100_000])
+@pytest.mark.parametrize(
+    "keys", [("source", "x"), ("modalities", 0, "offset"), ("modalities", 0, "shape"), ("shards", 0, "num_samples")]
+)
+def test_deep_nesting_is_an_error_of_the_file(tmp_path: Path, depth: int, keys: tuple[str | int, ...]) -> None:
+    record = example().to_json()
+    changed(*keys, value="DEEP")(record)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(record).replace('"DEEP"', "[" * depth + "1" + "]" * depth))
+    with pytest.raises(DataError, match=r"nested more than 12 deep|not valid JSON"):
+        Manifest.load(path)
+
+
+def test_a_modality_of_deep_lists() -> None:
+    offset: Any = 0.0
+    for _ in range(5000):
+        offset = [offset]
+    with pytest.raises(ValueError, match="offset must be"):
+        Modality("x", "float32", (1,), offset=offset)
+
+
+def test_a_pipe_or_folder_instead_of_a_manifest(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(DataError, match="not a regular file"):
+            Manifest.load(path)
+
+
 def test_file_urls(tmp_path: Path) -> None:
     assert str(example(("file:///data/a%20b.tar",)).shard_path(0)) == "/data/a b.tar"
     assert str(example(("/data/a.tar",)).shard_path(0)) == "/data/a.tar"
@@ -152,6 +196,14 @@ def test_transform_and_one_hot() -> None:
     assert values.dtype == np.float32
     assert values.tolist() == [[[0.0, 1.0]], [[127.0, -1.0]]]
     assert label.to_model(np.array([3, 0])).tolist() == [np.eye(10)[3].tolist(), np.eye(10)[0].tolist()]
+
+
+def test_the_transform_is_checked_as_it_is_computed() -> None:
+    """What float64 holds may be infinite or 0 in the float32 that is computed with."""
+    for offset, scale in ((1e39, 1.0), (0.0, 1e39), (0.0, 1e-50)):
+        with pytest.raises(ValueError, match="float32"):
+            Modality("x", "float32", (1,), offset=offset, scale=scale)
+        Modality("x", "float64", (1,), offset=offset, scale=scale)
 
 
 def test_large_stored_values_are_centred_in_double_precision() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jmvae_dist.data.philox import PURPOSE_PACKING, PURPOSE_WINDOW_ORDER, permutation, philox4x32
+from jmvae_dist.kernels import noise
 
 GOLDEN_SMALL = [1, 4, 3, 8, 7, 0, 5, 9, 2, 6]
 GOLDEN_LARGE = [56, 345, 829, 816, 595, 10, 801, 660]
@@ -30,6 +32,16 @@ def test_philox_matches_the_vectors_of_random123(
 ) -> None:
     words = philox4x32(np.array([counter[0]], dtype=np.uint64), *counter[1:], seed)
     assert tuple(int(word[0]) for word in words) == expected
+
+
+def test_the_noise_kernels_make_the_same_words() -> None:
+    """Two implementations, in numpy and in torch: a mistake in one of them shows here."""
+    counters = np.array([0, 1, 5, 2**32 - 1], dtype=np.uint64)
+    words = philox4x32(counters, 7, 2**31, 0xF1000003, seed=2**64 - 3)
+    noise_counter = [torch.tensor([column] * 4) for column in (0, 7, 2**31, 0xF1000003)]
+    noise_counter[0] = torch.tensor(counters.astype(np.int64))
+    noise_words = noise._philox(noise_counter, [2**32 - 3, 2**32 - 1])
+    assert [word.tolist() for word in words] == [word.tolist() for word in noise_words]
 
 
 def test_permutations_never_change() -> None:

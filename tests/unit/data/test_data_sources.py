@@ -207,7 +207,7 @@ def test_npz(tmp_path: Path) -> None:
     pixels = np.arange(24, dtype=np.uint8).reshape(6, 2, 2)
     big_endian = np.arange(6, dtype=">f8")
     np.savez(path, pixels=pixels, kind=np.array([2, 0, 1, 2, 0, 1], dtype=np.int16), scalar=big_endian)
-    source = load_npz_source(path, "train", None, 0, ["kind"], scales={"pixels": 1 / 255})
+    source = load_npz_source(path, "train", None, 0, {"kind": None}, scales={"pixels": 1 / 255})
     pixel, kind, scalar = source.modalities
     assert (pixel.dtype, pixel.shape, pixel.scale) == ("uint8", (2, 2), 1 / 255)
     assert (kind.encoding, kind.num_classes) == ("cls", 3)
@@ -230,9 +230,29 @@ def test_npz(tmp_path: Path) -> None:
         ({"a": np.zeros((0, 2))}, {}, DataError, "empty"),
         ({"a": np.float64(3)}, {}, DataError, "same first dimension, but have a: None"),
         ({}, {}, DataError, "holds no arrays"),
-        ({"a": np.zeros(3)}, {"class_modalities": ["a"]}, DataError, "must be a one-dimensional integer array"),
-        ({"a": np.array([0, -1])}, {"class_modalities": ["a"]}, DataError, "row 1 is negative"),
-        ({"a": np.zeros(3)}, {"class_modalities": ["b"]}, ConfigError, "no array 'b'; it has a"),
+        ({"a": np.zeros(3)}, {"class_modalities": {"a": None}}, DataError, "must be a one-dimensional integer array"),
+        ({"a": np.array([0, -1])}, {"class_modalities": {"a": None}}, DataError, "row 1 is negative"),
+        ({"a.b": np.array([0, 1])}, {"class_modalities": {"a.b": None}}, DataError, "array 'a.b': name"),
+        (
+            {"a": np.array([0, 2_000_000])},
+            {"class_modalities": {"a": None}},
+            DataError,
+            "row 1 is 2000000, not below the limit of 1000000 classes",
+        ),
+        (
+            {"a": np.array([0, 2**64 - 1], dtype=np.uint64)},
+            {"class_modalities": {"a": None}},
+            DataError,
+            "row 1 is 18446744073709551615, not below",
+        ),
+        (
+            {"a": np.array([0, 3])},
+            {"class_modalities": {"a": 3}},
+            DataError,
+            "row 1 is 3, not below the 3 classes given",
+        ),
+        ({"a": np.array([0, 3])}, {"class_modalities": {"a": 10**7}}, DataError, "num_classes 10000000 must be"),
+        ({"a": np.zeros(3)}, {"class_modalities": {"b": None}}, ConfigError, "no array 'b'; it has a"),
         ({"a": np.zeros(3)}, {"scales": {"b": 2.0}}, ConfigError, "no array 'b'"),
         ({"a": np.zeros(3)}, {"scales": {"a": 0.0}}, DataError, "scale must not be 0"),
     ],
@@ -241,6 +261,12 @@ def test_unsuitable_npz(tmp_path: Path, arrays: dict, options: dict, error: type
     np.savez(tmp_path / "data.npz", **arrays)
     with pytest.raises(error, match=message):
         load_npz_source(tmp_path / "data.npz", "train", None, 0, **options)
+
+
+def test_files_of_one_data_set_agree_on_the_number_of_classes(tmp_path: Path) -> None:
+    np.savez(tmp_path / "test.npz", kind=np.arange(5))
+    source = load_npz_source(tmp_path / "test.npz", "test", None, 0, {"kind": 10})
+    assert source.modalities[0].num_classes == 10
 
 
 def test_files_that_are_not_npz(tmp_path: Path) -> None:

@@ -150,6 +150,50 @@ def test_links_and_compressed_tars_are_refused(foreign_manifest: MakeManifest, t
     assert any("is not a plain file" in problem for problem in problems)
 
 
+def test_a_wrong_index_size_in_the_manifest_is_found(example_manifest: MakeManifest) -> None:
+    manifest = example_manifest(20)
+    shard = manifest.shards[1]
+    wrong = replace(shard, index=replace(shard.index, num_bytes=shard.index.num_bytes + 12))
+    problems = verify_shards(replace(manifest, shards=(manifest.shards[0], wrong)))
+    assert len(problems) == 1
+    assert re.search(r"shard-000001\.tar\.index: the manifest says 276 bytes, but an index of 10 .* 264", problems[0])
+
+
+@pytest.mark.parametrize("suffix", ["", ".index"])
+def test_a_pipe_instead_of_a_shard_or_index(example_manifest: MakeManifest, suffix: str) -> None:
+    manifest = example_manifest(20)
+    path = manifest.path.with_name(f"shard-000001.tar{suffix}")
+    path.unlink()
+    os.mkfifo(path)
+    problems = verify_shards(manifest)
+    assert len(problems) == 1
+    assert f"{path}: not a regular file" in problems[0]
+
+
+def test_progress_counts_every_sample_once(
+    example_manifest: MakeManifest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = example_manifest(20)
+    manifest.shard_path(0).unlink()
+    monkeypatch.setattr("jmvae_dist.progress._SILENT_S", 0.0)
+    for workers in (1, 2):
+        assert len(verify_shards(manifest, workers)) == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith("verifying samples: 20 in ")
+
+
+def test_progress_moves_within_a_shard(
+    example_manifest: MakeManifest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = example_manifest(20, samples_per_shard=20)
+    monkeypatch.setattr("jmvae_dist.progress._SILENT_S", 0.0)
+    monkeypatch.setattr("jmvae_dist.progress._LINE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("jmvae_dist.data.verify._CHUNK_BYTES", 8 * (6 + 12) * 8)  # 8 samples
+    assert verify_shards(manifest) == []
+    lines = [line.split(" in ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines[:2] == ["verifying samples: 8 of 20", "verifying samples: 16 of 20"]
+    assert lines[-1] == "verifying samples: 20"
+
+
 def test_the_same_shard_twice_is_found(example_manifest: MakeManifest) -> None:
     manifest = example_manifest(20)
     manifest.shard_path(1).write_bytes(manifest.shard_path(0).read_bytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -224,6 +225,7 @@ def test_impossible_options(tmp_path: Path, options: dict[str, int], message: st
 
 
 WRITE_NPZ = [sys.executable, "-m", "jmvae_dist", "shards", "write", "npz", "--samples-per-shard", "20"]
+WRITE_NPZ += ["--split", "train", "--file-is-split"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -241,16 +243,123 @@ def test_killed_at_any_time_leaves_nothing_that_looks_complete(tmp_path: Path, w
         os.kill(writer.pid, signal.SIGKILL)
         assert writer.wait() == -signal.SIGKILL, "the writer finished too early to be killed"
         assert not (target / "shards").exists()
-        assert len(list(target.iterdir())) == 1, "leftovers of earlier writers are removed by the next"
+        assert len(list(target.glob(".*.writing-*"))) == 1, "leftovers of earlier writers are removed by the next"
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert [path.name for path in target.iterdir()] == ["shards"]
     assert verify_shards(Manifest.load(target / "shards" / "manifest.json"), workers=1) == []
 
 
-def test_a_living_writers_folder_is_left_alone(tmp_path: Path) -> None:
-    from jmvae_dist.data.writer import _Staging
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    """The first one is stopped in the middle, so that it is surely there, and goes on afterwards."""
+    np.savez(tmp_path / "data.npz", x=np.arange(6000, dtype=np.float32).reshape(2000, 3))
+    out = tmp_path / "out" / "shards"
+    command = [*WRITE_NPZ, "--file", str(tmp_path / "data.npz"), "--out", str(out), "--workers", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as writer:
+        try:
+            deadline_s = time.monotonic() + 60
+            while writer.poll() is None and not list(out.parent.glob(".*/shard-*.tar")):
+                assert time.monotonic() < deadline_s
+                time.sleep(0.001)
+            os.kill(writer.pid, signal.SIGSTOP)
+            with pytest.raises(ConfigError, match="another process is writing to"):
+                write_shards(example_source(5), out)
+        finally:
+            os.kill(writer.pid, signal.SIGCONT)
+    assert writer.returncode == 0
+    assert [path.name for path in out.parent.iterdir()] == ["shards"]
+    assert Manifest.load(out / "manifest.json").num_samples == 2000
 
-    with _Staging(tmp_path / "shards") as other:
-        write_shards(example_source(5), tmp_path / "shards")
-        assert other.path.exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+
+class SourceDuringWhichTheFolderChanges(SourceWithoutLabels):
+    """Somebody else makes `out` while its samples are written."""
+
+    def __init__(self, out: Path, name: str) -> None:
+        self.file = out / name
+
+    def sample(self, index: int) -> dict[str, np.ndarray | int]:
+        self.file.parent.mkdir(exist_ok=True)
+        self.file.write_text("{}")
+        return {"image": np.zeros(1, np.float32), "label": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("thesis.tex", "holds other files"), ("manifest.json", "without a sound manifest")]
+)
+def test_a_folder_that_appears_meanwhile_is_left_alone(tmp_path: Path, name: str, message: str) -> None:
+    source = SourceDuringWhichTheFolderChanges(tmp_path / "shards", name)
+    with pytest.raises(ConfigError, match=message):
+        write_shards(source, tmp_path / "shards")
+    assert content_of(tmp_path / "shards") == {name: b"{}"}
+
+
+def test_shards_that_are_replaced_meanwhile_are_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    write_shards(example_source(20), tmp_path / "other")
+    write_shards(example_source(5), out)
+
+    class Source(SourceWithoutLabels):
+        def sample(self, index: int) -> dict[str, np.ndarray | int]:
+            if (tmp_path / "other").exists():
+                out.rename(tmp_path / "old")
+                (tmp_path / "other").rename(out)
+            return {"image": np.zeros(1, np.float32), "label": 1}
+
+    with pytest.raises(ConfigError, match="was changed by somebody else"):
+        write_shards(Source(), out, overwrite=True)
+    assert Manifest.load(out / "manifest.json").num_samples == 20
+
+
+def test_names_that_differ_only_in_case_are_refused_before_writing(tmp_path: Path) -> None:
+    source = example_source(5)
+    source = replace(source, modalities=(*source.modalities, Modality.classes("Image", 2)))
+    with pytest.raises(DataError, match="two modalities have the same name 'Image'"):
+        write_shards(source, tmp_path / "out" / "shards")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_that_could_not_be_read_back_is_not_committed(tmp_path: Path) -> None:
+    details: dict[str, object] = {}
+    for _ in range(20):
+        details = {"deeper": details}
+    with pytest.raises(DataError, match="nested more than"):
+        write_shards(replace(example_source(5), details=details), tmp_path / "shards")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_the_model_could_not_see_are_refused(tmp_path: Path) -> None:
+    """3e38 is finite in float32, and 30 times as much is not."""
+    source = example_source(5)
+    source.arrays["image"][3, 1, 2] = 3e38
+    source = replace(source, modalities=(Modality("image", "float32", (2, 3), scale=30.0), source.modalities[1]))
+    with pytest.raises(
+        DataError, match=r"sample example-train-00000003: modality 'image': \(value - offset\) \* scale"
+    ):
+        write_shards(source, tmp_path / "shards")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, workers: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(ConfigError) as caught:
+            write_shards(example_source(40), tmp_path / "shards", workers=workers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value) == f"cannot write --out {tmp_path / 'shards'}: File too large"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write --out .*file/shards: File exists \(.*file\)"):
+        write_shards(example_source(5), tmp_path / "file" / "shards")
+
+
+def test_large_arrays_are_shared_and_leave_nothing_behind(tmp_path: Path) -> None:
+    source = example_source(20_000)
+    assert source.arrays["image"].nbytes > 2**16
+    write_shards(source, tmp_path / "two", samples_per_shard=5000, workers=2)
+    write_shards(source, tmp_path / "one", samples_per_shard=5000, workers=1)
+    assert content_of(tmp_path / "one") == content_of(tmp_path / "two")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]

@@ -71,6 +71,16 @@ def test_reconstruction(model: JMVAE, inputs: dict[str, Tensor]) -> None:
     np.testing.assert_allclose(shown[4 + 2], expected, rtol=1e-5)
 
 
+def test_pictures_of_a_modality_share_one_scale(model: JMVAE, inputs: dict[str, Tensor]) -> None:
+    inputs["grey"][:] = 1.0  # on the scale of this data alone, everything would be white
+    figure = reconstruction_figure(model, inputs, max_samples=4)
+    pictures = [image for axes in figure.axes for image in axes.get_images()]
+    shown = inputs["plain"][:4]
+    # Two rows of probabilities, then two rows on the scale of the data.
+    assert [image.get_clim() for image in pictures[:8]] == [(0.0, 1.0)] * 8
+    assert [image.get_clim() for image in pictures[8:16]] == [(shown.min().item(), shown.max().item())] * 8
+
+
 def test_categorical_cells_name_the_class(model: JMVAE, inputs: dict[str, Tensor]) -> None:
     figure = cross_modal_figure(model, {"label": inputs["label"]}, "label")
     first_row = [axes.texts[0].get_text() for axes in figure.axes[:5]]

@@ -43,6 +43,8 @@ def make_inputs() -> dict[str, Tensor]:
         ),
         (lambda x: x.update(image=torch.ones(3, 1, 2, 2).byte()), r"inputs\.image: dtype torch\.uint8"),
         (lambda x: x.update(label=torch.eye(3)[:2]), "different batch sizes"),
+        (lambda x: x.update(sound=x["sound"].numpy()), r"inputs\.sound: a ndarray is not a torch\.Tensor"),
+        (lambda x: x.update(sound=x["sound"].tolist()), r"inputs\.sound: a list is not a torch\.Tensor"),
     ],
 )
 @pytest.mark.parametrize("check_inputs", [True, False])
@@ -70,6 +72,24 @@ def test_values(name: str, value: float, match: str) -> None:
         with pytest.raises(DataError, match=match):
             call(inputs)
     model(inputs, check_inputs=False)
+
+
+@pytest.mark.parametrize("inputs", [torch.ones(3, 1, 2, 2), [torch.ones(3, 4)]])
+def test_inputs_must_be_a_dictionary(inputs: Any) -> None:
+    with pytest.raises(DataError, match="is not a dictionary of tensors"):
+        make_model()(inputs)
+
+
+@pytest.mark.parametrize(("name", "value"), [("sound", torch.nan), ("image", 0.25), ("label", 0.5)])
+def test_incomplete_samples_are_named_by_their_index_in_the_batch(name: str, value: float) -> None:
+    model, inputs = make_model(), make_inputs()
+    inputs[name][0] = torch.nan  # absent
+    inputs[name][2].view(-1)[0] = value
+    mask = {name: torch.tensor([False, True, True])}
+    with pytest.raises(DataError, match=rf"inputs\.{name}: sample 2 of the batch"):
+        model.encode(inputs, mask=mask)
+    mask[name][2] = False
+    model.encode(inputs, mask=mask)
 
 
 def test_values_of_modalities_that_are_not_used_do_not_matter() -> None:

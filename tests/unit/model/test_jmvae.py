@@ -266,6 +266,35 @@ class TestArgumentErrors:
         with pytest.raises(ConfigError, match="batch_size_K: 0"):
             model.compute_joint_nll(inputs, 10, 0)
 
+    @pytest.mark.parametrize("count", [True, 2.0, "2"])
+    def test_counts_are_integers(self, model: JMVAE, inputs: dict[str, Tensor], count: Any) -> None:
+        with pytest.raises(ConfigError, match=r"N: .* an integer"):
+            model.encode(inputs, N=count)
+        with pytest.raises(ConfigError, match=r"n: .* an integer"):
+            model.generate_from_prior(count)
+        with pytest.raises(ConfigError, match=r"K: .* an integer"):
+            model.compute_joint_nll(inputs, count)
+
+    def test_groups(self, model: JMVAE, inputs: dict[str, Tensor]) -> None:
+        with pytest.raises(ConfigError, match=r"groups\.both: unknown modality 'imgae'"):
+            model.compute_joint_nlls(inputs, {"both": ["word", "imgae"]}, 4)
+        with pytest.raises(ConfigError, match=r"groups\.nothing: names no modality"):
+            model.compute_joint_nlls(inputs, {"nothing": []}, 4)
+
+    @pytest.mark.parametrize("names", [None, 3])
+    def test_names_that_are_no_names(self, model: JMVAE, inputs: dict[str, Tensor], names: Any) -> None:
+        with pytest.raises(ConfigError, match=r"cond_mod: .* neither a name nor several"):
+            model.encode(inputs, names)
+
+    def test_arrays_instead_of_tensors(self, model: JMVAE, inputs: dict[str, Tensor]) -> None:
+        noise = torch.zeros(6, LATENT_DIM).numpy()
+        with pytest.raises(DataError, match="noise: a ndarray"):
+            model(inputs, noise=noise)
+        with pytest.raises(DataError, match="z: a ndarray"):
+            model.decode(noise)
+        with pytest.raises(DataError, match=r"mask\.word: a list"):
+            model.encode(inputs, mask={"word": [True] * 6})
+
     def test_shapes_of_noise_and_latents(self, model: JMVAE, inputs: dict[str, Tensor]) -> None:
         with pytest.raises(DataError, match="noise"):
             model(inputs, noise=torch.zeros(6, LATENT_DIM + 1))
@@ -375,6 +404,26 @@ class TestUserNetworks:
             match = r"decoders\.word.*\(6,\).*\(5,\)"
         with pytest.raises(ConfigError, match=match):
             model(inputs)
+
+    def test_prior_of_networks_without_parameters(self) -> None:
+        class Constant(nn.Module):
+            def forward(self, inputs: Any) -> tuple[Tensor, Tensor]:
+                return torch.zeros(1, 2), torch.zeros(1, 2)
+
+        networks = {name: Constant() for name in ("a", "b")}
+        decoders = {name: nn.Identity() for name in networks}
+        model = JMVAE(JMVAEConfig(2, 2), networks, decoders, Constant())
+        with pytest.raises(ConfigError, match="no parameters"):
+            model.generate_from_prior(3)
+
+    @pytest.mark.parametrize("with_input_dims", [True, False])
+    def test_reserved_name(self, with_input_dims: bool) -> None:
+        networks = user_networks()
+        for key in ("encoders", "decoders"):
+            networks[key]["all"] = networks[key].pop("sound")
+        shapes = {"image": (1, 4, 4), "word": (5,), "all": (3, 2)} if with_input_dims else None
+        with pytest.raises(ConfigError, match="'all'"):
+            JMVAE(JMVAEConfig(3, LATENT_DIM, shapes), **networks)
 
     def test_configuration_that_does_not_fit(self) -> None:
         with pytest.raises(ConfigError, match="input_dims"):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from jmvae_dist.tracking.console import Console, format_duration, progress
+from jmvae_dist.tracking.console import Console
 
 
 def record(step: int) -> dict[str, float]:
@@ -73,35 +73,3 @@ with Console(total_steps=40, start_step=10) as console:
     assert "loss 1.5" in text
     assert "100 samples/s" in text
     assert "checkpoint [x] written" in text
-
-
-def test_progress_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress(30, "evaluating") as advance:
-        advance(10)
-        advance(20)
-    assert capsys.readouterr().err.startswith("evaluating: 30 in ")
-
-    def fail() -> None:
-        with progress(30, "evaluating") as advance:
-            advance(10)
-            raise ValueError("half-way")
-
-    with pytest.raises(ValueError, match="half-way"):
-        fail()
-    assert capsys.readouterr().err.startswith("evaluating: 10 of 30 in ")
-
-
-@pytest.mark.parametrize(
-    ("duration_s", "text"),
-    [
-        (0.44, "0.4 s"),
-        (42, "42 s"),
-        (59.7, "1 min 00 s"),
-        (185, "3 min 05 s"),
-        (7620, "2 h 07 min"),
-        (3599.9, "1 h 00 min"),
-        (273_600, "3 d 04 h"),
-    ],
-)
-def test_durations(duration_s: float, text: str) -> None:
-    assert format_duration(duration_s) == text

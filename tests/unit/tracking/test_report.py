@@ -111,6 +111,25 @@ def test_damaged_files_do_not_stop_the_report(tmp_path: Path, content: str) -> N
     assert len(charts_of(page)["Loss (nats per sample)"]["series"][0]["x"]) == 100
 
 
+def test_evaluation_with_values_that_are_no_numbers(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path)
+    metrics = {
+        "eval/elbo": None,
+        "eval/joint_nll": 98.5,
+        "eval/joint_nll_stderr": "NaN",
+        "eval/loss/total": "Infinity",
+        "eval/accuracy/b/from_a": None,
+        "eval/accuracy/c/from_a": 0.25,
+        "eval/samples": True,
+    }
+    evaluation = {"global_step": None, "num_samples": "many", "manifest": None, "metrics": metrics}
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    page = write_report(run_dir).read_text()
+    for text in ("98.5", "25.0 %", "Infinity", "NaN", "accuracy/b/from_a"):
+        assert text in page
+    assert "ELBO, final evaluation" not in page
+
+
 def test_damaged_record_is_shown_up_to_the_damage(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path)
     lines = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -187,7 +206,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run_dir)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == f"report: {run_dir / 'report.html'}"
-    assert any(line.startswith("ELBO, final evaluation: ") for line in printed)
+    assert any(line.startswith("ELBO, latest evaluation: ") for line in printed)
     assert main([str(run_dir), "--out", str(tmp_path / "new" / "page.html")]) == 0
     assert [item.name for item in (tmp_path / "new").iterdir()] == ["page.html"]
     for path in (tmp_path, tmp_path / "missing"):

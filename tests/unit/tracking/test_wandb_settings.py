@@ -82,6 +82,39 @@ def test_mode(
     assert len(said) == messages
 
 
+@pytest.mark.parametrize("configured", ["auto", "online", "offline"])
+@pytest.mark.parametrize("fault", ["url", "settings", "netrc", "home"])
+def test_what_the_client_fails_on_is_said_and_does_not_raise(
+    home: Path, monkeypatch: pytest.MonkeyPatch, configured: str, fault: str
+) -> None:
+    if fault == "url":
+        monkeypatch.setenv("WANDB_API_KEY", "key")
+        monkeypatch.setenv("WANDB_BASE_URL", "http://[x")
+    elif fault == "settings":
+        (home / "settings").write_text("[default]\nbase_url = http://[x\n")
+        monkeypatch.setenv("WANDB_CONFIG_DIR", str(home))
+    else:
+        path = home / (".netrc" if fault == "home" else "keys")
+        path.write_bytes(b"\xff\xfe\x00 machine")
+        if fault == "netrc":
+            monkeypatch.setenv("NETRC", str(path))
+    said: list[str] = []
+    tracker = WandbTracker(
+        WandbSection(mode=configured),  # type: ignore[arg-type]
+        run_dir=home / "run",
+        run_id=None,
+        config={},
+        resume_step=None,
+        run_name="name",
+        message=said.append,
+    )
+    tracker.log({"global_step": 1})
+    tracker.finish({})
+    assert tracker.mode == "disabled"
+    (message,) = said
+    assert ("http://[x" if fault in ("url", "settings") else "not a text file") in message
+
+
 def test_disabled_starts_nothing_and_writes_nothing(tmp_path: Path) -> None:
     tracker = WandbTracker(
         WandbSection(mode="disabled"),
@@ -107,7 +140,7 @@ def test_run_that_starts_over_gets_a_new_id(tmp_path: Path) -> None:
         return tracker.run_id
 
     assert run_id("old", 5) == "old"
-    assert run_id("old", 0) != "old"
+    assert run_id("old", None) != "old"
     assert run_id(None, None) != run_id(None, None)
 
 

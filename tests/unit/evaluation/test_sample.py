@@ -1,0 +1,81 @@
+"""`jmvae-dist sample` on an export: names of the arrays, and mistakes that are told before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+from jmvae_dist.checkpoint.export import CONFIG_NAME, EXPORT_FORMAT_VERSION, WEIGHTS_NAME
+from jmvae_dist.commands.sample import main
+from jmvae_dist.commands.shards import main as shards
+from jmvae_dist.config import JMVAEConfig, NetworksConfig
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.errors import ConfigError
+from jmvae_dist.files import sha256_of
+from jmvae_dist.model import JMVAE
+
+NUM_SAMPLES = 6
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    arrays = {
+        name: generator.normal(size=(NUM_SAMPLES, size)).astype("float32") for name, size in (("z", 3), ("b", 4))
+    }
+    np.savez(tmp_path / "data.npz", **arrays)
+    source = ["npz", "--file", str(tmp_path / "data.npz"), "--split", "test", "--file-is-split"]
+    assert shards(["write", *source, "--out", str(tmp_path / "shards")]) == 0
+    return tmp_path / "shards" / "manifest.json"
+
+
+@pytest.fixture
+def export(tmp_path: Path, manifest: Path) -> Path:
+    """An export of an untrained model with a modality named `z`."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    config, networks = JMVAEConfig(2, 2, {"z": (3,), "b": (4,)}), NetworksConfig([8], [8], [8])
+    save_file(JMVAE(config, networks=networks).state_dict(), folder / WEIGHTS_NAME)
+    description = {
+        "format_version": EXPORT_FORMAT_VERSION,
+        "model": {"config": dataclasses.asdict(config), "networks": dataclasses.asdict(networks)},
+        "modalities": {modality.name: modality.to_json() for modality in Manifest.load(manifest).modalities},
+        "weights_sha256": sha256_of(folder / WEIGHTS_NAME),
+    }
+    (folder / CONFIG_NAME).write_text(json.dumps(description))
+    return folder
+
+
+def test_modality_with_the_name_of_the_latents(tmp_path: Path, export: Path, manifest: Path) -> None:
+    out = tmp_path / "out"
+    assert main([str(export), "--out", str(out), "--given", "b", "--manifest", str(manifest), "--n", "4"]) == 0
+    with np.load(out / "samples.npz", allow_pickle=False) as arrays:
+        assert {name: arrays[name].shape for name in arrays} == {
+            "latent.z": (4, 2),
+            "generated.z": (4, 3),
+            "generated.b": (4, 4),
+            "data.z": (4, 3),
+            "data.b": (4, 4),
+        }
+
+
+def test_more_than_there_is(tmp_path: Path, export: Path, manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--given", "b", "--manifest", str(manifest)]
+    for n, said in ((NUM_SAMPLES, False), (NUM_SAMPLES + 1, True)):
+        assert main([str(export), "--out", str(tmp_path / "out"), *given, "--n", str(n)]) == 0
+        printed = capsys.readouterr()
+        assert (f"{manifest} has {NUM_SAMPLES} samples" in printed.err) == said
+        assert printed.out.startswith(f"{NUM_SAMPLES} samples given b")
+
+
+def test_output_folder_is_tried_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "no_model").mkdir()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"--out: .* cannot be written"):
+            main([str(tmp_path / "no_model"), "--out", str(out)])

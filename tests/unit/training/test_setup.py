@@ -1,0 +1,78 @@
+"""What a run is, before it starts: shares of the batch, and what a checkpoint may be continued as."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jmvae_dist.config_io import parse_run_config
+from jmvae_dist.errors import ConfigError
+from jmvae_dist.training.setup import (
+    ResolvedRun,
+    check_same_model,
+    describe_changes,
+    num_micro_batches,
+    resolve_run,
+    summarize,
+)
+from tests.conftest import ROOT
+
+
+def resolve(digits: Path, *arguments: str, world_size: int = 1) -> ResolvedRun:
+    manifests = [
+        f"--data.train_manifest={digits / 'train' / 'manifest.json'}",
+        f"--data.eval_manifest={digits / 'test' / 'manifest.json'}",
+    ]
+    config = ["--config", str(ROOT / "configs" / "digits.yaml")]
+    return resolve_run(parse_run_config([*config, *manifests, *arguments]), world_size)
+
+
+def test_what_depends_on_the_data_is_filled_in(digits: Path) -> None:
+    run = resolve(digits, "--training.epochs", "3")
+    assert run.total_steps == 68  # 3 epochs of 1,438 samples in batches of 64
+    assert run.model_config.input_dims == {"image": (1, 8, 8), "label": (10,)}
+    assert run.model_config.n_modalities == 2
+    assert run.annealing.warmup_steps == 225  # 10 epochs
+    assert "1,438 samples of image, label; 68 steps" in summarize(run, world_size=1)
+
+
+def test_the_order_of_input_dims_is_that_of_the_modalities(digits: Path) -> None:
+    run = resolve(digits, "--model.input_dims", "{label: [10], image: [1, 8, 8]}")
+    assert list(run.modalities) == list(run.model_config.input_dims or {}) == ["label", "image"]
+
+
+@pytest.mark.parametrize(
+    ("micro_batch_size", "world_size", "expected"),
+    [(None, 1, 1), (64, 1, 1), (63, 1, 2), (1, 2, 32), (10, 2, 4), (8, 3, 3)],
+)
+def test_micro_batches_are_as_many_on_every_rank(
+    digits: Path, micro_batch_size: int | None, world_size: int, expected: int
+) -> None:
+    size = "null" if micro_batch_size is None else str(micro_batch_size)
+    run = resolve(digits, "--training.micro_batch_size", size, world_size=world_size)
+    assert num_micro_batches(run, world_size) == expected
+
+
+def test_training_data_is_not_held_out(digits: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.eval_manifest: shard .* is also one of data\.train_manifest"):
+        resolve(digits, "--data.eval_manifest", str(digits / "train" / "manifest.json"))
+
+
+def test_another_model_is_named(digits: Path) -> None:
+    run = resolve(digits)
+    saved = run.describe_model()
+    check_same_model(saved, resolve(digits, "--model.alpha", "3").describe_model())
+    for setting, value in (("networks.activation", "tanh"), ("latent_dim", "3")):
+        with pytest.raises(ConfigError, match=rf"model\.{setting} was .*, is now {value}"):
+            check_same_model(saved, resolve(digits, f"--model.{setting}", value).describe_model())
+
+
+def test_changes_are_described_by_key() -> None:
+    before = {"a": 1, "b": {"c": [1, 2], "d": None}}
+    assert describe_changes(before, {"a": 1, "b": {"c": [1, 2], "d": None}}) == []
+    assert describe_changes(before, {"a": 2, "b": {"c": [1], "d": None}, "e": 5}) == [
+        "a 1 -> 2",
+        "b.c [1, 2] -> [1]",
+        "e None -> 5",
+    ]
