@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +16,7 @@ from torch import nn
 
 from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.distributed.environment import ProcessInfo
-from jmvae_dist.errors import ConfigError, LaunchError
+from jmvae_dist.errors import ConfigError, LaunchError, is_on_all_ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -97,8 +99,24 @@ def start_runtime(
     )
     _check_world(accelerator, process)
     group = dist.new_group(backend="gloo", timeout=timeout) if process.world_size > 1 else None
-    yield Runtime(accelerator, process, Collectives(process.rank, process.world_size, group))
-    # Only after success: taking the group down while peers are in a collective could wait for them forever.
+    try:
+        yield Runtime(accelerator, process, Collectives(process.rank, process.world_size, group))
+    except Exception as error:
+        if is_on_all_ranks(error):
+            # Free the engine, which the traceback holds, before its process group: the other way round the
+            # interpreter is aborted at its end now and then.
+            traceback.clear_frames(error.__traceback__)
+            gc.collect()
+            _leave_process_group()
+        raise
+    _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """Only when all ranks leave: with a peer still in a collective this could wait for it forever.
+
+    A process that ends without it may be aborted by gloo's threads, which find their peers gone.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -106,10 +106,12 @@ class Trainer:
             DataError: Some rank has no valid batch for the next step; a checkpoint is written.
         """
         config, total_steps = self.run.config, self.run.total_steps
-        requests = Requests(self.runtime.collectives, self.signals, config.checkpoint.every_s)
         take_step = TrainStep(self.run, self.runtime, self.runtime.prepare(self.model), self.optimizer)
         meter = Meter(config.training.global_batch_size)
-        with closing(self._batches()) as batches:
+        with (
+            closing(self._batches()) as batches,
+            Requests(self.runtime.collectives, self.signals, config.checkpoint.every_s) as requests,
+        ):
             for batch in batches:
                 meter.batch_arrived()
                 sums, self._grad_norm = take_step(batch)
@@ -128,11 +130,10 @@ class Trainer:
                 self.recorder.advance(self.global_step)
                 meter.resume()
                 if agreed.stop:
-                    raise StopRequested
+                    raise mark_on_all_ranks(StopRequested())
                 if agreed.failure:
                     with self.runtime.collectives.together():
                         batches.raise_failure()
-        requests.close()
 
     def _resume(self) -> CheckpointManifest | None:
         """Continue from the newest intact checkpoint, if there is one."""

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from jmvae_dist.distributed.collectives import Collectives
-from jmvae_dist.errors import StopRequested
+from jmvae_dist.errors import StopRequested, is_on_all_ranks
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _REPEAT_S = 2.0
@@ -86,6 +86,16 @@ class Requests:
         self._last_checkpoint_s = time.monotonic()
         self._is_outdated = False
 
+    def __enter__(self) -> Requests:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # An exchange is still under way: finish it if the others do, so that nobody ends in the middle of it.
+        if self._pending is not None and (error is None or is_on_all_ranks(error)):
+            self._pending.wait()
+
     def poll(self, failure: bool) -> Agreement:
         """The agreement on what was asked for at the previous call; equal on all ranks.
 
@@ -107,12 +117,6 @@ class Requests:
         self._last_checkpoint_s = time.monotonic()
         # A request that is under way was made before this checkpoint: it must not cause a second one.
         self._is_outdated = True
-
-    def close(self) -> None:
-        """Finish the collective that is still under way, so that the next one on the group cannot meet it."""
-        if self._pending is not None:
-            self._pending.wait()
-            self._pending = None
 
     def _is_checkpoint_due(self) -> bool:
         if self._checkpoint_every_s is None or self._collectives.rank != 0:

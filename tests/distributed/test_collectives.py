@@ -89,10 +89,10 @@ def test_errors_reach_every_rank(tmp_path: Path) -> None:
     results = run_on_ranks(fail_in_turn, tmp_path)
     for rank, seen in enumerate(results):
         for failing in range(WORLD_SIZE):
-            kind = "CheckpointError" if failing < 2 else "ZeroDivisionError" if rank == 2 else "RuntimeError"
+            kind = "CheckpointError" if failing < 2 else "ZeroDivisionError" if rank == 2 else "PeerError"
             prefix = "" if rank == failing else f"rank {failing}: "
             assert seen[failing] == f"{kind}: {prefix}disk {failing}"
-        assert seen[3] == ("ZeroDivisionError" if rank == 0 else "RuntimeError")
+        assert seen[3] == ("ZeroDivisionError" if rank == 0 else "PeerError")
 
 
 def test_one_process_needs_no_group() -> None:

@@ -68,7 +68,7 @@ def test_chosen_metrics_only(finished: Run, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     manifest = str(finished.digits / "test" / "manifest.json")
     jmvae("evaluate", str(finished.output_dir), "--manifest", manifest, "--metrics", "accuracy", "--out", str(out))
-    assert list(json.loads(out.read_text())["metrics"]) == ["eval/accuracy/label/from_image"]
+    assert list(json.loads(out.read_text())["metrics"]) == ["eval/samples", "eval/accuracy/label/from_image"]
 
 
 def test_samples(finished: Run, tmp_path: Path) -> None:
