@@ -255,6 +255,61 @@ class DataSection:
 
 
 @dataclass
+class DeepSpeedSection:
+    """Options of the engines zero0 .. zero3.
+
+    Args:
+        offload_optimizer: Where optimizer states and updates live: on the device, or in host memory (zero1 to 3).
+        offload_parameters: Where idle weights live: on the device, or in host memory (zero3).
+        config_file: DeepSpeed JSON whose keys are passed on, for bucket sizes and the like; what other settings
+            of this configuration decide is refused in it.
+    """
+
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_parameters: Literal["none", "cpu"] = "none"
+    config_file: str | None = None
+
+
+@dataclass
+class GuardsSection:
+    """What protects the weights from a bad step.
+
+    A step whose loss or gradient is not finite never changes the weights; it is counted and passed over.
+
+    Args:
+        max_consecutive_skips: The run stops when more steps than this are dropped one after another. fp16 begins
+            with a loss scale of 2^16 and may have to halve it many times.
+        spike_threshold: A loss this many standard deviations above the mean of the window is a spike; null does
+            not look for spikes.
+        spike_window_steps: Steps whose losses make the window.
+        spike_action: warn; skip the step's update; or rewind to the last checkpoint and pass over the batches
+            around the spike.
+        rewind_skip_steps: Batches before the spike that are passed over too after a rewind.
+        max_rewinds: The run stops when it would have to rewind more often than this.
+    """
+
+    max_consecutive_skips: int = 20
+    spike_threshold: float | None = None
+    spike_window_steps: int = 100
+    spike_action: Literal["warn", "skip", "rewind"] = "skip"
+    rewind_skip_steps: int = 10
+    max_rewinds: int = 5
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_consecutive_skips", 0),
+            ("spike_window_steps", 2),
+            ("rewind_skip_steps", 0),
+            ("max_rewinds", 0),
+        ):
+            value = getattr(self, name)
+            _require(value >= least, f"training.guards.{name}", value, f"at least {least}")
+        if self.spike_threshold is not None:
+            valid = _is_finite(self.spike_threshold) and self.spike_threshold > 0
+            _require(valid, "training.guards.spike_threshold", self.spike_threshold, "greater than 0, or null")
+
+
+@dataclass
 class TrainingSection:
     """The optimisation: how long, how large, how precise.
 
@@ -263,8 +318,12 @@ class TrainingSection:
         steps: Optimizer steps of the whole run. Give either `steps` or `epochs`.
         epochs: Passes over the training data, resolved into steps from the manifest (rounded up).
         micro_batch_size: Most samples of one forward pass on one process; larger shares are accumulated.
-        precision: fp32, or bf16 autocast (weights, optimizer, KL and likelihood sums stay float32).
-        engine: ddp, PyTorch's DistributedDataParallel (one process runs without it).
+        precision: fp32, or autocast to bf16 or fp16, the latter with dynamic loss scaling. Weights, gradients,
+            their reduction, optimizer states, KL and likelihood sums are float32 in all three.
+        engine: ddp, PyTorch's DistributedDataParallel (one process runs without it), or DeepSpeed with ZeRO
+            stage 0 to 3. The numbers do not depend on it; what a rank has to hold does.
+        deepspeed: Options of the zero engines.
+        guards: What protects the weights from a bad step.
         device: auto takes a GPU if there is one.
         gradient_clip_norm: Largest L2 norm of the gradient; null does not clip.
         seed: Seed of initial weights, data order and latent noise.
@@ -276,8 +335,10 @@ class TrainingSection:
     steps: int | None = None
     epochs: float | None = None
     micro_batch_size: int | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
-    engine: Literal["ddp"] = "ddp"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    engine: Literal["ddp", "zero0", "zero1", "zero2", "zero3"] = "ddp"
+    deepspeed: DeepSpeedSection = field(default_factory=DeepSpeedSection)
+    guards: GuardsSection = field(default_factory=GuardsSection)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gradient_clip_norm: float | None = None
     seed: int = 0
@@ -295,9 +356,19 @@ class TrainingSection:
             positive = _is_finite(self.gradient_clip_norm) and self.gradient_clip_norm > 0
             _require(positive, "training.gradient_clip_norm", self.gradient_clip_norm, "greater than 0, or null")
         _require(0 <= self.seed < 2**63, "training.seed", self.seed, "between 0 and 2^63 - 1")
+        self._check_offload()
         timeout = self.process_group_timeout_s
         allowed = "greater than 0 and at most a year"
         _require(0 < timeout <= 366 * 86400, "training.process_group_timeout_s", timeout, allowed)
+
+    def _check_offload(self) -> None:
+        for name, engines in (
+            ("offload_optimizer", ("zero1", "zero2", "zero3")),
+            ("offload_parameters", ("zero3",)),
+        ):
+            value = getattr(self.deepspeed, name)
+            allowed = f"none with training.engine {self.engine}; cpu needs {' or '.join(engines)}"
+            _require(value == "none" or self.engine in engines, f"training.deepspeed.{name}", value, allowed)
 
 
 @dataclass
@@ -308,11 +379,15 @@ class OptimizerSection:
         betas: Decay rates of the first and second moment.
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay, on weight matrices only (not on biases).
+        fused: Use torch's fused kernel. null: on GPUs only. The one for CPUs rounds the last elements of a
+            tensor differently, so that engines and world sizes, which cut parameters differently, would no
+            longer agree bit for bit; true accepts that for its speed.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    fused: bool | None = None
 
     def __post_init__(self) -> None:
         valid = all(0 <= beta < 1 for beta in self.betas)
@@ -400,12 +475,15 @@ class CheckpointSection:
         every_s: Seconds between checkpoints; null: none by time.
         keep_last: Newest checkpoints that are kept; at least 2, because the newest may turn out damaged.
         keep_every_steps: Checkpoints at multiples of this step are kept for good.
+        async_write: Go on training while a copy of the state, in host memory, is written and hashed. The last
+            checkpoint of a run, and one before a stop, is always waited for.
     """
 
     every_steps: int | None = None
     every_s: float | None = 1800.0
     keep_last: int = 3
     keep_every_steps: int | None = None
+    async_write: bool = True
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "every_s", "keep_every_steps"):

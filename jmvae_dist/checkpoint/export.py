@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from jmvae_dist.checkpoint.fragments import check_same_entries, read_entries
+from jmvae_dist.checkpoint.fragments import check_same_entries, read_fragments
 from jmvae_dist.checkpoint.layout import CheckpointManifest, find_intact
+from jmvae_dist.checkpoint.live_state import MOMENTS, weights_and_buffers
 from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.errors import CheckpointError
 from jmvae_dist.files import sha256_of, write_text_atomic
@@ -46,12 +47,11 @@ def load_described(path: Path, **networks: Any) -> tuple[JMVAE, dict[str, Any]]:
 def model_from_checkpoint(checkpoint: Path, manifest: CheckpointManifest, **networks: Any) -> JMVAE:
     """Rebuild the model of a checkpoint whose files were verified."""
     model = _build(manifest.model, networks)
-    entries = {f"weight/{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    entries.update({f"buffer/{name}": buffer for name, buffer in model.named_buffers()})
-    weights = {name: record for name, record in manifest.tensors.items() if not name.startswith("exp_avg")}
+    state = weights_and_buffers(model)
+    weights = {name: record for name, record in manifest.tensors.items() if not name.startswith(MOMENTS)}
     reduced = CheckpointManifest(**{**vars(manifest), "tensors": weights})
-    check_same_entries(entries, reduced, checkpoint)
-    read_entries(checkpoint, reduced, entries)
+    check_same_entries(state.specs, reduced, checkpoint)
+    read_fragments(checkpoint, reduced, state.fragments)
     return model.eval()
 
 

@@ -76,6 +76,8 @@ class CheckpointManifest:
         optimizer: Parameter groups, and the step count of every parameter.
         tensors: Weights (`weight/NAME`), buffers (`buffer/NAME`), moments (`exp_avg/NAME`, `exp_avg_sq/NAME`).
         files: Size and sha256 of every file.
+        guards: State of the training guards: loss scale, counters, recent losses.
+        passed_over: Ranges [first, last + 1) of steps whose batches are not trained on, after rewinds.
         elapsed_s: Seconds that the run had taken, over all its attempts.
         created: Time of writing, ISO 8601.
     """
@@ -90,6 +92,8 @@ class CheckpointManifest:
     data_state: dict[str, Any]
     tracking: dict[str, Any]
     optimizer: dict[str, Any]
+    guards: dict[str, Any]
+    passed_over: list[list[int]]
     elapsed_s: float
     created: str
     tensors: dict[str, TensorRecord] = field(default_factory=dict)

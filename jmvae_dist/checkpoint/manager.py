@@ -9,25 +9,25 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from jmvae_dist.checkpoint.fragments import (
+    EntrySpec,
+    Fragment,
     check_same_entries,
-    create_optimizer_state,
+    copy_to_host,
+    fragments_to_write,
     merge_index,
-    optimizer_record,
-    own_fragments,
-    read_entries,
-    replicated_entries,
-    restore_steps,
+    read_fragments,
     write_fragments,
 )
 from jmvae_dist.checkpoint.layout import (
@@ -44,11 +44,68 @@ from jmvae_dist.checkpoint.layout import (
     sweep,
     temporary_directory,
 )
+from jmvae_dist.checkpoint.live_state import live_state, optimizer_record, restore_steps
 from jmvae_dist.config import CheckpointSection
 from jmvae_dist.distributed.collectives import Collectives
-from jmvae_dist.errors import CheckpointError, mark_on_all_ranks
+from jmvae_dist.distributed.engine import Engine
+from jmvae_dist.errors import CheckpointError, is_on_all_ranks, mark_on_all_ranks
 
 logger = logging.getLogger(__name__)
+
+# Room that must be left beside a checkpoint for its manifest, the record and logs.
+_DISK_MARGIN_BYTES = 1 << 20
+
+
+class _PartWriter:
+    """Writes this rank's file of a checkpoint in a thread of its own.
+
+    Args:
+        path: The file.
+        fragments: With values that nobody changes meanwhile.
+        manifest: The checkpoint's manifest, still without files and index.
+        specs: Every entry of the state.
+    """
+
+    def __init__(
+        self, path: Path, fragments: list[Fragment], manifest: CheckpointManifest, specs: dict[str, EntrySpec]
+    ) -> None:
+        self.manifest = manifest
+        self.specs = specs
+        self._path = path
+        self._fragments = fragments
+        self._part: dict[str, Any] = {}
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._write, name="checkpoint writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the file is still being written."""
+        return self._thread.is_alive()
+
+    def result(self) -> dict[str, Any]:
+        """Index and size of the written file as JSON values; waits for it.
+
+        Raises:
+            CheckpointError: The file cannot be written.
+        """
+        self._thread.join()
+        if isinstance(self._failure, (OSError, SafetensorError)):
+            raise CheckpointError(f"{self._path}: cannot be written ({self._failure})") from self._failure
+        if self._failure is not None:
+            raise self._failure
+        return self._part
+
+    def _write(self) -> None:
+        try:
+            index = write_fragments(self._path, self._fragments)
+            self._part = {
+                "index": {name: asdict(item) for name, item in index.items()},
+                "file": asdict(seal_file(self._path)),
+            }
+        except Exception as failure:  # raised again in `result`, on the main thread
+            self._failure = failure
+        self._fragments = []  # the copy is as large as the rank's part of the state
 
 
 class CheckpointManager:
@@ -57,8 +114,7 @@ class CheckpointManager:
     Args:
         root: `RUN/checkpoints`, on a file system that all ranks share.
         section: Cadence and retention.
-        model: The unwrapped model.
-        optimizer: The unwrapped optimizer.
+        engine: Whose state is saved.
         collectives: Agreement between ranks.
     """
 
@@ -66,22 +122,35 @@ class CheckpointManager:
         self,
         root: Path,
         section: CheckpointSection,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        engine: Engine,
         collectives: Collectives,
     ) -> None:
         self.root = root
         self.section = section
-        self.model = model
-        self.optimizer = optimizer
+        self.engine = engine
         self.collectives = collectives
         self.last_saved_step = -1
+        self._writer: _PartWriter | None = None
+        self._stall_s: float | None = None
 
-    def resume(self, check: Callable[[CheckpointManifest], None]) -> CheckpointManifest | None:
-        """Load the newest intact checkpoint into model and optimizer.
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # What was begun is complete and sound, whatever has happened since; alone no rank can commit it.
+        if error is None or is_on_all_ranks(error):
+            self.finish()
+
+    def resume(
+        self, check: Callable[[CheckpointManifest], None], at_most: int | None = None
+    ) -> CheckpointManifest | None:
+        """Load the newest intact checkpoint into the engine.
 
         Args:
             check: Called with its manifest before anything is loaded; raises if the run is another one.
+            at_most: Go back to this step or before it; newer checkpoints are set aside.
 
         Returns:
             Its manifest; None if the run has no checkpoint.
@@ -89,12 +158,12 @@ class CheckpointManager:
         Raises:
             CheckpointError: There are checkpoints, but none is intact, or they are another model's.
         """
-        names = self.collectives.on_main(self._find_candidates)
+        names = self.collectives.on_main(lambda: self._find_candidates(at_most))
         for number, name in enumerate(names):
             manifest = self._verify_together(self.root / name)
             if manifest is not None:
                 self._load_together(self.root / name, manifest, check)
-                self.collectives.on_main(partial(self._set_aside, names[:number]))
+                self.collectives.on_main(partial(self._set_aside, names[:number], "damaged"))
                 self.last_saved_step = manifest.global_step
                 return manifest
         if names:
@@ -106,22 +175,30 @@ class CheckpointManager:
             )
         return None
 
-    def _set_aside(self, damaged: list[str]) -> None:
-        """Take damaged checkpoints out of the list: they must not count when old ones are deleted."""
-        for name in damaged:
-            aside = self.root / f"damaged-{name}"
+    def oldest_step(self) -> int | None:
+        """Step of the oldest checkpoint there is."""
+        checkpoints = list_checkpoints(self.root)
+        return _step_of(checkpoints[0].name) if checkpoints else None
+
+    def _set_aside(self, names: list[str], why: str) -> None:
+        """Take checkpoints out of the list: they must not be resumed from, or count when old ones are deleted."""
+        for name in names:
+            aside = self.root / f"{why}-{name}"
             if aside.exists():
                 shutil.rmtree(aside)
             os.replace(self.root / name, aside)
-            logger.warning("the damaged checkpoint is now %s; delete it when you have seen enough", aside)
+            logger.warning("the %s checkpoint is now %s; delete it when you have seen enough", why, aside)
 
-    def _find_candidates(self) -> list[str]:
+    def _find_candidates(self, at_most: int | None) -> list[str]:
         """Names of the checkpoints, newest first, after removing what interrupted writes left behind."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             for name in sweep(self.root):
                 logger.warning("removed %s, left behind by an interrupted write", self.root / name)
-            return [path.name for path in reversed(list_checkpoints(self.root))]
+            names = [path.name for path in reversed(list_checkpoints(self.root))]
+            newer = [name for name in names if at_most is not None and _step_of(name) > at_most]
+            self._set_aside(newer, "rewound")
+            return names[len(newer) :]
         except OSError as failure:
             raise CheckpointError(f"{self.root}: {failure}") from failure
 
@@ -145,30 +222,52 @@ class CheckpointManager:
     ) -> None:
         with self.collectives.together():
             check(manifest)
-            create_optimizer_state(self.optimizer)
-            entries = replicated_entries(self.model, self.optimizer)
-            check_same_entries(entries, manifest, checkpoint)
-            read_entries(checkpoint, manifest, entries)
-            restore_steps(self.model, self.optimizer, manifest.optimizer)
+            state = live_state(self.engine, self.collectives.rank)
+            check_same_entries(state.specs, manifest, checkpoint)
+            read_fragments(checkpoint, manifest, state.fragments)
+            restore_steps(self.engine, state, manifest.optimizer)
+        state.after_read()
 
-    def save(self, describe: Callable[[], CheckpointManifest]) -> Path | None:
-        """Write the current state as a checkpoint and apply retention.
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes its file of the checkpoint that `save` began."""
+        return self._writer is not None and self._writer.is_running
+
+    def save(self, describe: Callable[[], CheckpointManifest], *, wait: bool) -> None:
+        """Begin a checkpoint of the current state, unless this step's is there already.
+
+        With `async_write` training goes on while a copy of the state is written; `finish` then commits it.
 
         Args:
             describe: Makes the manifest without files, tensors and optimizer, which are filled in here.
+            wait: Return only when the checkpoint is committed.
 
-        Returns:
-            The checkpoint's path; None if this step's was already written.
+        Raises:
+            CheckpointError: There is no room, or some rank could not write its part; nothing was committed.
+        """
+        self.finish()
+        manifest = describe()
+        if manifest.global_step == self.last_saved_step:
+            return
+        started_s = time.perf_counter()
+        self._writer = self._begin(manifest)
+        self._add_stall(started_s)
+        if wait or not self.section.async_write:
+            self.finish()
+
+    def finish(self) -> None:
+        """Commit the checkpoint that was begun, if any, and apply retention; waits for whoever still writes.
 
         Raises:
             CheckpointError: Some rank could not write its part; nothing was committed.
         """
-        manifest = describe()
-        if manifest.global_step == self.last_saved_step:
-            return None
+        if self._writer is None:
+            return
+        started_s = time.perf_counter()
+        writer, self._writer = self._writer, None
+        manifest = writer.manifest
         try:
-            self.collectives.on_main(lambda: self._prepare(manifest.global_step))
-            self._write_together(manifest)
+            self._complete(manifest, writer)
             self.collectives.on_main(lambda: self._commit(manifest))
         except CheckpointError:
             if self.collectives.rank == 0:
@@ -177,38 +276,56 @@ class CheckpointManager:
             raise
         self.collectives.on_main(self._retain)
         self.last_saved_step = manifest.global_step
-        return self.root / step_name(manifest.global_step)
+        self._add_stall(started_s)
 
-    def _prepare(self, global_step: int) -> None:
+    def take_stall_s(self) -> float | None:
+        """Seconds that training has stood still for checkpoints since the last call; None without a checkpoint."""
+        stall_s, self._stall_s = self._stall_s, None
+        return stall_s
+
+    def _add_stall(self, started_s: float) -> None:
+        self._stall_s = (self._stall_s or 0.0) + time.perf_counter() - started_s
+
+    def _begin(self, manifest: CheckpointManifest) -> _PartWriter:
+        """Make room, describe the state and start writing this rank's part of it."""
+        rank, world_size = self.collectives.rank, self.collectives.world_size
+        state = live_state(self.engine, rank)
+        fragments = fragments_to_write(state.fragments, rank, world_size)
+        part_bytes = sum(fragment.values.numel() * fragment.values.element_size() for fragment in fragments)
+        total_bytes = sum(self.collectives.gather(part_bytes))
+        self.collectives.on_main(lambda: self._prepare(manifest.global_step, total_bytes))
+        manifest.optimizer = optimizer_record(self.engine, state)
+        if self.section.async_write:
+            fragments = copy_to_host(fragments)
+        path = temporary_directory(self.root, manifest.global_step) / f"rank-{rank:05d}.safetensors"
+        return _PartWriter(path, fragments, manifest, state.specs)
+
+    def _prepare(self, global_step: int, total_bytes: int) -> None:
         temporary = temporary_directory(self.root, global_step)
         try:
+            free_bytes = shutil.disk_usage(self.root).free
+            if free_bytes < total_bytes + _DISK_MARGIN_BYTES:
+                raise CheckpointError(
+                    f"{self.root}: a checkpoint of {total_bytes / 1e6:,.1f} MB does not fit, only "
+                    f"{free_bytes / 1e6:,.1f} MB are free; make room, or lower checkpoint.keep_last"
+                )
             if temporary.exists():
                 shutil.rmtree(temporary)
             temporary.mkdir(parents=True)
         except OSError as failure:
             raise CheckpointError(f"{temporary}: {failure}") from failure
 
-    def _write_together(self, manifest: CheckpointManifest) -> None:
-        """Write this rank's fragments, then complete the manifest with those of all ranks."""
-        create_optimizer_state(self.optimizer)
-        entries = replicated_entries(self.model, self.optimizer)
-        rank, world_size = self.collectives.rank, self.collectives.world_size
-        path = temporary_directory(self.root, manifest.global_step) / f"rank-{rank:05d}.safetensors"
+    def _complete(self, manifest: CheckpointManifest, writer: _PartWriter) -> None:
+        """Fill in the files and the index of all ranks."""
         part: dict[str, Any] = {}
         with self.collectives.together():
-            try:
-                index = write_fragments(path, own_fragments(entries, rank, world_size))
-                part["index"] = {name: asdict(item) for name, item in index.items()}
-                part["file"] = asdict(seal_file(path))
-            except (OSError, SafetensorError) as failure:
-                raise CheckpointError(f"{path}: cannot be written ({failure})") from failure
+            part = writer.result()
         parts = self.collectives.gather(part)
         indexes = [{name: FragmentRecord(**item) for name, item in part["index"].items()} for part in parts]
-        manifest.tensors = merge_index(entries, indexes)
+        manifest.tensors = merge_index(writer.specs, indexes)
         manifest.files = {
             f"rank-{number:05d}.safetensors": FileRecord(**part["file"]) for number, part in enumerate(parts)
         }
-        manifest.optimizer = optimizer_record(self.model, self.optimizer)
 
     def _commit(self, manifest: CheckpointManifest) -> None:
         try:
@@ -219,10 +336,13 @@ class CheckpointManager:
     def _retain(self) -> None:
         """Delete all but the newest `keep_last` and the multiples of `keep_every_steps`."""
         for checkpoint in list_checkpoints(self.root)[: -self.section.keep_last]:
-            global_step = int(checkpoint.name.removeprefix("step-"))
             every = self.section.keep_every_steps
-            if every is None or global_step % every != 0:
+            if every is None or _step_of(checkpoint.name) % every != 0:
                 try:
                     remove_checkpoint(checkpoint)
                 except OSError as failure:
                     logger.warning("%s: an old checkpoint could not be deleted (%s)", checkpoint, failure)
+
+
+def _step_of(name: str) -> int:
+    return int(name.removeprefix("step-"))

@@ -46,6 +46,8 @@ def _train(run: ResolvedRun, process: ProcessInfo) -> int:
             process,
             device=training.device,
             precision=training.precision,
+            engine=training.engine,
+            deepspeed_config=run.deepspeed_config,
             timeout_s=training.process_group_timeout_s,
         ) as runtime,
         locked_run_directory(run.output_dir, runtime),

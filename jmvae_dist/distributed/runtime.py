@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from jmvae_dist.distributed.collectives import Collectives
+from jmvae_dist.distributed.engine import Engine, ReplicatedEngine
 from jmvae_dist.distributed.environment import ProcessInfo
 from jmvae_dist.errors import ConfigError, LaunchError, is_on_all_ranks
 
@@ -29,34 +31,30 @@ class Runtime:
     accelerator: Accelerator
     process: ProcessInfo
     collectives: Collectives
+    engine_name: str
+    precision: str
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which decides, prints and writes."""
         return self.process.rank == 0
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Wrap the model for the engine: autocast in its forward pass, DDP around it with several processes.
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Engine:
+        """The engine that trains `model`, which itself stays as it is for evaluation in float32.
 
-        `model` itself stays as it is: evaluations that use it run in the precision of its weights.
+        Raises:
+            LaunchError: Another engine than the requested one came into being.
         """
-        return self.accelerator.prepare_model(_Forward(model))
+        if self.engine_name == "ddp":
+            return ReplicatedEngine(model, optimizer, self.accelerator, self.precision)
+        from jmvae_dist.distributed.deepspeed import ZeroEngine
+
+        return ZeroEngine(self.engine_name, model, optimizer, self.accelerator, self.precision)
 
     @property
     def device(self) -> torch.device:
         """Where the model and its batches live."""
         return self.accelerator.device
-
-
-class _Forward(nn.Module):
-    """Takes the wrappers that Accelerate puts on a module's `forward` in place."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        return self.model(*arguments, **options)
 
 
 def check_device(device: str) -> None:
@@ -71,36 +69,60 @@ def check_device(device: str) -> None:
 
 @contextlib.contextmanager
 def start_runtime(
-    process: ProcessInfo, *, device: str = "auto", precision: str = "fp32", timeout_s: float = 600.0
+    process: ProcessInfo,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    engine: str = "ddp",
+    deepspeed_config: dict[str, Any] | None = None,
+    timeout_s: float = 600.0,
 ) -> Iterator[Runtime]:
     """Start the process group and Accelerate, and take them down again.
 
     Args:
         process: Rank and world size from the launcher.
         device: auto, cpu or cuda.
-        precision: fp32 or bf16; applies to models that pass through `Runtime.prepare`.
+        precision: fp32, bf16 or fp16; applies to models that pass through `Runtime.prepare`.
+        engine: ddp or zero0 .. zero3.
+        deepspeed_config: From `deepspeed.build_config`, for the zero engines.
         timeout_s: After this long without an answer from a peer a collective fails.
 
     Raises:
-        LaunchError: Fewer processes take part than the launcher announced, or on another backend.
+        LaunchError: Fewer processes take part than the launcher announced, or on another engine or backend.
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     on_cpu = device == "cpu" or not torch.cuda.is_available()
+    backend = "gloo" if on_cpu else "nccl"
     timeout = timedelta(seconds=timeout_s)
-    # The backend is explicit: left to itself Accelerate can take each rank for a run of one process on a CPU.
-    process_group = InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    handlers: list[Any] = []
+    if process.world_size > 1 or engine != "ddp":
+        # The backend is explicit: left to itself Accelerate can take each rank for a run of one process on a CPU.
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
+    plugin = None
+    if engine != "ddp":
+        from jmvae_dist.distributed.deepspeed import make_plugin, prepare_process
+
+        assert deepspeed_config is not None
+        prepare_process(on_cpu)
+        plugin = make_plugin(deepspeed_config)
+        if process.launcher == "single":
+            # DeepSpeed needs both also for one process, to which no launcher has given them.
+            os.environ["LOCAL_RANK"] = "0"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif process.world_size > 1:
+        handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
+    # Precision is not Accelerate's here but that of `engine.ForwardPass`, the same for every engine. And with
+    # cpu=True Accelerate would quietly take DDP in place of DeepSpeed.
     accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        kwargs_handlers=[process_group, ddp] if process.world_size > 1 else [],
+        cpu=on_cpu and plugin is None, mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers
     )
-    _check_world(accelerator, process)
+    _check_world(accelerator, process, engine, backend)
     group = dist.new_group(backend="gloo", timeout=timeout) if process.world_size > 1 else None
     try:
-        yield Runtime(accelerator, process, Collectives(process.rank, process.world_size, group))
+        collectives = Collectives(process.rank, process.world_size, group)
+        yield Runtime(accelerator, process, collectives, engine, precision)
     except Exception as error:
         if is_on_all_ranks(error):
             # Free the engine, which the traceback holds, before its process group: the other way round the
@@ -121,7 +143,8 @@ def _leave_process_group() -> None:
         dist.destroy_process_group()
 
 
-def _check_world(accelerator: Accelerator, process: ProcessInfo) -> None:
+def _check_world(accelerator: Accelerator, process: ProcessInfo, engine: str, backend: str) -> None:
+    """Refuse a run that would silently be smaller, or another, than the one asked for."""
     actual = (accelerator.process_index, accelerator.num_processes)
     if actual != (process.rank, process.world_size):
         raise LaunchError(
@@ -131,3 +154,14 @@ def _check_world(accelerator: Accelerator, process: ProcessInfo) -> None:
         )
     if process.world_size > 1 and not dist.is_initialized():
         raise LaunchError("several processes were announced, but no process group was started")
+    if dist.is_initialized() and (dist.get_world_size(), dist.get_backend()) != (process.world_size, backend):
+        raise LaunchError(
+            f"the process group has {dist.get_world_size()} process(es) on {dist.get_backend()}; asked for were "
+            f"{process.world_size} on {backend}"
+        )
+    uses_deepspeed = accelerator.distributed_type.value == "DEEPSPEED"
+    if uses_deepspeed != (engine != "ddp"):
+        raise LaunchError(
+            f"training.engine: {engine} was asked for, but Accelerate runs {accelerator.distributed_type.value}; "
+            "unset ACCELERATE_USE_DEEPSPEED and the like: the engine is chosen by the configuration only"
+        )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from jmvae_dist.checkpoint.layout import CheckpointManifest
 from jmvae_dist.checkpoint.manager import CheckpointManager
@@ -32,12 +30,14 @@ from jmvae_dist.model import JMVAE
 from jmvae_dist.progress import progress
 from jmvae_dist.tracking.report import write_report
 from jmvae_dist.training.batches import CheckedBatches
+from jmvae_dist.training.guards import GuardReading, RewindRequested, StepGuard
 from jmvae_dist.training.meter import Meter
+from jmvae_dist.training.optimizer import make_optimizer
 from jmvae_dist.training.recorder import Recorder
 from jmvae_dist.training.setup import ResolvedRun, check_same_model, describe_changes
 from jmvae_dist.training.signals import Requests, StopSignals
 from jmvae_dist.training.state import describe_checkpoint, read_json, write_json, write_run_files
-from jmvae_dist.training.step import TrainStep, make_optimizer
+from jmvae_dist.training.step import StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +61,20 @@ class Trainer:
         # Equal initial weights on every rank and for every world size.
         torch.manual_seed(run.config.training.seed)
         self.model = JMVAE(run.model_config, networks=run.config.model.networks).to(runtime.device)
-        self.optimizer = make_optimizer(self.model, run.config.optimizer, runtime.device)
+        training = run.config.training
+        self.engine = runtime.prepare(self.model, make_optimizer(self.model, run.config.optimizer, runtime.device))
+        self.guard = StepGuard(
+            training.guards,
+            precision=training.precision,
+            gradient_clip_norm=training.gradient_clip_norm,
+            global_batch_size=training.global_batch_size,
+            device=runtime.device,
+            is_partitioned=self.engine.is_partitioned,
+            world_size=runtime.process.world_size,
+        )
+        self.passed_over: list[list[int]] = []
         self.checkpoints = CheckpointManager(
-            run.output_dir / "checkpoints",
-            run.config.checkpoint,
-            self.model,
-            self.optimizer,
-            runtime.collectives,
+            run.output_dir / "checkpoints", run.config.checkpoint, self.engine, runtime.collectives
         )
 
     def train(self) -> int:
@@ -80,8 +87,16 @@ class Trainer:
         if self._is_complete():
             logger.info("the run in %s is complete (%d steps)", self.run.output_dir, self.global_step)
             return EXIT_DONE
+        self.runtime.collectives.on_main(lambda: write_run_files(self.run, self.runtime))
+        while True:
+            try:
+                return self._attempt(resumed_from)
+            except RewindRequested as rewind:
+                resumed_from = self._rewind(rewind)
+
+    def _attempt(self, resumed_from: CheckpointManifest | None) -> int:
+        """Go on from where the run stands."""
         collectives = self.runtime.collectives
-        collectives.on_main(lambda: write_run_files(self.run, self.runtime))
         with collectives.together():
             recorder = self._open_recorder(resumed_from)
         with recorder as self.recorder:
@@ -103,30 +118,35 @@ class Trainer:
 
         Raises:
             StopRequested: A stop was asked for; a checkpoint is written.
+            RewindRequested: The loss has spiked.
             DataError: Some rank has no valid batch for the next step; a checkpoint is written.
         """
         config, total_steps = self.run.config, self.run.total_steps
-        take_step = TrainStep(self.run, self.runtime, self.runtime.prepare(self.model), self.optimizer)
+        take_step = TrainStep(self.run, self.runtime, self.engine, self.guard)
         meter = Meter(config.training.global_batch_size)
+        request_file = self.run.output_dir / "CHECKPOINT"
         with (
             closing(self._batches()) as batches,
-            Requests(self.runtime.collectives, self.signals, config.checkpoint.every_s) as requests,
+            Requests(self.runtime.collectives, self.signals, config.checkpoint.every_s, request_file) as requests,
+            self.checkpoints,
         ):
             for batch in batches:
                 meter.batch_arrived()
-                sums, self._grad_norm = take_step(batch)
+                result = take_step(batch, is_wanted=not self._is_passed_over(self.global_step))
                 self.global_step += 1
                 meter.step_taken()
                 is_last = self.global_step == total_steps
                 if is_last or self._is_multiple_of(config.training.log_every_steps):
-                    self._record(sums, meter)
+                    self._record(result, meter)
                 if not is_last and self._is_multiple_of(config.evaluation.every_steps):
                     self._evaluate_midway()
-                agreed = requests.poll(failure=batches.failure is not None)
+                agreed = requests.poll(failure=batches.failure is not None, is_writing=self.checkpoints.is_writing)
+                if not agreed.is_writing:
+                    self.checkpoints.finish()
                 is_due = is_last or self._is_multiple_of(config.checkpoint.every_steps)
                 if is_due or agreed.checkpoint or agreed.stop or agreed.failure:
-                    self._save_checkpoint()
-                    requests.checkpoint_written()
+                    self._save_checkpoint(wait=is_last or agreed.stop or agreed.failure)
+                    requests.checkpoint_begun()
                 self.recorder.advance(self.global_step)
                 meter.resume()
                 if agreed.stop:
@@ -135,13 +155,16 @@ class Trainer:
                     with self.runtime.collectives.together():
                         batches.raise_failure()
 
-    def _resume(self) -> CheckpointManifest | None:
-        """Continue from the newest intact checkpoint, if there is one."""
-        manifest = self.checkpoints.resume(self._check_same_run)
+    def _resume(self, at_most: int | None = None) -> CheckpointManifest | None:
+        """Continue from the newest intact checkpoint, if there is one; of those up to step `at_most`, if given."""
+        manifest = self.checkpoints.resume(self._check_same_run, at_most)
         if manifest is None:
             return None
         self.global_step = manifest.global_step
         self._elapsed_before_s = manifest.elapsed_s
+        self._started_s = time.monotonic()
+        self.guard.load_state(manifest.guards)
+        self.passed_over = manifest.passed_over
         logger.info("resumed from the checkpoint at step %d of %d", self.global_step, self.run.total_steps)
         return manifest
 
@@ -163,6 +186,23 @@ class Trainer:
                 f"training.steps: the run in {self.run.output_dir} has already taken {manifest.global_step} steps, "
                 f"more than the {self.run.total_steps} asked for; ask for more, or choose a new output_dir"
             )
+
+    def _rewind(self, rewind: RewindRequested) -> CheckpointManifest:
+        """Go back to before a loss spike, and note which batches to pass over from there on."""
+        passed_over = [*self.passed_over, [rewind.first_step, self.global_step]]
+        spiked_after = self.global_step
+        manifest = self._resume(at_most=rewind.first_step)
+        assert manifest is not None, "a rewind is asked for only if there is a checkpoint to go back to"
+        self.passed_over = passed_over
+        logger.warning(
+            "the loss spiked: back from step %d to the checkpoint at step %d; the batches of steps %d to %d are "
+            "passed over (training.guards.spike_action)",
+            *(spiked_after, self.global_step, rewind.first_step + 1, spiked_after),
+        )
+        return manifest
+
+    def _is_passed_over(self, global_step: int) -> bool:
+        return any(first <= global_step < stop for first, stop in self.passed_over)
 
     def _is_complete(self) -> bool:
         """Whether nothing is left to do; decided by rank 0."""
@@ -204,13 +244,14 @@ class Trainer:
         """Seconds that the run has taken, over all its attempts up to the checkpoints they ended in."""
         return self._elapsed_before_s + time.monotonic() - self._started_s
 
-    def _record(self, sums: dict[str, Tensor], meter: Meter) -> None:
+    def _record(self, result: StepResult, meter: Meter) -> None:
         """Record the step just taken: means over the global batch, from all ranks' sums."""
-        keys = list(sums)
-        local = torch.stack([sums[key].double() for key in keys]).cpu()
+        keys = list(result.sums)
+        local = torch.stack([result.sums[key].double() for key in keys]).cpu()
         batch_size = self.run.config.training.global_batch_size
         means = (self.runtime.collectives.sum(local) / batch_size).tolist()
-        values = dict(zip(keys, means, strict=True))
+        guards = self.guard.read()
+        stall_s = self.checkpoints.take_stall_s()
         # Schedules are those with which the step was taken, i.e. at the number of steps finished before it.
         step_taken = self.global_step - 1
         record = {
@@ -218,40 +259,74 @@ class Trainer:
             "samples_seen": self.run.plan.samples_seen(self.global_step),
             "epoch": self.run.plan.epoch(self.global_step),
             "time_s": self._elapsed_s(),
-            **values,
+            **dict(zip(keys, means, strict=True)),
             "schedule/annealing": self.run.annealing(step_taken),
             "schedule/learning_rate": self.run.learning_rate(step_taken),
-            "grad_norm": float(self._grad_norm),
+            "grad_norm": float(result.grad_norm),
+            "guards/skipped_steps": guards.skipped_steps,
+            **({"guards/loss_scale": guards.loss_scale} if self.run.config.training.precision == "fp16" else {}),
+            **({} if stall_s is None else {"checkpoint/stall_s": stall_s}),
             **meter.read(),
         }
         self._write(record)
-        self._require_finite(values["loss/total"])
+        self._heed(guards)
+
+    def _heed(self, guards: GuardReading) -> None:
+        """Act on what the guards saw since the last record; it is equal on all ranks.
+
+        Raises:
+            TrainingError: Too many steps in a row were dropped.
+            RewindRequested: The loss has spiked, and there is a checkpoint to go back to.
+        """
+        section = self.run.config.training.guards
+        if guards.consecutive_skips > section.max_consecutive_skips:
+            saved = self.checkpoints.last_saved_step
+            error = TrainingError(
+                f"step {self.global_step}: {guards.consecutive_skips} steps in a row were dropped, because their "
+                "loss or gradient was not finite or their loss a spike; lower schedule.learning_rate.peak or set "
+                "training.gradient_clip_norm (or raise training.guards.max_consecutive_skips), and continue from "
+                f"{'the checkpoint at step ' + str(saved) if saved >= 0 else 'the beginning'}"
+            )
+            raise mark_on_all_ranks(error)
+        if guards.spiked_at is None:
+            return
+        first_step = max(0, guards.spiked_at - section.rewind_skip_steps)
+        oldest = self.runtime.collectives.on_main(self.checkpoints.oldest_step)
+        can_rewind = oldest is not None and oldest <= first_step
+        if section.spike_action != "rewind" or not can_rewind:
+            done = "the weights were updated" if section.spike_action == "warn" else "the update was dropped"
+            why = "" if section.spike_action != "rewind" else "; no checkpoint is old enough to go back to"
+            if self.runtime.is_main:
+                logger.warning("step %d: the loss is a spike; %s%s", guards.spiked_at + 1, done, why)
+            return
+        if len(self.passed_over) >= section.max_rewinds:
+            raise mark_on_all_ranks(
+                TrainingError(
+                    f"step {self.global_step}: the loss spiked again after {len(self.passed_over)} rewinds "
+                    "(training.guards.max_rewinds); lower schedule.learning_rate.peak"
+                )
+            )
+        raise mark_on_all_ranks(RewindRequested(first_step))
 
     def _write(self, record: dict[str, Any]) -> None:
         """Write a record on rank 0; if that fails, all ranks stop."""
         with self.runtime.collectives.together():
             self.recorder.record(record)
 
-    def _require_finite(self, loss: float = 0.0) -> None:
-        """Stop before NaNs reach a checkpoint; both values are equal on all ranks, so all stop together."""
-        grad_norm = float(self._grad_norm)
-        if not (math.isfinite(grad_norm) and math.isfinite(loss)):
-            saved = self.checkpoints.last_saved_step
-            error = TrainingError(
-                f"step {self.global_step}: loss or gradient norm ({grad_norm:g}) is not finite; lower "
-                "schedule.learning_rate.peak or set training.gradient_clip_norm, and continue from "
-                f"{'the checkpoint at step ' + str(saved) if saved >= 0 else 'the beginning'}"
-            )
-            raise mark_on_all_ranks(error)
-
-    def _save_checkpoint(self) -> None:
-        self._require_finite()
+    def _save_checkpoint(self, *, wait: bool) -> None:
         with self.runtime.collectives.together():
             self.recorder.sync()
         self.checkpoints.save(
             lambda: describe_checkpoint(
-                self.run, self.runtime, self.global_step, self.recorder.wandb_run_id, self._elapsed_s()
-            )
+                self.run,
+                self.runtime,
+                self.global_step,
+                wandb_run_id=self.recorder.wandb_run_id,
+                elapsed_s=self._elapsed_s(),
+                guards=self.guard.state(),
+                passed_over=self.passed_over,
+            ),
+            wait=wait,
         )
 
     def _evaluate_midway(self) -> None:
@@ -261,7 +336,7 @@ class Trainer:
         try:
             metrics = self._evaluate(joint_nll_samples=0)
         except DataError:
-            self._save_checkpoint()
+            self._save_checkpoint(wait=True)
             raise
         self._write({"global_step": self.global_step, **metrics})
         self._draw_figures()
@@ -311,25 +386,28 @@ class Trainer:
 
     def _evaluate(self, joint_nll_samples: int, advance: Callable[[int], None] | None = None) -> dict[str, float]:
         assert self.run.eval_manifest is not None
-        return evaluate_together(
-            self.model,
-            self.run.eval_manifest,
-            list(self.run.modalities),
-            self.runtime.collectives,
-            batch_size=self.run.config.evaluation.batch_size,
-            seed=self.run.config.training.seed,
-            joint_nll_samples=joint_nll_samples,
-            progress=advance,
-        )
+        with self.engine.evaluation_model() as model:
+            assert isinstance(model, JMVAE)
+            return evaluate_together(
+                model,
+                self.run.eval_manifest,
+                list(self.run.modalities),
+                self.runtime.collectives,
+                batch_size=self.run.config.evaluation.batch_size,
+                seed=self.run.config.training.seed,
+                joint_nll_samples=joint_nll_samples,
+                progress=advance,
+            )
 
     def _draw_figures(self) -> None:
         assert self.run.eval_manifest is not None
-        with self.runtime.collectives.together():
+        with self.engine.evaluation_model() as model, self.runtime.collectives.together():
+            assert isinstance(model, JMVAE)
             if not self.runtime.is_main:
                 return
             try:
                 paths = save_figures(
-                    self.model,
+                    model,
                     self.run.eval_manifest,
                     list(self.run.modalities),
                     self.run.output_dir / "figures",

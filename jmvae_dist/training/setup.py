@@ -11,6 +11,7 @@ from typing import Any
 from jmvae_dist.config import JMVAEConfig, RunConfig
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan, default_lanes
+from jmvae_dist.distributed.deepspeed_config import build_config
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.schedules import (
     AnnealingSchedule,
@@ -36,6 +37,7 @@ class ResolvedRun:
         total_steps: Optimizer steps of the whole run.
         annealing: Weight of the KL terms by global step.
         learning_rate: Learning rate by global step.
+        deepspeed_config: For DeepSpeed; None with the engine ddp.
     """
 
     config: RunConfig
@@ -48,6 +50,7 @@ class ResolvedRun:
     total_steps: int
     annealing: AnnealingSchedule
     learning_rate: LearningRateSchedule
+    deepspeed_config: dict[str, Any] | None
 
     def describe_model(self) -> dict[str, Any]:
         """What `load_model` needs to rebuild the model, as JSON values (lists in place of tuples)."""
@@ -96,6 +99,7 @@ def resolve_run(config: RunConfig, world_size: int) -> ResolvedRun:
             **sizes,
         ),
         learning_rate=resolve_learning_rate(config.schedule.learning_rate, total_steps=total_steps, **sizes),
+        deepspeed_config=_make_deepspeed_config(config, plan, world_size),
     )
 
 
@@ -212,11 +216,23 @@ def _make_plan(config: RunConfig, manifest: Manifest, world_size: int) -> Sample
     )
 
 
+def _make_deepspeed_config(config: RunConfig, plan: SamplePlan, world_size: int) -> dict[str, Any] | None:
+    training = config.training
+    if training.engine == "ddp":
+        return None
+    micro_batches = _count_micro_batches(plan, training.micro_batch_size, world_size)
+    return build_config(training.engine, training.deepspeed, micro_batches)
+
+
 def num_micro_batches(run: ResolvedRun, world_size: int) -> int:
     """Forward passes per optimizer step: the same on every rank, enough for the largest share of rows."""
-    shares = [run.plan.rows_of_rank(rank, world_size) for rank in range(world_size)]
+    return _count_micro_batches(run.plan, run.config.training.micro_batch_size, world_size)
+
+
+def _count_micro_batches(plan: SamplePlan, micro_batch_size: int | None, world_size: int) -> int:
+    shares = [plan.rows_of_rank(rank, world_size) for rank in range(world_size)]
     largest = max(stop - start for start, stop in shares)
-    return math.ceil(largest / (run.config.training.micro_batch_size or largest))
+    return math.ceil(largest / (micro_batch_size or largest))
 
 
 def summarize(run: ResolvedRun, world_size: int) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import jmvae_dist
 from jmvae_dist.checkpoint.layout import CheckpointManifest
@@ -28,7 +29,7 @@ from jmvae_dist.training.setup import ResolvedRun
 logger = logging.getLogger(__name__)
 
 _SCHEDULE_POINTS = 500
-_PACKAGES = ("torch", "accelerate", "numpy", "safetensors", "webdataset", "wandb")
+_PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "safetensors", "webdataset", "wandb")
 
 
 @contextlib.contextmanager
@@ -77,8 +78,10 @@ def describe_environment(runtime: Runtime) -> dict[str, Any]:
         "threads_per_process": torch.get_num_threads(),
         "launcher": runtime.process.launcher,
         "world_size": runtime.process.world_size,
-        "engine": str(accelerator.distributed_type.value),
-        "mixed_precision": accelerator.mixed_precision,
+        "engine": runtime.engine_name,
+        "accelerate_type": str(accelerator.distributed_type.value),
+        "backend": dist.get_backend() if dist.is_initialized() else "none",
+        "precision": runtime.precision,
         **software_versions(),
     }
 
@@ -108,7 +111,14 @@ def write_run_files(run: ResolvedRun, runtime: Runtime) -> None:
 
 
 def describe_checkpoint(
-    run: ResolvedRun, runtime: Runtime, global_step: int, wandb_run_id: str | None, elapsed_s: float
+    run: ResolvedRun,
+    runtime: Runtime,
+    global_step: int,
+    *,
+    wandb_run_id: str | None,
+    elapsed_s: float,
+    guards: dict[str, Any],
+    passed_over: list[list[int]],
 ) -> CheckpointManifest:
     """The manifest of a checkpoint, but for tensors, files and optimizer, which its writer fills in."""
     return CheckpointManifest(
@@ -122,6 +132,8 @@ def describe_checkpoint(
         data_state=run.plan.state(global_step, run.train_manifest.fingerprint),
         tracking={"wandb_run_id": wandb_run_id},
         optimizer={},
+        guards=guards,
+        passed_over=passed_over,
         elapsed_s=elapsed_s,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -23,7 +23,7 @@ def test_checkpoints_by_time_are_written_once_each(make_run: MakeRun) -> None:
     steps = sorted(int(path.name[5:]) for path in (run.output_dir / "checkpoints").glob("step-*"))
     assert len(steps) >= 3
     # All but the one of the last step are due to the clock; the same request must not be answered twice.
-    assert all(later - earlier > 2 for earlier, later in itertools.pairwise(steps)), steps
+    assert all(later - earlier > 2 for earlier, later in itertools.pairwise(steps[:-1])), steps
 
 
 def test_retention_after_a_fallback_keeps_what_is_intact(make_run: MakeRun) -> None:
@@ -74,15 +74,19 @@ def test_targets_outside_the_likelihoods_support_are_refused(make_run: MakeRun) 
     assert "Traceback" not in output
 
 
-def test_a_loss_that_is_not_finite_is_recorded_and_ends_the_run(make_run: MakeRun) -> None:
+def test_a_loss_that_stays_not_finite_is_recorded_and_ends_the_run(make_run: MakeRun) -> None:
     settings = ("--training.steps", "60", "--training.log_every_steps", "1", "--checkpoint.every_steps", "1")
     run = make_run("run", *settings, "--training.gradient_clip_norm", "null")
-    output = run.train(2, "--schedule.learning_rate.peak", "1e25", expect=1)
+    guards = ("--training.guards.max_consecutive_skips", "5")
+    output = run.train(2, "--schedule.learning_rate.peak", "1e25", *guards, expect=1)
+    assert "6 steps in a row were dropped" in output
     assert "not finite" in output
     assert "Traceback" not in output
     record = json.loads((run.output_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert "NaN" in (record["loss/total"], record["grad_norm"]) or "Infinity" in record.values()
-    assert not run.checkpoint(record["global_step"]).exists()
+    # What reached the checkpoints is finite all the same, and nothing was learned from the dropped steps.
+    last = run.tensors(record["global_step"] - 1)
+    assert all(bool(tensor.isfinite().all()) for name, tensor in last.items() if name.startswith("weight/"))
 
 
 def test_a_changed_model_is_refused_and_other_changes_are_named(make_run: MakeRun) -> None:
@@ -135,7 +139,7 @@ def test_full_disk(small_disk: Path, digits: Path) -> None:
     settings = ["--training.steps", "40", "--checkpoint.every_steps", "10", "--checkpoint.keep_last", "9"]
     run = Run(small_disk / "run", digits, settings)
     output = run.train(2, expect=1)
-    assert "No space left on device" in output
+    assert "MB are free; make room, or lower checkpoint.keep_last" in output
     assert "Traceback" not in output
     names = [path.name for path in (run.output_dir / "checkpoints").iterdir()]
     assert not any(name.startswith(".tmp") for name in names)

@@ -51,7 +51,7 @@ def test_imports_go_one_way() -> None:
             assert not forbidden, f"{file.name} imports {sorted(forbidden)}"
 
 
-def test_some_libraries_are_imported_in_one_file_only() -> None:
+def test_some_libraries_are_imported_in_few_files() -> None:
     importers: dict[str, list[str]] = {"wandb": [], "accelerate": [], "deepspeed": []}
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -61,7 +61,9 @@ def test_some_libraries_are_imported_in_one_file_only() -> None:
             for name in {name.split(".")[0] for name in names} & importers.keys():
                 importers[name].append(str(file.relative_to(PACKAGE)))
     assert set(importers["wandb"]) == {"tracking/wandb_process.py"}
-    assert set(importers["accelerate"]) == {"distributed/runtime.py"}
+    # engine.py needs it for a type annotation only.
+    assert set(importers["accelerate"]) == {f"distributed/{name}.py" for name in ("runtime", "engine", "deepspeed")}
+    assert set(importers["deepspeed"]) == {"distributed/deepspeed.py"}
 
 
 def loaded_after(statement: str) -> set[str]:

@@ -1,0 +1,131 @@
+"""The training engine: what wraps the model and reduces gradients, behind one interface for all engines.
+
+Numbers do not depend on the engine: weights, gradients and moments are float32 everywhere, 16-bit precision is
+autocast inside the model's forward pass, and clipping, loss scaling and the decision to skip an update happen on
+the gradients that `Engine.gradients` exposes. Engines differ only in which rank holds which part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ForwardPass(nn.Module):
+    """The training forward pass under autocast; the model itself stays as it is for evaluation in float32.
+
+    Args:
+        model: The unwrapped model.
+        precision: fp32, bf16 or fp16.
+        device_type: Where the pass runs.
+    """
+
+    def __init__(self, model: nn.Module, precision: str, device_type: str) -> None:
+        super().__init__()
+        self.model = model
+        self._dtype = AUTOCAST_DTYPES.get(precision)
+        self._device_type = device_type
+
+    def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """`loss_sum` and `metrics` of the model's output: a plain tuple, which every wrapper can take apart."""
+        # Here and not around the engine: DeepSpeed switches off an autocast that surrounds it.
+        with torch.autocast(self._device_type, dtype=self._dtype, enabled=self._dtype is not None):
+            output = self.model(*arguments, **options)
+        return output.loss_sum, output.metrics
+
+
+class Engine(ABC):
+    """A model and its optimizer, ready to train on this process.
+
+    Attributes:
+        name: ddp or zero0 .. zero3.
+        model: The unwrapped model.
+        optimizer: The optimizer that finally updates float32 weights; learning rates are set on its groups.
+        group_parameters: Names of the parameters of each of its groups.
+        is_partitioned: Whether `gradients` holds only this rank's part of each gradient.
+        is_settled: False while the next backward pass may sum over ranks in another order than the later ones.
+    """
+
+    name: str
+    is_partitioned = False
+    is_settled = True
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        # Noted before an engine replaces the parameters of the groups by partitions of its own.
+        self.group_parameters = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+    @abstractmethod
+    def forward_backward(self, scale: Tensor | float, is_last: bool, **inputs: Any) -> dict[str, Tensor]:
+        """One micro-batch: forward pass, and backward pass of `scale * loss_sum`.
+
+        Args:
+            scale: Factor of the loss; gradients are averaged over ranks with equal weight.
+            is_last: Whether this is the step's last micro-batch, after which gradients are complete.
+            inputs: Arguments of the model's forward pass.
+
+        Returns:
+            The model's metrics, sums over the micro-batch.
+        """
+
+    @abstractmethod
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the step as live float32 tensors, to be scaled in place before `step`."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Let the optimizer update the weights, and clear the gradients."""
+
+    @contextlib.contextmanager
+    def evaluation_model(self) -> Iterator[nn.Module]:
+        """A model with all current weights on this rank, in float32; entered by all ranks together."""
+        yield self.model
+
+
+class ReplicatedEngine(Engine):
+    """Every rank holds everything: one process, or PyTorch's DistributedDataParallel.
+
+    Args:
+        model: The unwrapped model.
+        optimizer: Its optimizer.
+        accelerator: Accelerate's view of the run.
+        precision: fp32, bf16 or fp16.
+    """
+
+    name = "ddp"
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, precision: str
+    ) -> None:
+        super().__init__(model, optimizer)
+        self._accelerator = accelerator
+        self._module = accelerator.prepare_model(ForwardPass(model, precision, accelerator.device.type))
+        # DDP lays its gradient buckets out anew after its first backward pass, and with three or more ranks the
+        # order of summation follows the buckets; two numbers have only one sum.
+        self.is_settled = accelerator.num_processes <= 2
+
+    def forward_backward(self, scale: Tensor | float, is_last: bool, **inputs: Any) -> dict[str, Tensor]:
+        # Gradients travel between ranks once per optimizer step, during the last backward pass.
+        with contextlib.nullcontext() if is_last else self._accelerator.no_sync(self._module):
+            loss_sum, metrics = self._module(**inputs)
+            (loss_sum * scale).backward()
+        return metrics
+
+    def gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
