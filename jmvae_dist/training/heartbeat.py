@@ -205,7 +205,8 @@ class PeerWatch:
                 "running": "it hangs where its watchdog cannot run (in a C call, or on the file system)",
                 "unknown": "it is stopped or its node is lost",
             }[state]
-            fate = f"has shown no sign of life for {silent_s:.0f} s: {why}"
+            since = f" for {silent_s:.0f} s" if silent_s >= 1 else ""
+            fate = f"has shown no sign of life{since}: {why}"
         return f"{heartbeat.who}, last in {heartbeat.where}, {fate}"
 
     def describe_all(self, silent_from_s: float) -> str:

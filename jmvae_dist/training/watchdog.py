@@ -34,7 +34,6 @@ _JOIN_S = 0.1
 _LAST_WORDS_S = 10.0
 _LAST_WORDS_CHARACTERS = 300
 _POLL_S = 0.2
-_LOOKING = "looking for lost peers"
 
 
 class _Section(NamedTuple):
@@ -82,6 +81,7 @@ class Watchdog:
         self._step_timeout_s = step_timeout_s
         self._peer_timeout_s = peer_timeout_s
         self._interval_s = interval_s
+        run_dir = run_dir.absolute()
         self._stacks_path = run_dir / "logs" / f"stacks-rank-{rank:05d}.txt"
         self._heartbeats = Heartbeats(run_dir / "heartbeats", attempt, rank, world_size)
         # Replaced as a whole by the main thread, so that the watching thread never sees half of a change.
@@ -140,7 +140,8 @@ class Watchdog:
         Returns:
             A sentence that names the ranks that are gone or stopped, or None if everyone seems alive.
         """
-        self.enter(_LOOKING, self._section.global_step, has_limit=False)
+        # The wait for certainty must not use up what is left of the section's limit.
+        self._section = self._section._replace(limit_s=None)
         peers = PeerWatch(self._heartbeats)
         start_s = previous_s = time.monotonic()
         lost: list[int] = []
@@ -226,9 +227,10 @@ class Watchdog:
         """End the process, unless the main thread has gone on in the last moment."""
         if self._stopping.is_set() or self._section is not section:
             return
-        with open(os.devnull, "w") as nowhere:
-            # The file system, or whoever reads our standard error, may hang as well: end in any case.
-            faulthandler.dump_traceback_later(_LAST_WORDS_S, exit=True, file=nowhere)
+        try:
+            with contextlib.suppress(OSError, RuntimeError):  # no file descriptor or thread left for it
+                # The file system, or whoever reads our standard error, may hang as well: end in any case.
+                faulthandler.dump_traceback_later(_LAST_WORDS_S, exit=True, file=os.open(os.devnull, os.O_WRONLY))
             stacks = self._dump_stacks(section)
             self._write_last_words(section, f"was ended by its watchdog: {why}")
             lines = [f"watchdog: {why}; exit code {EXIT_FAILURE}", "; ".join(filter(None, (others, stacks)))]
@@ -237,6 +239,7 @@ class Watchdog:
                 os.write(2, "".join(f"[rank {self._rank}] {line}\n" for line in lines).encode())
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
+        finally:
             os._exit(EXIT_FAILURE)
 
     def _dump_stacks(self, section: _Section) -> str:
@@ -267,8 +270,8 @@ def _certainly_lost(peers: PeerWatch) -> list[int]:
             continue
         has_spoken = heartbeat.last_words is not None
         if has_spoken or heartbeat.process_state() in ("gone", "stopped"):
-            # Who explained its end, or was looking for lost peers itself, may well have left because of another.
-            lost.append((has_spoken or heartbeat.section == _LOOKING, rank))
+            # Who explained its end may well have left because of one that could not.
+            lost.append((has_spoken, rank))
     return [rank for _, rank in sorted(lost)]
 
 

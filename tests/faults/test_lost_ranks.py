@@ -97,7 +97,7 @@ def said_by_survivors(folder: Path, ranks: list[multiprocessing.process.BaseProc
 
 
 def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path) -> None:
-    with running_ranks(tmp_path, peer_timeout_s=1.5) as ranks:
+    with running_ranks(tmp_path, peer_timeout_s=2.5) as ranks:
         frozen = ranks[1].pid
         assert frozen is not None
         os.kill(frozen, signal.SIGSTOP)
@@ -157,7 +157,7 @@ def test_a_rank_whose_process_cannot_be_seen_is_judged_by_its_heartbeat(tmp_path
             while step_of(tmp_path, 1) < 4:
                 assert time.monotonic() < deadline_s, "the other rank does not start"
                 time.sleep(0.02)
-            assert watchdog.describe_lost_peers(timeout_s=1.0) is None
+            assert watchdog.describe_lost_peers(timeout_s=0.8) is None
             process.kill()
             process.wait()
             lost = watchdog.describe_lost_peers(timeout_s=0.6)
