@@ -31,9 +31,11 @@ _LATE_INTERVALS = 3
 _WAITING_INTERVALS = 2
 _SCANS_PER_TIMEOUT = 20
 _JOIN_S = 0.1
-_LAST_WORDS_S = 10.0
-_LAST_WORDS_CHARACTERS = 300
 _POLL_S = 0.2
+# A process that is to end does so after this long at the latest, whatever hangs on its way.
+_ENDING_S = 10.0
+_MOST_GRACE_S = 5.0
+_LAST_WORDS_CHARACTERS = 300
 
 
 class _Section(NamedTuple):
@@ -81,6 +83,7 @@ class Watchdog:
         self._step_timeout_s = step_timeout_s
         self._peer_timeout_s = peer_timeout_s
         self._interval_s = interval_s
+        self._scan_interval_s = max(interval_s, (peer_timeout_s or 0.0) / _SCANS_PER_TIMEOUT)
         run_dir = run_dir.absolute()
         self._stacks_path = run_dir / "logs" / f"stacks-rank-{rank:05d}.txt"
         self._heartbeats = Heartbeats(run_dir / "heartbeats", attempt, rank, world_size)
@@ -194,7 +197,7 @@ class Watchdog:
             return
         if self._section_s < _WAITING_INTERVALS * self._interval_s:
             return
-        if self._since_scan_s < timeout_s / _SCANS_PER_TIMEOUT:
+        if self._since_scan_s < self._scan_interval_s:
             return
         self._scan_peers()
         silent = self._peers.silent(timeout_s)
@@ -208,14 +211,14 @@ class Watchdog:
     def _end_slow(self, section: _Section, limit_s: float) -> None:
         """End the process because of its own section."""
         self._scan_peers()
+        more = "" if limit_s == self._step_timeout_s else f" x {_FIRST_TIME_FACTOR:g} for the first one"
         why = (
-            f'"{section.name}" of global step {section.global_step} has lasted {self._section_s:.0f} s, longer than '
-            f"{limit_s:.0f} s ({STEP_TIMEOUT_SETTING})"
+            f'"{section.name}" of global step {section.global_step} has lasted {self._section_s:.0f} s; '
+            f"the limit is {limit_s:.0f} s ({STEP_TIMEOUT_SETTING}{more})"
         )
         others = ""
         if self._heartbeats.peers:
-            silent_from_s = 3 * max(self._interval_s, (self._peer_timeout_s or 0.0) / _SCANS_PER_TIMEOUT)
-            others = f"meanwhile {self._peers.describe_all(silent_from_s)}"
+            others = f"meanwhile {self._peers.describe_all(silent_from_s=3 * self._scan_interval_s)}"
         self._end(section, why, others)
 
     def _end_silent(self, section: _Section, silent: list[int]) -> None:
@@ -230,7 +233,7 @@ class Watchdog:
         try:
             with contextlib.suppress(OSError, RuntimeError):  # no file descriptor or thread left for it
                 # The file system, or whoever reads our standard error, may hang as well: end in any case.
-                faulthandler.dump_traceback_later(_LAST_WORDS_S, exit=True, file=os.open(os.devnull, os.O_WRONLY))
+                faulthandler.dump_traceback_later(_ENDING_S, exit=True, file=os.open(os.devnull, os.O_WRONLY))
             stacks = self._dump_stacks(section)
             self._write_last_words(section, f"was ended by its watchdog: {why}")
             lines = [f"watchdog: {why}; exit code {EXIT_FAILURE}", "; ".join(filter(None, (others, stacks)))]
@@ -239,6 +242,9 @@ class Watchdog:
                 os.write(2, "".join(f"[rank {self._rank}] {line}\n" for line in lines).encode())
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
+            # The end of the first rank breaks the connections of the others: let them find out, and write down
+            # their own stacks, before. The rank that all wait for may be among them.
+            time.sleep(min(2 * self._scan_interval_s, _MOST_GRACE_S))
         finally:
             os._exit(EXIT_FAILURE)
 
@@ -263,16 +269,17 @@ class Watchdog:
 
 
 def _certainly_lost(peers: PeerWatch) -> list[int]:
-    """Ranks that are stopped, have left without finishing, or whose process is gone; the likely cause first."""
-    lost = []
+    """Ranks that are stopped or gone without a word; if there are none, those that said why they left."""
+    silent, spoken = [], []
     for rank, heartbeat in peers.latest.items():
         if heartbeat is None or heartbeat.section == DONE:
             continue
-        has_spoken = heartbeat.last_words is not None
-        if has_spoken or heartbeat.process_state() in ("gone", "stopped"):
-            # Who explained its end may well have left because of one that could not.
-            lost.append((has_spoken, rank))
-    return [rank for _, rank in sorted(lost)]
+        if heartbeat.last_words is not None:
+            spoken.append(rank)
+        elif heartbeat.process_state() in ("gone", "stopped"):
+            silent.append(rank)
+    # Who could still say why it left probably did so because of one that could not.
+    return silent or spoken
 
 
 def _state(peers: PeerWatch, rank: int) -> str:

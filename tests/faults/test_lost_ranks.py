@@ -97,7 +97,7 @@ def said_by_survivors(folder: Path, ranks: list[multiprocessing.process.BaseProc
 
 
 def test_a_frozen_rank_is_named_by_the_others(tmp_path: Path) -> None:
-    with running_ranks(tmp_path, peer_timeout_s=2.5) as ranks:
+    with running_ranks(tmp_path, peer_timeout_s=2.0) as ranks:
         frozen = ranks[1].pid
         assert frozen is not None
         os.kill(frozen, signal.SIGSTOP)

@@ -287,13 +287,13 @@ def test_a_suspended_process_is_not_blamed_for_the_time_it_was_suspended(tmp_pat
 
 def test_a_slow_rank_says_who_is_behind(tmp_path: Path, start: Start) -> None:
     behind = start("""
-        with watch(rank=1, world_size=2, peer_timeout_s=30) as watchdog:
+        with watch(rank=1, world_size=2) as watchdog:
             watchdog.enter("waiting for data", 3)
             time.sleep(3600)
     """)
     wait_for_section(tmp_path, "waiting for data", rank=1)
     waiting = start("""
-        with watch(rank=0, world_size=2, step_timeout_s=0.1, peer_timeout_s=30) as watchdog:
+        with watch(rank=0, world_size=2, step_timeout_s=0.1, peer_timeout_s=5) as watchdog:
             watchdog.enter("step", 4)
             time.sleep(3600)
     """)
