@@ -34,7 +34,7 @@ class Heartbeat:
         global_step: The step it is at.
         section: What its main thread does.
         section_s: Since how long.
-        last_words: Why it ended, if it did not end well.
+        last_words: If it did not end well: how, a colon, and why.
     """
 
     attempt: str
@@ -225,7 +225,7 @@ class PeerWatch:
         if heartbeat.section == DONE:
             return DONE
         if heartbeat.last_words is not None:
-            return f"last in {heartbeat.where}, {heartbeat.last_words}"
+            return f"last in {heartbeat.where}, {heartbeat.last_words.partition(':')[0]}"
         if self.silent_s[rank] >= silent_from_s:
             return f"last in {heartbeat.where}, silent for {self.silent_s[rank]:.0f} s"
         return f"in {heartbeat.where} for {heartbeat.section_s:.0f} s"

@@ -235,7 +235,7 @@ class Watchdog:
                 # The file system, or whoever reads our standard error, may hang as well: end in any case.
                 faulthandler.dump_traceback_later(_ENDING_S, exit=True, file=os.open(os.devnull, os.O_WRONLY))
             stacks = self._dump_stacks(section)
-            self._write_last_words(section, f"was ended by its watchdog: {why}")
+            self._write_last_words(section, f"ended by its watchdog: {why}")
             lines = [f"watchdog: {why}; exit code {EXIT_FAILURE}", "; ".join(filter(None, (others, stacks)))]
             # Not through `sys.stderr`, whose lock the main thread may hold for good.
             with contextlib.suppress(OSError):
