@@ -310,6 +310,28 @@ class GuardsSection:
 
 
 @dataclass
+class WatchdogSection:
+    """When a run that hangs is ended, with the stacks of all threads in `RUN/logs/` and the missing rank named.
+
+    Args:
+        step_timeout_s: Longest duration of a step, and of waiting for its data; five times as long for the first
+            ones, which compile kernels and start workers. null: no limit.
+        peer_timeout_s: After this long without a sign of life a process that others wait for is given up: it is
+            stopped, or its node is lost. At least 5; null: nobody is given up.
+    """
+
+    step_timeout_s: float | None = 300.0
+    peer_timeout_s: float | None = 60.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("step_timeout_s", 1), ("peer_timeout_s", 5)):
+            value = getattr(self, name)
+            if value is not None:
+                valid = _is_finite(value) and value >= least
+                _require(valid, f"training.watchdog.{name}", value, f"at least {least}, or null")
+
+
+@dataclass
 class TrainingSection:
     """The optimisation: how long, how large, how precise.
 
@@ -324,6 +346,7 @@ class TrainingSection:
             stage 0 to 3. The numbers do not depend on it; what a rank has to hold does.
         deepspeed: Options of the zero engines.
         guards: What protects the weights from a bad step.
+        watchdog: When a run that hangs is ended.
         device: auto takes a GPU if there is one.
         gradient_clip_norm: Largest L2 norm of the gradient; null does not clip.
         seed: Seed of initial weights, data order and latent noise.
@@ -339,6 +362,7 @@ class TrainingSection:
     engine: Literal["ddp", "zero0", "zero1", "zero2", "zero3"] = "ddp"
     deepspeed: DeepSpeedSection = field(default_factory=DeepSpeedSection)
     guards: GuardsSection = field(default_factory=GuardsSection)
+    watchdog: WatchdogSection = field(default_factory=WatchdogSection)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gradient_clip_norm: float | None = None
     seed: int = 0
@@ -360,6 +384,13 @@ class TrainingSection:
         timeout = self.process_group_timeout_s
         allowed = "greater than 0 and at most a year"
         _require(0 < timeout <= 366 * 86400, "training.process_group_timeout_s", timeout, allowed)
+        limit = self.watchdog.step_timeout_s
+        if limit is not None and limit >= timeout:
+            raise ConfigError(
+                f"training.watchdog.step_timeout_s: {limit!r} is not allowed; it must be below "
+                f"training.process_group_timeout_s ({timeout!r}), or null: else collectives fail before the "
+                "watchdog can say who is missing"
+            )
 
     def _check_offload(self) -> None:
         for name, engines in (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING
 
 from jmvae_dist.config_io import CHECK_OPTION, parse_run_config
+from jmvae_dist.errors import PeerError, is_on_all_ranks
 
 if TYPE_CHECKING:
     from jmvae_dist.distributed.environment import ProcessInfo
@@ -37,6 +39,7 @@ def _train(run: ResolvedRun, process: ProcessInfo) -> int:
     from jmvae_dist.training.recorder import configure_logging
     from jmvae_dist.training.signals import StopSignals
     from jmvae_dist.training.state import locked_run_directory
+    from jmvae_dist.training.watchdog import Watchdog
 
     training = run.config.training
     configure_logging(process.rank)
@@ -51,5 +54,20 @@ def _train(run: ResolvedRun, process: ProcessInfo) -> int:
             timeout_s=training.process_group_timeout_s,
         ) as runtime,
         locked_run_directory(run.output_dir, runtime),
+        Watchdog(
+            run.output_dir,
+            rank=process.rank,
+            world_size=process.world_size,
+            attempt=runtime.collectives.broadcast(uuid.uuid4().hex),
+            step_timeout_s=training.watchdog.step_timeout_s,
+            peer_timeout_s=training.watchdog.peer_timeout_s,
+        ) as watchdog,
     ):
-        return Trainer(run, runtime, signals).train()
+        try:
+            return Trainer(run, runtime, signals, watchdog).train()
+        except RuntimeError as error:
+            # Collectives fail with this when a peer has died; their message does not say which.
+            lost = None if is_on_all_ranks(error) or process.world_size == 1 else watchdog.describe_lost_peers()
+            if lost is None:
+                raise
+            raise PeerError(lost) from error

@@ -38,6 +38,7 @@ from jmvae_dist.training.setup import ResolvedRun, check_same_model, describe_ch
 from jmvae_dist.training.signals import Requests, StopSignals
 from jmvae_dist.training.state import describe_checkpoint, read_json, write_json, write_run_files
 from jmvae_dist.training.step import StepResult, TrainStep
+from jmvae_dist.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +50,14 @@ class Trainer:
         run: The resolved run.
         runtime: Process group and engine.
         signals: Says when this process was asked to stop.
+        watchdog: Is told what this process does, and ends it when that takes too long.
     """
 
-    def __init__(self, run: ResolvedRun, runtime: Runtime, signals: StopSignals) -> None:
+    def __init__(self, run: ResolvedRun, runtime: Runtime, signals: StopSignals, watchdog: Watchdog) -> None:
         self.run = run
         self.runtime = runtime
         self.signals = signals
+        self.watchdog = watchdog
         self.global_step = 0
         self._started_s = time.monotonic()
         self._elapsed_before_s = 0.0
@@ -130,7 +133,9 @@ class Trainer:
             Requests(self.runtime.collectives, self.signals, config.checkpoint.every_s, request_file) as requests,
             self.checkpoints,
         ):
+            self.watchdog.enter("waiting for data", self.global_step)
             for batch in batches:
+                self.watchdog.enter("step", self.global_step)
                 meter.batch_arrived()
                 result = take_step(batch, is_wanted=not self._is_passed_over(self.global_step))
                 self.global_step += 1
@@ -148,6 +153,7 @@ class Trainer:
                     self._save_checkpoint(wait=is_last or agreed.stop or agreed.failure)
                     requests.checkpoint_begun()
                 self.recorder.advance(self.global_step)
+                self.watchdog.enter("waiting for data", self.global_step)
                 meter.resume()
                 if agreed.stop:
                     raise mark_on_all_ranks(StopRequested())
@@ -314,6 +320,7 @@ class Trainer:
             self.recorder.record(record)
 
     def _save_checkpoint(self, *, wait: bool) -> None:
+        self.watchdog.enter("checkpoint", self.global_step, has_limit=False)
         with self.runtime.collectives.together():
             self.recorder.sync()
         self.checkpoints.save(
@@ -379,6 +386,7 @@ class Trainer:
 
             def advance(count: int) -> None:
                 self.signals.raise_if_received()
+                self.watchdog.enter("evaluation", self.global_step, has_limit=False)
                 if show is not None:
                     show(count)
 
@@ -386,6 +394,7 @@ class Trainer:
 
     def _evaluate(self, joint_nll_samples: int, advance: Callable[[int], None] | None = None) -> dict[str, float]:
         assert self.run.eval_manifest is not None
+        self.watchdog.enter("evaluation", self.global_step, has_limit=False)
         with self.engine.evaluation_model() as model:
             assert isinstance(model, JMVAE)
             return evaluate_together(
@@ -401,6 +410,7 @@ class Trainer:
 
     def _draw_figures(self) -> None:
         assert self.run.eval_manifest is not None
+        self.watchdog.enter("figures", self.global_step, has_limit=False)
         with self.engine.evaluation_model() as model, self.runtime.collectives.together():
             assert isinstance(model, JMVAE)
             if not self.runtime.is_main:

@@ -11,15 +11,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jmvae_dist.errors import PeerError
 from jmvae_dist.training.watchdog import Watchdog
-from tests.conftest import ROOT, launch_environment
+from tests.conftest import ROOT, Run, launch_environment
 
 DEADLINE_S = 60
 WORLD_SIZE = 3
@@ -120,6 +121,34 @@ def test_a_killed_rank_is_named_after_the_collective_failed(tmp_path: Path) -> N
         assert f"after the collective: rank 1 (process {killed} on host " in text
         assert 'last in "step" of global step' in text
         assert "is gone: its process no longer exists" in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_training_run_ends_and_names_the_lost_rank(make_run: Callable[..., Run], number: signal.Signals) -> None:
+    settings = ("--training.steps", "1000000", "--training.watchdog.peer_timeout_s", "5")
+    run = make_run("run", *settings, "--training.log_every_steps", "10")
+    process = run.start(2)
+    victim = 0
+    try:
+        deadline_s = time.monotonic() + DEADLINE_S
+        while step_of(run.output_dir, 1) < 5:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline_s, "the run does not start"
+            time.sleep(0.05)
+        victim = json.loads((run.output_dir / "heartbeats" / "rank-00001.json").read_text())["process"]
+        os.kill(victim, number)
+        survivor = json.loads((run.output_dir / "heartbeats" / "rank-00000.json").read_text())["process"]
+        while psutil.pid_exists(survivor) and psutil.Process(survivor).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline_s, "the other rank does not end"
+            time.sleep(0.05)
+    finally:
+        # Torchrun would wait half a minute for a stopped process.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim or process.pid, signal.SIGKILL)
+        output = process.communicate(timeout=DEADLINE_S)[0]
+    assert process.returncode == 1, output
+    fate = "is gone" if number == signal.SIGKILL else "it is stopped (SIGSTOP)"
+    assert any(f"rank 1 (process {victim} on host " in line and fate in line for line in output.splitlines()), output
 
 
 STAY = """
