@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+from typing import TYPE_CHECKING
 
 from jmvae_dist.errors import (
     EXIT_FAILURE,
@@ -20,6 +22,9 @@ from jmvae_dist.errors import (
     is_on_all_ranks,
 )
 
+if TYPE_CHECKING:
+    from jmvae_dist.distributed.environment import ProcessInfo
+
 # Verb -> one line of help; the verb's module in `commands` is imported only when it is used.
 VERBS = {
     "shards": "write, inspect and verify sharded data",
@@ -30,10 +35,14 @@ VERBS = {
     "report": "write a run's self-contained HTML report",
 }
 
+# Where launch/local.sh expects an exit code that all ranks share.
+_EXIT_CODE_FILE = "JMVAE_DIST_EXIT_CODE_FILE"
+_WAIT_FOR_RANK_0_S = 5.0
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return its exit code: 0 done, 1 failure, 2 usage, 75 stopped with a checkpoint written."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = _without_local_rank(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_help()
         return 0 if arguments else EXIT_USAGE
@@ -49,8 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
         exit_code = importlib.import_module(f"jmvae_dist.commands.{verb}").main(rest)
         return _tell_launcher(exit_code) if exit_code == EXIT_STOPPED else exit_code
     except ConfigError as error:
-        # The same on every rank: all of them read the same arguments and files.
-        return _tell_launcher(_complain(f"{verb}: {error}", EXIT_USAGE))
+        everywhere = is_on_all_ranks(error) or _is_said_by_rank_0()
+        exit_code = _complain(f"{verb}: {error}", EXIT_USAGE, is_shared=everywhere)
+        return _tell_launcher(exit_code) if everywhere else exit_code
     except BrokenPipeError:
         # `jmvae-dist shards show M | head` is not an error; keep Python from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,31 +79,60 @@ def _print_help() -> None:
         print(f"  {verb:<12}{summary}")
 
 
-def _tell_launcher(exit_code: int) -> int:
-    """Leave an exit code that all ranks share in the file that `launch/local.sh` reads.
+def _without_local_rank(arguments: list[str]) -> list[str]:
+    """Without what the deepspeed launcher puts before the verb unless it has `--no_local_rank`."""
+    launchers = f"--local_rank={os.environ.get('LOCAL_RANK')}"
+    return arguments[1:] if "CROSS_SIZE" in os.environ and arguments[:1] == [launchers] else arguments
 
-    Torchrun would turn it into 1, behind a page about failed processes.
+
+def _is_said_by_rank_0() -> bool:
+    """Whether rank 0 complains of the same mistake; nearly always, since all ranks read the same arguments and files.
+
+    Rank 0 exits first, and most launchers then send SIGTERM to the others. Without one it is the mistake of this
+    node, such as a manifest that is missing on it: unsaid, it would leave rank 0 waiting without a reason.
     """
-    path = os.environ.get("JMVAE_DIST_EXIT_CODE_FILE")
+    if _process().rank == 0 or _EXIT_CODE_FILE in os.environ:
+        return True
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    return signal.sigtimedwait({signal.SIGTERM}, _WAIT_FOR_RANK_0_S) is not None
+
+
+def _tell_launcher(exit_code: int) -> int:
+    """Bring an exit code that all ranks share to the launcher; returns the one for this process.
+
+    `launch/local.sh` reads it from a file: torchrun would turn it into 1, behind a page about failed processes.
+    Elsewhere it is rank 0's alone: the first rank that exits with another code than 0 makes the launcher end the
+    others, perhaps before rank 0 has said why.
+    """
+    path = os.environ.get(_EXIT_CODE_FILE)
+    process = _process()
     if path is None:
-        return exit_code
-    if _rank() == 0:
+        if process.launcher != "single":
+            # All that is left is to exit; ended by the launcher, this rank's 143 would hide the shared code.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return exit_code if process.rank == 0 else 0
+    if process.rank == 0:
         with open(path, "w", encoding="utf-8") as file:
             file.write(str(exit_code))
     return 0
 
 
-def _rank() -> int:
-    value = os.environ.get("RANK", "0")
-    return int(value) if value.isdigit() else 0
+def _process() -> ProcessInfo:
+    """This process among those of the run; that of a single one if the launcher's variables make no sense."""
+    from jmvae_dist.distributed.environment import ProcessInfo, detect_process
+
+    try:
+        return detect_process()
+    except LaunchError:
+        return ProcessInfo(rank=0, world_size=1, local_rank=0, launcher="single")
 
 
 def _complain(message: str, exit_code: int, is_shared: bool = False) -> int:
     """Print an error; one that all ranks share only from rank 0."""
-    if (is_shared or exit_code == EXIT_USAGE) and _rank() != 0:
-        return exit_code
-    is_own = "RANK" in os.environ and not is_shared and exit_code != EXIT_USAGE
-    print(f"jmvae-dist{f'[rank {_rank()}]' if is_own else ''} {message}", file=sys.stderr)
+    process = _process()
+    if not is_shared or process.rank == 0:
+        is_own = process.launcher != "single" and not is_shared
+        print(f"jmvae-dist{f'[rank {process.rank}]' if is_own else ''} {message}", file=sys.stderr)
     return exit_code
 
 

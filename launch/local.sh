@@ -1,21 +1,33 @@
 #!/usr/bin/env bash
 # Run a verb on N processes of this machine, through torchrun:
 #
-#   bash launch/local.sh N train --config configs/digits.yaml [--section.key value ...]
+#   bash launch/local.sh N [--restarts R] train --config configs/digits.yaml [--section.key value ...]
 #   bash launch/local.sh N evaluate RUN --manifest MANIFEST
 #
+# --restarts R   after a crash start again from the last checkpoint, at most R times in a row without a new one
+#
 # Exit codes are those of jmvae-dist: 0 done, 1 failure, 2 configuration, 75 stopped with a checkpoint written.
-# TERM, INT and USR1 ask the run to write a checkpoint and stop.
+# TERM, INT and USR1 ask the run to write a checkpoint and stop. If this script itself is killed, so does the run.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]] || ! [[ $2 =~ ^(train|evaluate)$ ]]; then
-    printf 'usage: bash launch/local.sh N VERB [options]   (N processes; VERB is train or evaluate)\n' >&2
+usage() {
+    printf 'usage: bash launch/local.sh N [--restarts R] VERB [options]   %s\n' \
+        '(N processes; R restarts after crashes; VERB is train or evaluate)' >&2
     exit 2
+}
+num_processes=${1:-}
+[[ $num_processes =~ ^[1-9][0-9]*$ ]] || usage
+shift
+restarts=0
+if [ "${1:-}" = --restarts ]; then
+    restarts=${2:-}
+    [[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || usage
+    shift 2
 fi
-num_processes=$1
-verb=$2
-shift 2
+verb=${1:-}
+[[ $verb =~ ^(train|evaluate)$ ]] || usage
+shift
 
 # An active environment wins over the repository's own; PYTHON wins over both.
 if [ -z "${PYTHON:-}" ]; then
@@ -41,30 +53,100 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     threads=$(($(nproc) / num_processes))
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
-# An exit code that all ranks share is left here, and they exit with 0: torchrun would turn it into 1, behind a
-# page about failed processes.
-JMVAE_DIST_EXIT_CODE_FILE=$(mktemp)
-export JMVAE_DIST_EXIT_CODE_FILE
-trap 'rm -f "$JMVAE_DIST_EXIT_CODE_FILE"' EXIT
+# An exit code that all ranks share is left in a file here, and they exit with 0: torchrun would turn it into 1,
+# behind a page about failed processes.
+exit_codes=$(mktemp -d)
+trap 'rm -rf "$exit_codes"' EXIT
 
-"$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$num_processes" \
-    -m jmvae_dist "$verb" "$@" &
-torchrun=$!
+say() {
+    printf 'launch/local.sh: %s\n' "$1" >&2
+}
+
+# What runs at the moment: torchrun, or the pause before the next attempt; and whether it is to be the last.
+child=
+stop_requested=
 # To the ranks themselves: torchrun would kill them 30 s after passing a signal on, perhaps within a checkpoint.
 forward() {
     local ranks
-    ranks=$(cat "/proc/$torchrun/task/"*/children 2>/dev/null)
+    stop_requested=yes
+    [ -n "$child" ] || return
+    ranks=$(cat "/proc/$child/task/"*/children 2>/dev/null)
     # shellcheck disable=SC2086  # several process ids
-    kill -s "$1" ${ranks:-$torchrun} 2>/dev/null
+    kill -s "$1" ${ranks:-$child} 2>/dev/null
 }
 for name in TERM INT USR1; do
     # shellcheck disable=SC2064  # expand now: each trap has its own signal
     trap "forward $name" "$name"
 done
-# A trap that fires ends `wait` early: go on until torchrun is gone.
-while kill -0 "$torchrun" 2>/dev/null; do
-    wait "$torchrun"
-    code=$?
+
+# Without this, torchrun and its ranks would train on after a SIGKILL to this script.
+end_with_parent=()
+if setpriv --pdeathsig TERM true 2>/dev/null; then
+    end_with_parent=(setpriv --pdeathsig TERM)
+fi
+
+# One attempt: a torchrun of its own, because the rendezvous of torchrun's --max-restarts rarely survives a killed
+# rank. Sets `code`.
+run_once() {
+    # A file of its own: a rank of the former attempt that outlived its torchrun for a moment may write late.
+    JMVAE_DIST_EXIT_CODE_FILE=$(mktemp "$exit_codes/XXXXXX")
+    export JMVAE_DIST_EXIT_CODE_FILE
+    "${end_with_parent[@]}" "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$num_processes" \
+        -m jmvae_dist "$verb" "$@" &
+    child=$!
+    [ -z "$stop_requested" ] || forward TERM # the signal came when there was no child yet
+    # A trap that fires ends `wait` early: go on until torchrun is gone.
+    while kill -0 "$child" 2>/dev/null; do
+        wait "$child"
+        code=$?
+    done
+    child=
+    local shared
+    shared=$(cat "$JMVAE_DIST_EXIT_CODE_FILE")
+    code=${shared:-$code}
+}
+
+# Global step of the newest committed checkpoint of the run; 0 without one.
+newest_step() {
+    local name=
+    [ -z "$checkpoints" ] || read -r name 2>/dev/null <"$checkpoints/LATEST"
+    if [[ $name =~ ^step-([0-9]+)$ ]]; then
+        printf '%s' "$((10#${BASH_REMATCH[1]}))"
+    else
+        printf 0
+    fi
+}
+
+checkpoints=
+if [ "$verb" = train ] && [ "$restarts" -gt 0 ]; then
+    checkpoints=$("$PYTHON" -c 'import pathlib, sys; from jmvae_dist.config_io import parse_run_config
+print(pathlib.Path(parse_run_config(sys.argv[1:]).output_dir).expanduser() / "checkpoints")' "$@") || exit
+fi
+best_step=$(newest_step)
+num_failures=0 # since the last new checkpoint
+code=1
+while [ -z "$stop_requested" ]; do
+    run_once "$@"
+    case $code in 0 | 2 | 75) exit "$code" ;; esac
+    [ -z "$stop_requested" ] || break
+    step=$(newest_step)
+    if [ "$step" -gt "$best_step" ]; then
+        best_step=$step
+        num_failures=0
+    fi
+    num_failures=$((num_failures + 1))
+    if [ "$num_failures" -gt "$restarts" ]; then
+        [ "$restarts" -eq 0 ] || say "exit code $code again, no new checkpoint in $restarts restarts: giving up"
+        exit "$code"
+    fi
+    pause_s=$((num_failures < 5 ? 2 ** (num_failures - 1) : 16))
+    say "exit code $code; restart $num_failures of $restarts from step $step in $pause_s s"
+    sleep "$pause_s" &
+    child=$!
+    [ -n "$stop_requested" ] || wait "$child"
+    # After a signal it may still be there: background jobs of a script ignore INT.
+    kill "$child" 2>/dev/null
+    child=
 done
-requested=$(cat "$JMVAE_DIST_EXIT_CODE_FILE")
-exit "${requested:-$code}"
+say "stopped on request; exit code $code is that of the last attempt"
+exit "$code"

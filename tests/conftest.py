@@ -142,3 +142,13 @@ def assert_same_tensors(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different, f"{len(different)} of {len(first)} tensors differ, the first is {different[0]}"
+
+
+def assert_losses_agree(first: Run, second: Run, tolerance: float, num_records: int) -> None:
+    """Every loss term of every record agrees, relative to its size."""
+    firsts, seconds = first.records(), second.records()
+    assert [record["global_step"] for record in firsts] == [record["global_step"] for record in seconds]
+    assert len(firsts) == num_records
+    for one, other in zip(firsts, seconds, strict=True):
+        for key in (key for key in one if key.startswith("loss/") or key in ("elbo", "grad_norm")):
+            assert other[key] == pytest.approx(one[key], rel=tolerance), (one["global_step"], key)

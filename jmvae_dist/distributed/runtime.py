@@ -17,7 +17,7 @@ from torch import nn
 
 from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.distributed.engine import Engine, ReplicatedEngine
-from jmvae_dist.distributed.environment import ProcessInfo
+from jmvae_dist.distributed.environment import ProcessInfo, join_launch
 from jmvae_dist.errors import ConfigError, LaunchError, is_on_all_ranks
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def start_runtime(
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    join_launch(process)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     backend = "gloo" if on_cpu else "nccl"
     timeout = timedelta(seconds=timeout_s)

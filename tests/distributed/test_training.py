@@ -10,22 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Run, assert_same_tensors, launch_environment
+from tests.conftest import Run, assert_losses_agree, assert_same_tensors, launch_environment
 
 MakeRun = Callable[..., Run]
 # ReLU's kink can turn a difference in the last bit into a visible one; GELU has no kink.
 SMOOTH = ("--model.networks.activation", "gelu")
 FIFTY_STEPS = (*SMOOTH, "--training.steps", "50", "--training.log_every_steps", "1")
-
-
-def assert_losses_agree(first: Run, second: Run, tolerance: float, num_records: int) -> None:
-    """Every loss term of every record agrees, relative to its size."""
-    firsts, seconds = first.records(), second.records()
-    assert [record["global_step"] for record in firsts] == [record["global_step"] for record in seconds]
-    assert len(firsts) == num_records
-    for one, other in zip(firsts, seconds, strict=True):
-        for key in (key for key in one if key.startswith("loss/") or key in ("elbo", "grad_norm")):
-            assert other[key] == pytest.approx(one[key], rel=tolerance), (one["global_step"], key)
 
 
 def test_topologies_and_micro_batches_agree(make_run: MakeRun) -> None:
@@ -44,20 +34,6 @@ def test_topologies_and_micro_batches_agree(make_run: MakeRun) -> None:
         other = make_run(name, *FIFTY_STEPS, *settings)
         other.train(num_processes)
         assert_losses_agree(reference, other, tolerance=1e-5, num_records=50)
-
-
-def test_accelerate_launch(make_run: MakeRun) -> None:
-    """The same losses through `accelerate launch`, with two real processes."""
-    through_torchrun, through_accelerate = make_run("torchrun", *FIFTY_STEPS), make_run("accelerate", *FIFTY_STEPS)
-    through_torchrun.train(2)
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--config_file", str(ROOT / "launch" / "accelerate" / "cpu.yaml"), "--num_processes", "2"),
-        *("-m", "jmvae_dist", "train", *through_accelerate.arguments()),
-    ]
-    subprocess.run(command, cwd=ROOT, env=launch_environment(), check=True, timeout=300)
-    assert '"world_size": 2' in (through_accelerate.output_dir / "environment.json").read_text()
-    assert_losses_agree(through_torchrun, through_accelerate, tolerance=0.0, num_records=50)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])

@@ -1,0 +1,156 @@
+"""`launch/local.sh --restarts`: what is started again, what is not, and that no rank outlives its launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT, Run, assert_same_tensors, launch_environment
+from tests.faults.test_kill import kill_everything, last_step
+
+MakeRun = Callable[..., Run]
+ENDLESS = ("--training.steps", "1000000", "--training.log_every_steps", "5")
+
+
+@contextlib.contextmanager
+def started(run: Run, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """The run on 2 processes with options of local.sh itself; nothing of it is left afterwards."""
+    command = ["bash", str(ROOT / "launch" / "local.sh"), "2", *options, "train", *run.arguments()]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=launch_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        yield process
+    finally:
+        kill_everything(run)
+        process.communicate()
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
+    """Look every few milliseconds until `condition` holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.005)
+
+
+def ranks(run: Run) -> list[psutil.Process]:
+    """The run's ranks, by number."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if str(run.output_dir) in command and "torch.distributed.run" not in command and "local.sh" not in command:
+            with contextlib.suppress(psutil.Error, KeyError):
+                found[int(process.environ()["RANK"])] = process
+    return [found[rank] for rank in sorted(found)]
+
+
+def test_a_killed_rank_is_recovered_from(make_run: MakeRun) -> None:
+    """All ranks end, a new attempt goes on from the last checkpoint, and the result does not show it."""
+    settings = ("--training.steps", "150", "--training.log_every_steps", "5", "--checkpoint.every_steps", "20")
+    straight, killed = make_run("straight", *settings), make_run("killed", *settings)
+    straight.train(2)
+    with started(killed, "--restarts", "2") as process:
+        wait_for(lambda: last_step(killed) >= 5)
+        survivor, victim = ranks(killed)
+        wait_for(lambda: last_step(killed) >= 45)
+        victim.kill()
+        wait_for(lambda: not survivor.is_running(), timeout_s=30)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    restarted = re.findall(r"launch/local.sh: exit code 1; restart 1 of 2 from step (\d+) in 1 s", output)
+    assert len(restarted) == 1
+    assert int(restarted[0]) >= 40
+    assert f"resumed from the checkpoint at step {restarted[0]} of 150" in output
+    assert_same_tensors(straight.tensors(150), killed.tensors(150))
+    assert killed.records() == straight.records()
+
+
+def test_a_killed_rank_fails_the_run_without_restarts(make_run: MakeRun) -> None:
+    run = make_run("run", *ENDLESS)
+    with started(run) as process:
+        wait_for(lambda: len(ranks(run)) == 2)
+        ranks(run)[0].kill()
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 1, output
+        assert ranks(run) == []
+
+
+@pytest.fixture
+def start_with_fake_torchrun(make_run: MakeRun, tmp_path: Path) -> Callable[[str], subprocess.Popen[str]]:
+    """Starts local.sh with `--restarts 2` and a shell script in the place of torchrun; $LATEST is the run's."""
+    run = make_run("run", "--training.steps", "9")
+    (run.output_dir / "checkpoints").mkdir(parents=True)
+    python = tmp_path / "python"
+
+    def start(torchrun: str) -> subprocess.Popen[str]:
+        latest = run.output_dir / "checkpoints" / "LATEST"
+        choose = f'case "$*" in *torch.distributed.run*) LATEST={latest}; {torchrun};; *--check\\ *) exit 0;; esac'
+        python.write_text(f'#!/bin/sh\n{choose}\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        command = ["bash", str(ROOT / "launch" / "local.sh"), "2", "--restarts", "2", "train", *run.arguments()]
+        environment = {**launch_environment(), "PYTHON": str(python)}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    return start
+
+
+FakeTorchrun = Callable[[str], subprocess.Popen[str]]
+
+
+def test_a_run_that_always_fails_is_given_up(start_with_fake_torchrun: FakeTorchrun) -> None:
+    """Two attempts get to the checkpoint of step 8, all others to that of step 10: twice there is progress."""
+    attempt = "echo >>$LATEST.attempts; case $(wc -l <$LATEST.attempts) in 1|2) step=08;; *) step=10;; esac"
+    process = start_with_fake_torchrun(f"{attempt}; echo step-000000$step >$LATEST; exit 3")
+    assert process.communicate(timeout=30)[0].splitlines() == [
+        "launch/local.sh: exit code 3; restart 1 of 2 from step 8 in 1 s",
+        "launch/local.sh: exit code 3; restart 2 of 2 from step 8 in 2 s",
+        "launch/local.sh: exit code 3; restart 1 of 2 from step 10 in 1 s",
+        "launch/local.sh: exit code 3; restart 2 of 2 from step 10 in 2 s",
+        "launch/local.sh: exit code 3 again, no new checkpoint in 2 restarts: giving up",
+    ]
+    assert process.returncode == 3
+
+
+@pytest.mark.parametrize("code", [0, 2, 75])
+def test_these_exit_codes_are_no_crash(start_with_fake_torchrun: FakeTorchrun, code: int) -> None:
+    process = start_with_fake_torchrun(f"exit {code}")
+    assert process.communicate(timeout=30)[0] == ""
+    assert process.returncode == code
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_the_pause_at_once(start_with_fake_torchrun: FakeTorchrun, number: signal.Signals) -> None:
+    process = start_with_fake_torchrun("exit 3")
+    assert process.stdout is not None
+    while "restart 2 of 2 from step 0 in 2 s" not in process.stdout.readline():
+        assert process.poll() is None
+    begin_s = time.monotonic()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=30)
+    assert time.monotonic() - begin_s < 1
+    assert output == "launch/local.sh: stopped on request; exit code 3 is that of the last attempt\n"
+    assert process.returncode == 3
+
+
+@pytest.mark.parametrize("victim", ["local.sh", "torchrun"])
+def test_no_rank_outlives_its_launcher(make_run: MakeRun, victim: str) -> None:
+    """SIGKILL to what could stop the ranks: they stop by themselves, with a checkpoint."""
+    run = make_run("run", *ENDLESS)
+    with started(run) as process:
+        wait_for(lambda: last_step(run) >= 5)
+        left = ranks(run)
+        assert len(left) == 2
+        os.kill(process.pid if victim == "local.sh" else left[0].ppid(), signal.SIGKILL)
+        wait_for(lambda: ranks(run) == [], timeout_s=30)
+        assert (run.output_dir / "checkpoints" / "LATEST").is_file()
