@@ -51,6 +51,14 @@ class Runtime:
 
         return ZeroEngine(self.engine_name, model, optimizer, self.accelerator, self.precision)
 
+    def describe(self) -> str:
+        """What actually runs, in one line; `start_runtime` made sure that it is what was asked for."""
+        backend = dist.get_backend() if dist.is_initialized() else "no process group"
+        return (
+            f"{self.accelerator.num_processes} process(es) started by {self.process.launcher}, engine "
+            f"{self.engine_name} ({self.accelerator.distributed_type.value} in Accelerate), {backend}, {self.device}"
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the model and its batches live."""

@@ -91,6 +91,8 @@ class Trainer:
             logger.info("the run in %s is complete (%d steps)", self.run.output_dir, self.global_step)
             return EXIT_DONE
         self.runtime.collectives.on_main(lambda: write_run_files(self.run, self.runtime))
+        if self.runtime.is_main:
+            logger.info("running: %s", self.runtime.describe())
         while True:
             try:
                 return self._attempt(resumed_from)

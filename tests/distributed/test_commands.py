@@ -134,6 +134,7 @@ def test_run_directory_holds_what_the_design_says(finished: Run) -> None:
         *("global_step", "samples_seen", "epoch", "elbo", "grad_norm", "loss/total", "loss/reconstruction"),
         *("loss/reconstruction/image", "loss/reconstruction/label", "loss/kl_prior", "loss/kl_unimodal"),
         *("loss/kl_unimodal/image", "loss/kl_unimodal/label", "schedule/annealing", "schedule/learning_rate"),
+        "guards/skipped_steps",
     }
     assert set(training) == expected
     parts = [training[f"loss/reconstruction/{name}"] for name in ("image", "label")]

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import jmvae_dist
+from jmvae_dist.checkpoint.export import export_model
 from tests.conftest import Run, assert_same_tensors
 
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
@@ -164,6 +167,16 @@ def test_more_processes_resume_exactly(
     origin = sources(engine, num_processes)
     assert_same_run(origin, resume(origin, tmp_path / "resumed", engine, num_processes))
     assert_close_losses(sources("ddp", 2), origin, 1e-5)
+
+
+def test_models_come_from_any_engines_checkpoint(sources: Callable[..., Run], tmp_path: Path) -> None:
+    expected = jmvae_dist.load_model(sources("ddp", 2).output_dir).state_dict()
+    partitioned = sources("zero3", 2).output_dir
+    exported = export_model(partitioned, tmp_path / "export")
+    for path in (partitioned, exported):
+        found = jmvae_dist.load_model(path).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_each_rank_writes_its_share(sources: Callable[..., Run]) -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from tests.conftest import ROOT, Run, assert_losses_agree, launch_environment
 
-ENGINES = ["ddp"]
+# The other two are left to `-m slow`.
+ENGINES = ["ddp", "zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero0", "zero1", "zero2"))]
 BIN = Path(sys.executable).parent
 # GELU: ReLU's kink can turn a difference in the last bit into a visible one.
 SETTINGS = (

@@ -74,17 +74,17 @@ def test_workers_change_nothing(make_run: MakeRun) -> None:
     assert_same_tensors(without.tensors(30), with_workers.tensors(30))
 
 
-def test_bf16_trains_and_keeps_float32_state(make_run: MakeRun) -> None:
-    settings = ("--training.steps", "60", "--training.log_every_steps", "1")
-    full, half = make_run("fp32", *settings), make_run("bf16", *settings, "--training.precision", "bf16")
+def test_16_bit_stays_close_to_float32(make_run: MakeRun) -> None:
+    settings = ("--training.steps", "100", "--training.log_every_steps", "1", "--model.networks.activation", "gelu")
+    full = make_run("fp32", *settings)
     full.train(1)
-    half.train(2)
-    records = zip(full.records(), half.records(), strict=True)
-    losses = [(one["loss/total"], other["loss/total"]) for one, other in records]
-    assert losses[0][1] == pytest.approx(losses[0][0], rel=1e-2)
-    assert losses[0][1] != losses[0][0]  # otherwise autocast would not be active
-    assert losses[-1][1] == pytest.approx(losses[-1][0], rel=5e-2)
-    assert {str(tensor.dtype) for tensor in half.tensors(60).values()} == {"torch.float32"}
+    for precision, bound in (("bf16", 1e-3), ("fp16", 1e-4)):
+        half = make_run(precision, *settings, "--training.precision", precision)
+        half.train(2)
+        pairs = zip(full.records(), half.records(), strict=True)
+        drifts = [abs(other["loss/total"] / one["loss/total"] - 1) for one, other in pairs]
+        assert 1e-7 < max(drifts) < bound, precision  # equal losses would mean that autocast is not active
+        assert {str(tensor.dtype) for tensor in half.tensors(100).values()} == {"torch.float32"}
 
 
 def test_bf16_evaluates_in_float32(make_run: MakeRun, digits: Path, tmp_path: Path) -> None:
@@ -99,12 +99,18 @@ def test_bf16_evaluates_in_float32(make_run: MakeRun, digits: Path, tmp_path: Pa
     assert during == pytest.approx(json.loads(out.read_text())["metrics"], rel=1e-6)
 
 
+def modification_times(run: Run) -> dict[Path, int]:
+    """Of every file that says something about the run; not the lock and heartbeats of whoever looks into it."""
+    files = [path for path in run.output_dir.rglob("*") if path.name != ".lock"]
+    return {path: path.stat().st_mtime_ns for path in files if "heartbeats" not in path.parts}
+
+
 def test_complete_run_says_so(make_run: MakeRun) -> None:
     run = make_run("run", "--training.steps", "5")
     run.train(2)
-    before = {path: path.stat().st_mtime_ns for path in run.output_dir.rglob("*") if path.name != ".lock"}
+    before = modification_times(run)
     assert "is complete" in run.train(2)
-    after = {path: path.stat().st_mtime_ns for path in run.output_dir.rglob("*") if path.name != ".lock"}
+    after = modification_times(run)
     assert before == after
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+import jmvae_dist
+from jmvae_dist.checkpoint.layout import find_damage, list_checkpoints, read_manifest
 from tests.conftest import Run, assert_same_tensors
 
 MakeRun = Callable[..., Run]
@@ -47,14 +49,18 @@ def kill_all_at(run: Run, num_processes: int, step: int, delay_s: float) -> None
         process.communicate()
 
 
-def kill_everything(run: Run) -> None:
-    """SIGKILL every process of a run: launcher, ranks (which torchrun puts into sessions of their own), workers."""
-    while found := [
+def processes_of(run: Run) -> list[psutil.Process]:
+    return [
         process
         for process in psutil.process_iter(["cmdline", "status"])
         if str(run.output_dir) in " ".join(process.info["cmdline"] or [])
         and process.info["status"] != psutil.STATUS_ZOMBIE
-    ]:
+    ]
+
+
+def kill_everything(run: Run) -> None:
+    """SIGKILL every process of a run: launcher, ranks (which torchrun puts into sessions of their own), workers."""
+    while found := processes_of(run):
         for process in found:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -74,6 +80,44 @@ def test_kill_at_random_moments(make_run: MakeRun, num_processes: int) -> None:
     killed.train(num_processes)
     assert_same_tensors(straight.tensors(STEPS), killed.tensors(STEPS))
     assert killed.records() == straight.records()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_thirty_kills(make_run: MakeRun, engine: str) -> None:
+    """One process of the run, or all, at any moment: also while it starts, and in the middle of checkpoints."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    generator = random.Random(seed)
+    settings = (*SETTINGS, "--training.engine", engine)
+    straight, killed = make_run("straight", *settings), make_run("killed", *settings)
+    straight.train(2)
+    for step in sorted(generator.choices(range(STEPS - 10), k=30)):
+        kill_one_at(killed, step, generator)
+        for checkpoint in list_checkpoints(killed.output_dir / "checkpoints"):
+            if find_damage(checkpoint, read_manifest(checkpoint)) is None:
+                jmvae_dist.load_model(checkpoint)
+    killed.train(2)
+    assert_same_tensors(straight.tensors(STEPS), killed.tensors(STEPS))
+    assert killed.records() == straight.records()
+
+
+def kill_one_at(run: Run, step: int, generator: random.Random) -> None:
+    """SIGKILL one process of the run, or all of them, at about a step; wait until the rest has ended too."""
+    process = run.start(2)
+    deadline_s = time.monotonic() + 120
+    while last_step(run) < step and process.poll() is None:
+        assert time.monotonic() < deadline_s, "the run makes no progress"
+        time.sleep(0.002)
+    time.sleep(generator.choice((0, 0.05, 3)) * generator.random())
+    processes = list(processes_of(run))
+    if processes and generator.random() < 0.7:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            generator.choice(processes).kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=60)
+    kill_everything(run)
+    process.communicate()
 
 
 # Not SIGINT with 2 processes: the launcher's background job ignores it unless it comes from a terminal.
