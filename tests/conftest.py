@@ -121,7 +121,7 @@ class Run:
 def launch_environment() -> dict[str, str]:
     """This process's environment, with one thread per rank and without a launcher's variables."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    kept = {key: value for key, value in os.environ.items() if key not in launcher}
+    kept = {key: value for key, value in os.environ.items() if key not in launcher and not key.startswith("SLURM_")}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
 
 

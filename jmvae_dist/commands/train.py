@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,12 @@ def main(arguments: list[str]) -> int:
 
     process = detect_process()
     run = resolve_run(config, process.world_size)
-    if config.training.device == "cuda":
+    if config.training.device != "auto":
         from jmvae_dist.distributed.runtime import check_device
 
-        check_device(config.training.device)
-    if process.rank == 0 and (check_only or process.launcher == "single"):
+        check_device(config.training.device, config.training.engine)
+    # launch/local.sh has checked, and thus said, it before.
+    if process.rank == 0 and (check_only or "JMVAE_DIST_EXIT_CODE_FILE" not in os.environ):
         print(summarize(run, process.world_size), flush=True)
     return 0 if check_only else _train(run, process)
 

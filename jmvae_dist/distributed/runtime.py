@@ -65,14 +65,20 @@ class Runtime:
         return self.accelerator.device
 
 
-def check_device(device: str) -> None:
-    """Refuse a GPU that is not there; called before any process group starts.
+def check_device(device: str, engine: str = "ddp") -> None:
+    """Refuse a device that cannot be had; called before any process group starts.
 
     Raises:
-        ConfigError: `device` is cuda and torch sees none.
+        ConfigError: `device` is cuda and torch sees none, or it is cpu and DeepSpeed would take a GPU all the same.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
         raise ConfigError("training.device: cuda is not available to torch on this machine; use auto or cpu")
+    if device == "cpu" and has_gpu and engine != "ddp":
+        raise ConfigError(
+            f"training.device: cpu with the engine {engine} needs the GPUs of this machine hidden; "
+            "set CUDA_VISIBLE_DEVICES to an empty string"
+        )
 
 
 @contextlib.contextmanager
@@ -128,6 +134,7 @@ def start_runtime(
         cpu=on_cpu and plugin is None, mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers
     )
     _check_world(accelerator, process, engine, backend)
+    assert accelerator.device.type == ("cpu" if on_cpu else "cuda"), accelerator.device
     group = dist.new_group(backend="gloo", timeout=timeout) if process.world_size > 1 else None
     try:
         collectives = Collectives(process.rank, process.world_size, group)

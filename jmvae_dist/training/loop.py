@@ -165,6 +165,7 @@ class Trainer:
 
     def _resume(self, at_most: int | None = None) -> CheckpointManifest | None:
         """Continue from the newest intact checkpoint, if there is one; of those up to step `at_most`, if given."""
+        started_s = time.monotonic()
         manifest = self.checkpoints.resume(self._check_same_run, at_most)
         if manifest is None:
             return None
@@ -173,7 +174,10 @@ class Trainer:
         self._started_s = time.monotonic()
         self.guard.load_state(manifest.guards)
         self.passed_over = manifest.passed_over
-        logger.info("resumed from the checkpoint at step %d of %d", self.global_step, self.run.total_steps)
+        logger.info(
+            "resumed from the checkpoint at step %d of %d, verified and read in %.2f s",
+            *(self.global_step, self.run.total_steps, time.monotonic() - started_s),
+        )
         return manifest
 
     def _check_same_run(self, manifest: CheckpointManifest) -> None:
