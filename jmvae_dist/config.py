@@ -4,7 +4,7 @@ Every mistake raises a `ConfigError` with the key, the value and what is allowed
 """
 
 import dataclasses
-import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,7 +26,9 @@ def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
 
 
 def _is_finite(value: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # `math.isfinite` would raise for an integer beyond the range of floats.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 def is_integer(value: Any) -> bool:

@@ -17,21 +17,36 @@ from jmvae_dist.files import write_text_atomic
 
 if TYPE_CHECKING:
     import jsonargparse
+    import yaml
 
 # Handled before the parser: it asks for something else than a run.
 CHECK_OPTION = "--check"
+
+_PARSER_MODE = "strict_yaml"
+_MAX_SHOWN_CHARACTERS = 60
+# Numbers to jsonargparse, but text to PyYAML, which follows YAML 1.1: there an exponent needs a point and a sign.
+_MORE_FLOATS = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
 
 def make_parser(prog: str = "jmvae-dist train") -> jsonargparse.ArgumentParser:
     """A parser of `RunConfig` with ``--config`` (repeatable) and ``--print_config``."""
     import jsonargparse
+    import yaml
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise ConfigError(_one_line(message))
 
+        def parse_path(self, cfg_path: Any, *arguments: Any, **options: Any) -> jsonargparse.Namespace:
+            try:
+                return super().parse_path(cfg_path, *arguments, **options)
+            except ConfigError as error:
+                raise ConfigError(f"{cfg_path}: {error}") from None
+
+    jsonargparse.set_loader(_PARSER_MODE, _load_yaml, exceptions=(yaml.YAMLError,))
     parser = Parser(
         prog=prog,
+        parser_mode=_PARSER_MODE,
         allow_abbrev=False,
         description="Train a JMVAE, or resume the run in output_dir.",
         epilog=f"{CHECK_OPTION}: check configuration and data, say what would run, and exit",
@@ -54,6 +69,8 @@ def parse_run_config(arguments: list[str], prog: str = "jmvae-dist train") -> Ru
         return _parse(parser, arguments)
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config: a file is not UTF-8 text ({error})") from None
+    except OverflowError as error:
+        raise ConfigError(f"a number is too large ({error})") from None
 
 
 def _parse(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> RunConfig:
@@ -69,7 +86,11 @@ def dump_run_config(config: RunConfig) -> str:
     """YAML with every key, also those that are null: a file that reproduces the run."""
     import yaml
 
-    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)
+    class Dumper(yaml.SafeDumper):
+        """Quotes also the text that would be read back as a number, such as the name 1e3."""
+
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _MORE_FLOATS, list("-+0123456789"))
+    return yaml.dump(to_plain(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def save_run_config(config: RunConfig, path: Path) -> None:
@@ -90,7 +111,60 @@ def to_plain(config: RunConfig) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
+def _load_yaml(text: str) -> Any:
+    """jsonargparse's loader, for text in which no key occurs twice: YAML would silently take the last one."""
+    import jsonargparse
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        if node is not None:
+            _refuse_repeated_keys(node, {})
+    except RecursionError:
+        raise yaml.YAMLError("lists and mappings are nested too deeply") from None
+    return jsonargparse.get_loader("yaml")(text)
+
+
+def _refuse_repeated_keys(node: yaml.Node, is_checked: dict[int, bool]) -> None:
+    """Raise a YAMLError for a repeated key, and for an alias to a list or mapping that it is part of.
+
+    Args:
+        node: What to check, with everything in it.
+        is_checked: Nodes met so far, by id; False for those that the check is still inside of.
+    """
+    import yaml
+
+    if not isinstance(node, yaml.CollectionNode) or is_checked.get(id(node)):
+        return
+    if id(node) in is_checked:
+        raise yaml.constructor.ConstructorError(None, None, "an alias refers to itself", node.start_mark)
+    is_checked[id(node)] = False
+    children = node.value
+    if isinstance(node, yaml.MappingNode):
+        children = [value for _, value in node.value]
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        names = [key.value for key in keys]
+        for number, key in enumerate(keys):
+            if key.value in names[:number]:
+                problem = f"the key {key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+    for child in children:
+        _refuse_repeated_keys(child, is_checked)
+    is_checked[id(node)] = True
+
+
+def _refuse_empty_sections(values: Any, section: str = "") -> None:
+    """Raise a ConfigError for a section without any key, which YAML reads as null."""
+    for name in _section_keys(section):
+        key = f"{section}.{name}" if section else name
+        if keys := _section_keys(key):
+            if values[name] is None:
+                raise ConfigError(f"{key}: the section is empty; set {', '.join(keys)} in it, or leave it out")
+            _refuse_empty_sections(values[name], key)
+
+
 def _instantiate(parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace) -> RunConfig:
+    _refuse_empty_sections(namespace)
     sections = parser.instantiate(namespace)
     values = {item.name: sections[item.name] for item in dataclasses.fields(RunConfig)}
     return RunConfig(**values)
@@ -133,12 +207,25 @@ def _one_line(message: str) -> str:
         return f"unexpected argument {argument!r}; settings are given as --section.key value"
     if match := re.search(r"[Kk]ey \"?'?([\w.]+)\"?'? is required|required: (.+)$", message):
         return f"missing setting(s): {match[1] or match[2]}; give them in a --config file or as --section.key"
+    if match := re.search(r"Unexpected config:(.*)", message, re.DOTALL):
+        return f"{_shown(match[1])} is not allowed; a file has the sections {', '.join(_section_keys(''))}"
     if match := re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL):
         return f"{match[1]}: {_explain_value(match[1], match[2])}"
     return " ".join(message.split())
 
 
+def _shown(text: str) -> str:
+    """The beginning of a value on one line; a whole file could be in it."""
+    line = " ".join(text.split())
+    if len(line) > _MAX_SHOWN_CHARACTERS:
+        line = f"{line[:_MAX_SHOWN_CHARACTERS]}..."
+    return line or "an empty file"
+
+
 def _explain_value(key: str, detail: str) -> str:
+    section = re.match(r"Unable to load config (.*)", detail)
+    if section is not None and (keys := _section_keys(key)):
+        return f"{section[1]} is not allowed; it must be a section with some of {', '.join(keys)}"
     declared = _declared_type(key)
     given = re.search(r"(?:Given value|Got value|Value): (.*)", detail)
     if declared is None or given is None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jmvae_dist.config import JMVAEConfig, RunConfig
 from jmvae_dist.config_io import dump_run_config, parse_run_config, save_run_config
@@ -52,6 +54,10 @@ MISTAKES = [
     (["--checkpoint.keep_last", "1"], ["checkpoint.keep_last", "at least 2"]),
     (["--evaluation.joint_nll_samples", "-1"], ["evaluation.joint_nll_samples", "at least 0"]),
     (["--config", "nowhere.yaml"], ["config", "nowhere.yaml", "does not exist"]),
+    (["--tracking", "offline"], ["tracking", "offline", "a section", "wandb"]),
+    (["--schedule.learning_rate", "0.1"], ["schedule.learning_rate", "0.1", "a section", "peak"]),
+    (["--training.global_batch_size", "9" * 400], ["training.global_batch_size", "finite"]),
+    (["--model.alpha", "9" * 400], ["too large"]),
 ]
 
 
@@ -70,9 +76,18 @@ def test_mistakes_are_one_clear_line(arguments: list[str], expected: list[str]) 
     [
         ("training: {stps: 3}", "training.stps: unknown key"),
         ("training: [1", "Problems parsing config"),
-        ("- a\n- b\n", "onfig"),
+        ("- a\n- b\n", "bad.yaml: - a - b is not allowed; a file has the sections output_dir"),
         ("trainin: {steps: 3}", "trainin: unknown key"),
         ("model: !!python/object/apply:os.system ['touch /tmp/never']", "Problems parsing config"),
+        ("training: {seed: 1}\nmodel: {alpha: 1}\ntraining: {log_every_steps: 5}\n", "'training' is given twice"),
+        ("training: {seed: 1, log_every_steps: 5, seed: 2}", "'seed' is given twice"),
+        ("optimizer:\nmodel: {alpha: 1}\n", "optimizer: the section is empty"),
+        ("tracking:\nmodel: {alpha: 1}\n", "tracking: the section is empty"),
+        ("tracking: {wandb: }\n", "tracking.wandb: the section is empty"),
+        ("model: &m {networks: *m}\n", "refers to itself"),
+        ("[" * 3000, "Problems parsing config"),
+        ("", "bad.yaml: an empty file is not allowed"),
+        ("x" * 10_000, f"bad.yaml: {'x' * 60}... is not allowed"),
     ],
 )
 def test_mistakes_in_files(tmp_path: Path, content: str, expected: str) -> None:
@@ -149,6 +164,20 @@ def test_printed_configuration_reproduces_itself(tmp_path: Path, capsys: pytest.
     assert parse_run_config(["--config", str(path)]) == parse(*overrides)
     # Nulls are written out: a null that overrides a default must not be lost.
     assert yaml.safe_load(printed)["checkpoint"]["every_s"] is None
+
+
+# In YAML 1.1, which PyYAML writes, 1e3 is text; to jsonargparse, which reads it, it is a number.
+@settings(max_examples=30, deadline=None)
+@given(text=st.sampled_from(["1e3", "12e5678", "1.5E3", "+1_0e-2"]) | st.text("0123456789eE+-._:#~{nylor "))
+def test_any_text_is_printed_so_that_it_is_read_back_as_that_text(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    config = parse()
+    config.tracking.wandb.project = text
+    config.tracking.wandb.tags = [text]
+    path = tmp_path_factory.mktemp("printed") / "config.yaml"
+    save_run_config(config, path)
+    assert parse_run_config(["--config", str(path)]) == config
 
 
 def test_saved_configuration_reproduces_itself(tmp_path: Path) -> None:
