@@ -8,6 +8,7 @@ Offsets point at the member's content; its 512-byte tar header lies directly bef
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from pathlib import Path
 
@@ -56,11 +57,13 @@ def read_index(
     expected_bytes = index_num_bytes(num_samples, num_modalities)
     try:
         with open_regular(path) as file:
-            content = file.read(expected_bytes + 1)
+            num_bytes = os.fstat(file.fileno()).st_size
+            # Not before the size is right: to read reserves memory for whatever number a manifest states.
+            content = file.read(expected_bytes) if num_bytes == expected_bytes else b""
     except OSError as error:
         raise DataError(f"{path}: cannot read index: {error.strerror}") from None
     if len(content) != expected_bytes:
-        size = f"only {len(content)}" if len(content) < expected_bytes else "more"
+        size = f"only {num_bytes}" if num_bytes < expected_bytes else "more"
         raise DataError(f"{path}: index should have {expected_bytes} bytes but has {size}; copy it again")
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(f"{path}: index does not have the sha256 of the manifest: it is damaged or was replaced")

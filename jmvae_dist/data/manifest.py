@@ -313,7 +313,7 @@ class Manifest:
         known = {modality.name: modality for modality in self.modalities}
         for name in names:
             if name not in known:
-                raise ConfigError(f"{self.path} has no modality {name!r}; it has {', '.join(known)}")
+                raise ConfigError(f"data.modalities: {self.path} has no modality {name!r}; it has {', '.join(known)}")
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"data.modalities must name each modality once and at least one, not {list(names)}")
         return tuple(known[name] for name in names)

@@ -108,7 +108,7 @@ def test_missing_settings_are_named() -> None:
 DATA_MISTAKES = [
     (["--data.train_manifest", "nowhere/manifest.json"], ["data.train_manifest", "nowhere/manifest.json"]),
     (["--data.eval_manifest", "nowhere/manifest.json"], ["data.eval_manifest", "nowhere/manifest.json"]),
-    (["--data.modalities", "[image, sound]"], ["sound", "image, label"]),
+    (["--data.modalities", "[image, sound]"], ["data.modalities", "sound", "image, label"]),
     (["--model.decoders_dist", "{picture: normal, label: categorical}"], ["model.decoder_dist_params", "'image'"]),
     (["--model.decoder_dist_params", "{picture: {scale: 1}}"], ["model.decoder_dist_params", "'picture'"]),
     (["--model.decoders_dist", "{image: bernoulli}"], ["model.decoders_dist", "label"]),

@@ -80,10 +80,16 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
     except DataError:
         raise
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except MemoryError as error:
+        raise DataError(f"{path}: too large for the memory: {error or 'an array cannot be read'}") from None
+    # RuntimeError: an encrypted member or an unknown compression; OverflowError: a shape beyond 64 bits.
+    except (ValueError, EOFError, OverflowError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as .npz: {error}") from None
     if not arrays:
         raise DataError(f"{path}: holds no arrays")
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # numpy returns what is not .npy as bytes
+            raise DataError(f"{path}: {name!r} is not an array; write the file with numpy.savez")
     lengths = {name: array.shape[0] if array.ndim else None for name, array in arrays.items()}
     if len(set(lengths.values())) != 1 or None in lengths.values():
         described = ", ".join(f"{name}: {length}" for name, length in lengths.items())

@@ -163,6 +163,12 @@ def test_values_beyond_float32_are_refused(foreign_manifest: MakeManifest) -> No
         ShardReader(foreign_manifest([modality], samples), 0).read([0, 1], "x")
 
 
+def test_a_number_of_samples_that_no_memory_can_hold(tmp_path: Path) -> None:
+    write_index_file(tmp_path / "index", 512, 100)
+    with pytest.raises(DataError, match="index should have 422212465065996 bytes but has only 36"):
+        read_index(tmp_path / "index", 2**45 - 1, 1, 1024, None)
+
+
 @pytest.mark.parametrize("index", [-1, 10])
 def test_samples_that_do_not_exist(example_manifest: MakeManifest, index: int) -> None:
     with pytest.raises(DataError, match=rf"sample {index} does not exist; the shard has 10 samples"):

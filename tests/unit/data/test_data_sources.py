@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import struct
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -281,3 +284,56 @@ def test_files_that_are_not_npz(tmp_path: Path) -> None:
         np.save(file, np.zeros(3))
     with pytest.raises(DataError, match="a single array"):
         load_npz_source(path, "train", None, 0)
+
+
+def _npy_of_shape(shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("member", "content", "message"),
+    [
+        ("readme.txt", b"hello", "'readme.txt' is not an array"),
+        ("image.npy", _npy_of_shape((10**14,)), "too large for the memory"),
+        ("image.npy", _npy_of_shape((10**30,)), "cannot be read as"),
+        ("image.npy", _npy_of_shape((10,)), "cannot be read as"),
+    ],
+)
+def test_npz_members_that_are_not_arrays(tmp_path: Path, member: str, content: bytes, message: str) -> None:
+    path = tmp_path / "data.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(member, content)
+    with pytest.raises(DataError, match=message):
+        load_npz_source(path, "train", None, 0)
+
+
+def test_npz_that_is_encrypted_or_of_unknown_compression(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    np.savez(path, image=np.zeros((3, 2)))
+    archive = path.read_bytes()
+    local, central = archive.index(b"PK\x03\x04"), archive.index(b"PK\x01\x02")
+    for place_in_local, place_in_central, value in ((6, 8, 1), (8, 10, 99)):  # flags, method
+        changed = bytearray(archive)
+        changed[local + place_in_local] = changed[central + place_in_central] = value
+        path.write_bytes(changed)
+        with pytest.raises(DataError, match="cannot be read as"):
+            load_npz_source(path, "train", None, 0)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_reading_reserves_no_more_memory_than_the_content_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
+) -> None:
+    """A single read with the limit of 16 GiB fails where memory is limited, however small the file."""
+    path = tmp_path / "file"
+    content = np.random.default_rng(0).bytes(100_000)
+    path.write_bytes(gzip.compress(content) if compressed else content)
+    monkeypatch.setattr(files, "_CHUNK_BYTES", 7_000)
+    tracemalloc.start()
+    try:
+        assert files.read_plain_or_gzip(path) == content
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(content)
+    finally:
+        tracemalloc.stop()
