@@ -118,6 +118,7 @@ def finalize(evaluation: EvaluationSums) -> dict[str, float]:
         if key not in squares.values():
             results[key] = total / count
         if key in squares and count > 1:
-            variance = max(0.0, sums[squares[key]] / count - results[key] ** 2)
+            # In this order NaN stays NaN: max(0.0, NaN) is 0, which would claim that there is no error at all.
+            variance = max(sums[squares[key]] / count - results[key] ** 2, 0.0)
             results[companion_key(key, "stderr")] = math.sqrt(variance / (count - 1))
     return results

@@ -217,6 +217,17 @@ def test_progress_and_json() -> None:
     assert "joint_nll_stderr" not in single
 
 
+def test_a_model_that_is_not_finite_has_no_finite_error() -> None:
+    model = make_model()
+    with torch.no_grad():
+        for parameter in model.decoders["image"].parameters():
+            parameter.fill_(torch.nan)
+    results = finalize(evaluate(model, make_batches(EVERYTHING, 8)))
+    for key in ("elbo", "joint_nll", "joint_nll_stderr", "marginal_nll/image", "marginal_nll_stderr/image"):
+        assert math.isnan(results[key]), key
+    assert results["marginal_nll_stderr/sound"] > 0
+
+
 def test_errors() -> None:
     model = make_model()
     with pytest.raises(DataError, match="no samples"):
