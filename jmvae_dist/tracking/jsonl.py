@@ -26,6 +26,7 @@ from typing import Any
 from jmvae_dist.errors import DataError
 from jmvae_dist.files import writing_atomic
 
+_MAX_STEP = 2**63 - 1
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -128,11 +129,11 @@ def parse_record(line: bytes) -> dict[str, Any]:
     """The record on one line of `metrics.jsonl`.
 
     Raises:
-        ValueError: The line is not a JSON object with an integer `global_step`.
+        ValueError: The line is not a JSON object with an integer `global_step` of at most 64 bits.
     """
     record = json.loads(line, parse_constant=_refuse_constant)
     step = record.get("global_step") if isinstance(record, dict) else None
-    if not isinstance(step, int) or isinstance(step, bool):
+    if not isinstance(step, int) or isinstance(step, bool) or abs(step) > _MAX_STEP:
         raise ValueError("no integer global_step")
     return {name: _from_json_value(value) for name, value in record.items()}
 

@@ -8,10 +8,12 @@ security policy forbids every connection. A source that is missing or damaged is
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import json
 import math
 import statistics
+import sys
 import time
 from array import array
 from collections.abc import Iterable
@@ -145,7 +147,7 @@ def collect(run_dir: Path) -> RunData:
     data.schedule = {
         str(name): [float(value) for value in values]
         for name, values in schedule.items()
-        if isinstance(values, list) and all(_is_number(value) for value in values)
+        if isinstance(values, list) and all(_is_number(value) and math.isfinite(value) for value in values)
     }
     planned = data.schedule.get("global_step")
     if data.total_steps is None and planned:
@@ -185,7 +187,8 @@ def _read_config(data: RunData) -> None:
 
     try:
         steps = yaml.safe_load(data.config_text)["training"]["steps"]
-    except (yaml.YAMLError, KeyError, TypeError, RecursionError):
+    # ValueError: what looks like a date or a number but is none, such as 2026-13-01.
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError):
         return
     if isinstance(steps, int) and steps > 0:
         data.total_steps = steps
@@ -223,11 +226,11 @@ def _read_json(data: RunData, name: str) -> dict[str, Any] | None:
 
 def _read_checkpoints(data: RunData) -> None:
     for directory in sorted((data.run_dir / "checkpoints").glob("step-*")):
-        manifest = directory / "manifest.json"
-        # Without its manifest a checkpoint is being written or deleted.
-        if directory.is_dir() and manifest.is_file():
-            size_bytes = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
-            written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(manifest.stat().st_mtime))
+        # A checkpoint without its manifest, or whose files vanish while they are counted, is being deleted.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            written_s = (directory / "manifest.json").stat().st_mtime
+            size_bytes = sum(path.stat().st_size for path in directory.iterdir())
+            written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(written_s))
             data.checkpoints.append((directory.name, _format_bytes(size_bytes), written))
 
 
@@ -513,7 +516,10 @@ def _render_config(data: RunData) -> str:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether a value is a number that fits in a float, or NaN or infinite."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, float)
 
 
 def _format_number(value: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,54 @@ def test_run_that_has_only_started(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text()
     assert "no step was logged" in page
     assert charts_of(page) == {}
+
+
+HUGE = "1" + 400 * "0"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        ("metrics.jsonl", f'{{"global_step": 1, "loss/total": {HUGE}}}\n', None),
+        ("metrics.jsonl", f'{{"global_step": {HUGE}, "elbo": 1}}\n{{"global_step": 2}}\n', "is damaged"),
+        ("evaluation.json", f'{{"metrics": {{"eval/elbo": {HUGE}}}}}', None),
+        ("schedule.json", '{"global_step": [0, Infinity], "annealing": [0, 1]}', None),
+        ("schedule.json", '{"global_step": [0, NaN], "annealing": [0, 1]}', None),
+        ("schedule.json", f'{{"global_step": [0, {HUGE}], "annealing": [0, 1]}}', None),
+        ("config.yaml", "training: {steps: 2026-13-01}", None),
+        ("config.yaml", f"training: {{steps: {HUGE}}}", None),
+    ],
+)
+def test_absurd_numbers_do_not_stop_the_report(tmp_path: Path, name: str, content: str, note: str | None) -> None:
+    run_dir = make_run(tmp_path)
+    (run_dir / "config.yaml").write_text("training: {}\n")
+    (run_dir / name).write_text(content)
+    page = write_report(run_dir).read_text()
+    charts_of(page)
+    assert note is None or note in page
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_does_not_stop_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = make_run(tmp_path)
+    for step in ("step-00000050", "step-00000100"):
+        (run_dir / "checkpoints" / step).mkdir(parents=True)
+        for name in ("manifest.json", "rank-00000.safetensors"):
+            (run_dir / "checkpoints" / step / name).write_text("{}")
+    listed = Path.iterdir
+
+    def list_then_delete(folder: Path) -> Iterator[Path]:
+        paths = list(listed(folder))
+        if folder.name == "step-00000050":
+            for path in paths:
+                path.unlink()
+        return iter(paths)
+
+    monkeypatch.setattr(Path, "iterdir", list_then_delete)
+    page = write_report(run_dir).read_text()
+    assert "step-00000050" not in page
+    assert "step-00000100" in page
 
 
 @pytest.mark.parametrize("content", ["{", "[1, 2]", '"text"', "[" * 100_000, '{"metrics": 3}', ""])
