@@ -36,12 +36,19 @@ pip_install() {
         fail "pip could not install $*; is the package index reachable? (PIP_INDEX_URL and HTTPS_PROXY are honoured)"
 }
 
+# Not there when the creation of the environment was interrupted, or when another tool made it.
+add_missing_pip() {
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null 2>&1 ||
+        fail "$venv has no pip; remove it and run this again, or set JMVAE_DIST_VENV to another place"
+}
+
 prepare_environment() {
     local extra=$1 stamp
     [ -x "$venv/bin/python" ] || create_venv
     stamp=$(cat "$root/setup.cfg" "$root/pyproject.toml" "$root/constraints.txt" | sha256sum | cut -d ' ' -f 1)
     if [ "$(cat "$venv/.installed$extra" 2>/dev/null)" != "$stamp$root" ]; then
         printf 'Installing packages into %s (a few minutes the first time) ...\n' "$venv"
+        add_missing_pip
         # torch first and alone: as a dependency of another package it could resolve to a different build.
         pip_install "$(grep '^torch==' "$root/constraints.txt")"
         pip_install --editable "$root$extra"
