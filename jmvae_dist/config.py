@@ -6,7 +6,7 @@ Every mistake raises a `ConfigError` with the key, the value and what is allowed
 import dataclasses
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from jmvae_dist.errors import ConfigError
 
@@ -79,6 +79,8 @@ class JMVAEConfig:
             _require(valid, "n_modalities", self.n_modalities, "an integer and at least 2")
         valid = is_integer(self.latent_dim) and self.latent_dim >= 1
         _require(valid, "latent_dim", self.latent_dim, "an integer and at least 1")
+        named = isinstance(self.custom_architectures, list)
+        _require(named, "custom_architectures", self.custom_architectures, "a list of names")
         rescaling = self.uses_likelihood_rescaling
         _require(isinstance(rescaling, bool), "uses_likelihood_rescaling", rescaling, "true or false")
         for name in ("alpha", "beta", "warmup"):
@@ -171,8 +173,11 @@ class NetworksConfig:
     def __post_init__(self) -> None:
         for name in ("encoder_hidden_dims", "decoder_hidden_dims", "joint_hidden_dims"):
             sizes = getattr(self, name)
-            valid = len(sizes) > 0 and all(size >= 1 for size in sizes)
+            valid = isinstance(sizes, (list, tuple)) and len(sizes) > 0
+            valid = valid and all(is_integer(size) and size >= 1 for size in sizes)
             _require(valid, f"model.networks.{name}", sizes, "a non-empty list of positive integers")
+        known = get_args(get_type_hints(type(self))["activation"])
+        _require(self.activation in known, "model.networks.activation", self.activation, f"one of {list(known)}")
 
 
 @dataclass

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmvae_dist.config import JMVAEConfig, RunConfig
+from jmvae_dist.config import JMVAEConfig, NetworksConfig, RunConfig
 from jmvae_dist.config_io import dump_run_config, parse_run_config, save_run_config
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.training.setup import resolve_run
@@ -210,6 +210,8 @@ def test_shipped_configurations_are_valid(name: str) -> None:
         ({"n_modalities": 2, "input_dims": {"a": (3,), "b": ()}}, r"input_dims\.b"),
         ({"n_modalities": 2, "input_dims": {"a": (3,), "b.c": (2,)}}, "without dots"),
         ({"n_modalities": 2, "warmup": -1}, "warmup"),
+        ({"n_modalities": 2, "custom_architectures": None}, "custom_architectures"),
+        ({"n_modalities": 2, "custom_architectures": "encoders"}, "custom_architectures"),
         ({"n_modalities": 2, "decoder_dist_params": {"a": {"scale": 0}}}, r"a\.scale"),
         ({"n_modalities": 2, "decoder_dist_params": {"a": {"sclae": 1}}}, "unknown parameter 'sclae'"),
         (
@@ -226,6 +228,19 @@ def test_shipped_configurations_are_valid(name: str) -> None:
 def test_model_configuration_in_python(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         JMVAEConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"encoder_hidden_dims": value}, "encoder_hidden_dims") for value in (None, 8, "88", ["8"], [8.0], [True])),
+        ({"activation": "swish"}, r"activation: 'swish' .*'relu', 'gelu'"),
+        ({"activation": None}, "activation"),
+    ],
+)
+def test_network_sizes_in_python(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        NetworksConfig(**options)
 
 
 def test_model_configuration_has_the_documented_defaults() -> None:
