@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from jmvae_dist.config import AnnealingSection, LearningRateSection
+from jmvae_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,20 @@ def resolve_annealing(
     global_batch_size: int,
     total_steps: int,
 ) -> AnnealingSchedule:
-    """The schedule of a run: epochs become steps; `section.warmup_steps` overrides `warmup_epochs`."""
+    """The schedule of a run: epochs become steps; `section.warmup_steps` overrides `warmup_epochs`.
+
+    Raises:
+        ConfigError: The cycles are single steps, each of which would be taken with the factor 0.
+    """
     warmup_steps = section.warmup_steps
     if warmup_steps is None:
         warmup_steps = epochs_to_steps(warmup_epochs, num_samples, global_batch_size)
     cycle_steps = max(1, math.ceil(total_steps / section.cycles))
+    if section.shape == "cyclical" and cycle_steps < 2:
+        raise ConfigError(
+            f"schedule.annealing.cycles: {section.cycles} is not allowed; it must be below the number of steps "
+            f"of the run ({total_steps}), or the weight would be 0 in all of them"
+        )
     return AnnealingSchedule(section.shape, warmup_steps, cycle_steps, section.cycle_growth)
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jmvae_dist.config import AnnealingSection, LearningRateSection
+from jmvae_dist.errors import ConfigError
 from jmvae_dist.schedules import (
     AnnealingSchedule,
     LearningRateSchedule,
@@ -41,6 +42,17 @@ def test_cyclical_annealing_grows_and_stays_in_every_cycle() -> None:
 @given(step=st.integers(0, 10**12), warmup_steps=st.integers(0, 10**9), cycle_steps=st.integers(1, 10**6))
 def test_annealing_stays_between_0_and_1(shape: str, step: int, warmup_steps: int, cycle_steps: int) -> None:
     assert 0.0 <= AnnealingSchedule(shape, warmup_steps, cycle_steps)(step) <= 1.0
+
+
+@pytest.mark.parametrize(("cycles", "total_steps", "is_allowed"), [(99, 100, True), (100, 100, False), (1, 1, False)])
+def test_cycles_that_would_never_weigh_the_kl_terms(cycles: int, total_steps: int, is_allowed: bool) -> None:
+    sizes = {"num_samples": 10, "global_batch_size": 5, "total_steps": total_steps}
+    section = AnnealingSection(shape="cyclical", cycles=cycles)
+    if is_allowed:
+        assert max(map(resolve_annealing(section, warmup_epochs=1, **sizes), range(total_steps))) == 1.0
+        return
+    with pytest.raises(ConfigError, match=rf"schedule\.annealing\.cycles: {cycles} .* below .* \({total_steps}\)"):
+        resolve_annealing(section, warmup_epochs=1, **sizes)
 
 
 def test_no_warmup_is_constant_1() -> None:
