@@ -85,12 +85,16 @@ def _draw_line(axes: Axes, value: np.ndarray, limits: tuple[float, float], color
 
 
 def _limits(rows: list[_Row], modality: str, likelihood: Likelihood) -> tuple[float, float]:
-    """Common value range of a modality in all rows: that of the data where there is any, so that models compare."""
+    """Common value range of a modality in all rows: that of the data where there is any, so that models compare.
+
+    Only finite values count: what a diverging model generates must not end a run that draws it.
+    """
     if likelihood.name in ("bernoulli", "categorical"):
         return 0.0, 1.0
     own = [row for row in rows if row.modality == modality]
     values = [row.values for row in own if row.from_data] or [row.values for row in own]
-    return float(min(array.min() for array in values)), float(max(array.max() for array in values))
+    finite = np.concatenate([array[np.isfinite(array)] for array in values])
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
 
 
 def _draw_cell(axes: Axes, row: _Row, column: int, likelihood: Likelihood, limits: tuple[float, float]) -> None:

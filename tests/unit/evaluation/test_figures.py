@@ -116,6 +116,23 @@ def test_prior_samples(model: JMVAE) -> None:
     assert not np.array_equal(pictures[0], pictures[1])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+def test_a_diverging_model_can_be_drawn(
+    model: JMVAE, inputs: dict[str, Tensor], tmp_path: Path, value: float
+) -> None:
+    with torch.no_grad():
+        for decoder in model.decoders.values():
+            for parameter in decoder.parameters():
+                parameter.fill_(value)
+    figures = (
+        reconstruction_figure(model, inputs, max_samples=2),
+        cross_modal_figure(model, inputs, "label", max_samples=2, num_draws=1),
+        prior_samples_figure(model, num_samples=2, num_lines=1),
+    )
+    for number, figure in enumerate(figures):
+        save_png(figure, tmp_path / f"{number}.png")
+
+
 def test_mode_of_the_model_and_random_state_are_left_alone(model: JMVAE, inputs: dict[str, Tensor]) -> None:
     model.train()
     state = torch.get_rng_state()
