@@ -196,6 +196,9 @@ def _read_config(data: RunData) -> None:
 
 def _read_text(data: RunData, name: str) -> str | None:
     path = data.run_dir / name
+    if _is_irregular(path):
+        data.notes.append(f"{name} is left out: not a regular file.")
+        return None
     try:
         with open(path, "rb") as file:
             content = file.read(_MAX_TEXT_BYTES + 1)
@@ -208,6 +211,11 @@ def _read_text(data: RunData, name: str) -> str | None:
         data.notes.append(f"{name} is larger than {_MAX_TEXT_BYTES >> 20} MiB and is left out.")
         return None
     return content.decode("utf-8", errors="replace")
+
+
+def _is_irregular(path: Path) -> bool:
+    """Whether a path is there but no regular file: a pipe would be waited for, a device read, for ever."""
+    return path.exists() and not path.is_file()
 
 
 def _read_json(data: RunData, name: str) -> dict[str, Any] | None:
@@ -237,6 +245,9 @@ def _read_checkpoints(data: RunData) -> None:
 def _read_figures(data: RunData) -> None:
     left_bytes = _MAX_FIGURES_BYTES
     for path in sorted((data.run_dir / "figures").glob("*.png")):
+        if _is_irregular(path):
+            data.notes.append(f"Figure {path.name} is left out: not a regular file.")
+            continue
         try:
             size_bytes = path.stat().st_size
             if size_bytes > min(_MAX_FIGURE_BYTES, left_bytes):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,6 +123,18 @@ def test_absurd_numbers_do_not_stop_the_report(tmp_path: Path, name: str, conten
     page = write_report(run_dir).read_text()
     charts_of(page)
     assert note is None or note in page
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "schedule.json", "figures/samples.png"])
+def test_pipes_and_devices_are_left_out(tmp_path: Path, name: str) -> None:
+    run_dir = make_run(tmp_path)
+    (run_dir / "figures").mkdir()
+    (run_dir / "figures" / "zeros.png").symlink_to("/dev/zero")
+    (run_dir / name).unlink(missing_ok=True)
+    os.mkfifo(run_dir / name)
+    page = write_report(run_dir).read_text()
+    assert f"{Path(name).name} is left out: not a regular file." in page
+    assert "zeros.png is left out: not a regular file." in page
 
 
 def test_a_checkpoint_that_is_deleted_meanwhile_does_not_stop_the_report(
