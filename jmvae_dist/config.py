@@ -213,7 +213,9 @@ class ModelSection(JMVAEConfig):
         try:
             self.check_modalities(names)
         except ConfigError as error:
-            raise ConfigError(f"model.{error} of the data (select some of them with data.modalities)") from None
+            raise ConfigError(
+                f"model.{error} (those of the data; select some of them with data.modalities)"
+            ) from None
         for name, shape in (self.input_dims or {}).items():
             if tuple(shape) != tuple(input_dims[name]):
                 raise ConfigError(

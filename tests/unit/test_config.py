@@ -115,6 +115,7 @@ DATA_MISTAKES = [
     (["--model.input_dims", "{image: [1, 28, 28], label: [10]}"], ["model.input_dims.image", "[1, 8, 8]"]),
     (["--model.input_dims", "{picture: [1, 8, 8], label: [10]}"], ["'image'", "['picture', 'label']"]),
     (["--model.n_modalities", "3"], ["model.n_modalities", "2"]),
+    (["--model.rescale_factors", "{image: 1}"], ["model.rescale_factors", "or none (those of the data; select some"]),
 ]
 
 
