@@ -57,6 +57,7 @@ _CHARTS: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     ("Held-out evaluation", "Log-likelihood", ("eval/log_likelihood/",)),
     ("Held-out evaluation", "Joint negative log-likelihood", ("eval/joint_nll",)),
+    ("Held-out evaluation", "Marginal negative log-likelihood", ("eval/marginal_nll/",)),
     ("Held-out evaluation", "Accuracy of generated modalities", ("eval/accuracy/",)),
     ("Schedules", "Annealing factor of the KL terms", ("schedule/annealing",)),
     ("Schedules", "Learning rate", ("schedule/learning_rate",)),
@@ -65,7 +66,16 @@ _CHARTS: list[tuple[str, str, tuple[str, ...]]] = [
     ("Machine", "Memory (GiB)", ("memory/",)),
     ("Machine", "Gradient norm", ("grad_norm",)),
 ]
-_UNCHARTED = ("global_step", "samples_seen", "epoch", "time_s", "eval/joint_nll_stderr")
+# Not charted: where the run is, and what belongs to another number. A key that ends in "/" as above.
+_UNCHARTED = (
+    "global_step",
+    "samples_seen",
+    "epoch",
+    "time_s",
+    "eval/samples",
+    "eval/joint_nll_stderr",
+    "eval/marginal_nll_stderr/",
+)
 
 
 @dataclass
@@ -294,7 +304,7 @@ def downsample(
 
 def _make_charts(data: RunData) -> list[dict[str, Any]]:
     charts: list[dict[str, Any]] = []
-    used: set[str] = set(_UNCHARTED)
+    used = {name for pattern in _UNCHARTED for name in _matching(data.series, pattern)}
     for section, title, patterns in _CHARTS:
         names = [name for pattern in patterns for name in _matching(data.series, pattern)]
         used |= set(names)

@@ -72,6 +72,18 @@ def test_complete_run(tmp_path: Path) -> None:
     ]
 
 
+def test_likelihoods_of_modalities_share_a_chart_and_their_errors_have_none(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        values = {"samples": 40.0, "joint_nll": 3.0, "joint_nll_stderr": 0.1}
+        values |= {f"marginal_nll{suffix}/{name}": 1.0 for suffix in ("", "_stderr") for name in "ab"}
+        log.write({"global_step": 1, **{f"eval/{key}": value for key, value in values.items()}})
+    charts = charts_of(write_report(tmp_path).read_text())
+    assert {title: [series["name"] for series in chart["series"]] for title, chart in charts.items()} == {
+        "Joint negative log-likelihood": ["eval/joint_nll"],
+        "Marginal negative log-likelihood": ["eval/marginal_nll/a", "eval/marginal_nll/b"],
+    }
+
+
 def test_planned_schedule_spans_the_whole_run(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, last_step=10)
     with MetricsLog(run_dir / "metrics.jsonl", 10) as log:
