@@ -265,7 +265,7 @@ class Manifest:
         """Read and check a manifest.
 
         Raises:
-            ConfigError: there is no such file.
+            ConfigError: there is no such file, or it is a folder or a pipe.
             DataError: the file is not a sound manifest; the message names file and key.
         """
         path = Path(path)
@@ -276,6 +276,8 @@ class Manifest:
             raise ConfigError(
                 f"no manifest at {path}; make one with `jmvae-dist shards write SOURCE --out {path.parent}`"
             ) from None
+        except DataError as error:
+            raise ConfigError(f"{error}; name the manifest.json in the folder of the shards") from None
         except OSError as error:
             raise ConfigError(f"cannot read manifest {path}: {error.strerror}") from None
         if len(content) > MAX_MANIFEST_BYTES:

@@ -172,7 +172,7 @@ def test_a_modality_of_deep_lists() -> None:
 def test_a_pipe_or_folder_instead_of_a_manifest(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(DataError, match="not a regular file"):
+        with pytest.raises(ConfigError, match=r"not a regular file; name the manifest\.json"):
             Manifest.load(path)
 
 
