@@ -164,12 +164,17 @@ def temporary_directory(root: Path, global_step: int) -> Path:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Sealed checkpoint directories, oldest step first; whether they are intact is for `find_damage` to say."""
+    return [path for path in list_step_directories(root) if (path / MANIFEST_NAME).is_file()]
+
+
+def list_step_directories(root: Path) -> list[Path]:
+    """Directories that bear the name of a checkpoint, with or without a manifest, oldest step first."""
     if not root.is_dir():
         return []
     steps = []
     for path in root.iterdir():
         match = _STEP_NAME.fullmatch(path.name)
-        if match and (path / MANIFEST_NAME).is_file():
+        if match and path.is_dir():
             steps.append((int(match[1]), path))
     return [path for _, path in sorted(steps)]
 

@@ -194,7 +194,10 @@ class CheckpointManager:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             for name in sweep(self.root):
-                logger.warning("removed %s, left behind by an interrupted write", self.root / name)
+                logger.warning(
+                    "removed %s: without its manifest, as after an interrupted write or deletion, it is no checkpoint",
+                    self.root / name,
+                )
             names = [path.name for path in reversed(list_checkpoints(self.root))]
             newer = [name for name in names if at_most is not None and _step_of(name) > at_most]
             self._set_aside(newer, "rewound")

@@ -32,11 +32,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _checkpoints_at(path: Path) -> list[Path]:
-    from jmvae_dist.checkpoint.layout import MANIFEST_NAME, list_checkpoints
+    from jmvae_dist.checkpoint.layout import MANIFEST_NAME, list_step_directories
 
     if (path / MANIFEST_NAME).is_file():
         return [path]
-    checkpoints = list_checkpoints(path / "checkpoints")
+    # Also those without a manifest: they are not resumed from, and whoever looks should learn why.
+    checkpoints = list_step_directories(path / "checkpoints")
     if not checkpoints:
         raise CheckpointError(f"{path}: neither a checkpoint nor a run directory with checkpoints")
     return checkpoints

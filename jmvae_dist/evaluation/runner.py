@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jmvae_dist.data.loader import EvaluationLoader
 from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.reader import Verify
 from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.evaluation.evaluate import evaluate_batches, evaluation_mode, finalize
 from jmvae_dist.evaluation.figures import (
@@ -27,6 +28,7 @@ def evaluate_together(
     batch_size: int,
     seed: int,
     joint_nll_samples: int,
+    verify: Verify = "first_use",
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Metrics over every sample of `manifest` exactly once, split over all ranks; equal on every rank.
@@ -39,6 +41,7 @@ def evaluate_together(
         batch_size: Samples per forward pass on one rank.
         seed: Of the noise, which is keyed by it and by the sample's position: not by rank or batch size.
         joint_nll_samples: Importance samples per sample for the joint likelihood; 0 leaves it out.
+        verify: When shards' sha256 are checked; see `config.DataSection`.
         progress: Called after each batch of this rank with its number of samples.
 
     Returns:
@@ -53,6 +56,7 @@ def evaluate_together(
         world_size=collectives.world_size,
         batch_size=batch_size,
         modalities=modalities,
+        verify=verify,
     )
     with collectives.together():
         sums = evaluate_batches(model, loader, seed=seed, joint_nll_samples=joint_nll_samples, progress=progress)
@@ -61,7 +65,14 @@ def evaluate_together(
 
 
 def save_figures(
-    model: JMVAE, manifest: Manifest, modalities: Sequence[str], folder: Path, *, num_samples: int, seed: int
+    model: JMVAE,
+    manifest: Manifest,
+    modalities: Sequence[str],
+    folder: Path,
+    *,
+    num_samples: int,
+    seed: int,
+    verify: Verify = "first_use",
 ) -> dict[str, Path]:
     """Draw reconstructions, cross-modal generation from every modality, and samples of the prior; on one rank.
 
@@ -72,11 +83,14 @@ def save_figures(
         folder: Where the PNG files go; those of an earlier step are replaced.
         num_samples: Samples per figure.
         seed: Of the posterior's and the prior's samples.
+        verify: When shards' sha256 are checked; see `config.DataSection`.
 
     Returns:
         Name -> path.
     """
-    loader = EvaluationLoader(manifest, rank=0, world_size=1, batch_size=num_samples, modalities=modalities)
+    loader = EvaluationLoader(
+        manifest, rank=0, world_size=1, batch_size=num_samples, modalities=modalities, verify=verify
+    )
     inputs = next(iter(loader)).inputs
     with evaluation_mode(model):
         figures = {"reconstruction": reconstruction_figure(model, inputs, max_samples=num_samples)}

@@ -206,11 +206,12 @@ class Trainer:
         manifest = self._resume(at_most=rewind.first_step)
         assert manifest is not None, "a rewind is asked for only if there is a checkpoint to go back to"
         self.passed_over = passed_over
-        logger.warning(
-            "the loss spiked: back from step %d to the checkpoint at step %d; the batches of steps %d to %d are "
-            "passed over (training.guards.spike_action)",
-            *(spiked_after, self.global_step, rewind.first_step + 1, spiked_after),
-        )
+        if self.runtime.is_main:
+            logger.warning(
+                "the loss spiked: back from step %d to the checkpoint at step %d; the batches of steps %d to %d are "
+                "passed over (training.guards.spike_action)",
+                *(spiked_after, self.global_step, rewind.first_step + 1, spiked_after),
+            )
         return manifest
 
     def _is_passed_over(self, global_step: int) -> bool:
@@ -411,6 +412,7 @@ class Trainer:
                 batch_size=self.run.config.evaluation.batch_size,
                 seed=self.run.config.training.seed,
                 joint_nll_samples=joint_nll_samples,
+                verify=self.run.config.data.verify,
                 progress=advance,
             )
 
@@ -429,9 +431,12 @@ class Trainer:
                     self.run.output_dir / "figures",
                     num_samples=self.run.config.evaluation.figure_samples,
                     seed=self.run.config.training.seed,
+                    verify=self.run.config.data.verify,
                 )
-            except OSError as error:
-                logger.warning("the figures could not be written: %s", error)
+            except DataError:
+                raise
+            except Exception as error:  # whatever a plotting library objects to must not end a run
+                logger.warning("the figures could not be drawn: %s: %s", type(error).__name__, error)
             else:
                 self.recorder.figures(self.global_step, paths)
 

@@ -151,6 +151,45 @@ def test_a_training_run_ends_and_names_the_lost_rank(make_run: Callable[..., Run
     assert any(f"rank 1 (process {victim} on host " in line and fate in line for line in output.splitlines()), output
 
 
+FAIL = """
+import os, sys
+from jmvae_dist.__main__ import main
+from jmvae_dist.training.step import TrainStep
+
+take_step = TrainStep.__call__
+
+def fail_on_rank_1(self, batch, **options):
+    if os.environ["RANK"] == "1" and batch.global_step == 20:
+        raise ValueError("nobody expected this")
+    return take_step(self, batch, **options)
+
+TrainStep.__call__ = fail_on_rank_1
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_unexpected_error_on_one_rank_ends_all_and_is_passed_on(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    """A defect, of ours or of a user's network: its own traceback there, and its reason on the other ranks."""
+    script = tmp_path / "fail.py"
+    script.write_text(FAIL)
+    run = make_run("run", "--training.steps", "1000000")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*torchrun, str(script), "train", *run.arguments()],
+        env=launch_environment(),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert result.returncode == 1
+    assert "ValueError: nobody expected this" in result.stderr
+    told = [line for line in result.stderr.splitlines() if line.startswith("jmvae-dist[rank 0] train: rank 1 ")]
+    assert len(told) == 1, result.stderr
+    assert "failed with ValueError: nobody expected this" in told[0]
+
+
 STAY = """
 import sys, time
 from pathlib import Path
