@@ -169,7 +169,7 @@ def test_printed_configuration_reproduces_itself(tmp_path: Path, capsys: pytest.
 
 
 # In YAML 1.1, which PyYAML writes, 1e3 is text; to jsonargparse, which reads it, it is a number.
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(text=st.sampled_from(["1e3", "12e5678", "1.5E3", "+1_0e-2"]) | st.text("0123456789eE+-._:#~{nylor "))
 def test_any_text_is_printed_so_that_it_is_read_back_as_that_text(
     tmp_path_factory: pytest.TempPathFactory, text: str

@@ -85,7 +85,7 @@ def cut(entries: dict[str, torch.Tensor], cuts: list[float]) -> list[list[Fragme
 CUTS = st.lists(st.floats(0, 1), max_size=4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shapes=SHAPES, writers=CUTS, readers=CUTS, dtype=st.sampled_from([torch.float32, torch.float64, torch.int64]))
 def test_any_ranks_read_what_any_other_ranks_wrote(
     tmp_path_factory: pytest.TempPathFactory,

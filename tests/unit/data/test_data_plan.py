@@ -62,7 +62,6 @@ def stream_of_lane(plan: SamplePlan, lane: int, num_steps: int) -> list[Sample]:
     return [s for step in range(num_steps) for s in samples_of(plan, step, range(lane, lane + 1))]
 
 
-@settings(deadline=None)
 @given(setting=SETTINGS, num_epochs=st.integers(1, 4))
 def test_the_lanes_parts_of_an_epoch_partition_the_samples(setting: Setting, num_epochs: int) -> None:
     """Cut every lane's stream at T_c(e): the pieces of one epoch hold each sample exactly once, in every epoch."""
@@ -78,7 +77,6 @@ def test_the_lanes_parts_of_an_epoch_partition_the_samples(setting: Setting, num
     assert all(epochs[epoch] == setting.samples for epoch in range(num_epochs))
 
 
-@settings(deadline=None)
 @given(setting=SETTINGS, num_steps=st.integers(1, 30))
 def test_no_sample_gets_ahead(setting: Setting, num_steps: int) -> None:
     """After k steps every sample was seen floor(k * G / N) times or once more, at every k, not only at epoch ends.
@@ -96,7 +94,6 @@ def test_no_sample_gets_ahead(setting: Setting, num_steps: int) -> None:
         )
 
 
-@settings(deadline=None)
 @given(setting=SETTINGS, global_step=st.integers(0, 40), data=st.data())
 def test_global_batches_do_not_depend_on_topology(setting: Setting, global_step: int, data: st.DataObject) -> None:
     world_size = data.draw(st.integers(1, setting.lanes))

@@ -271,7 +271,6 @@ def test_index_of_another_size_magic_version_or_content(tmp_path: Path) -> None:
         read_index(path, 2, 1, 4096, None)
 
 
-@settings(deadline=None)
 @given(content=st.binary(max_size=300))
 def test_no_bytes_crash_the_decoders(content: bytes) -> None:
     for modality in (IMAGE, LABEL):

@@ -54,7 +54,7 @@ def test_non_finite_values_are_strict_json(tmp_path: Path) -> None:
     assert (record["b"], record["c"]) == (math.inf, -math.inf)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     steps=st.lists(st.integers(1, 30), max_size=20),
     resume_step=st.integers(1, 35),
