@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 
 import jmvae_dist
 from jmvae_dist.checkpoint.export import export_model
-from tests.conftest import Run, assert_same_tensors
+from tests.conftest import Run, assert_same_tensors, launch_environment
 
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 ZERO = ENGINES[1:]
@@ -167,6 +169,51 @@ def test_more_processes_resume_exactly(
     origin = sources(engine, num_processes)
     assert_same_run(origin, resume(origin, tmp_path / "resumed", engine, num_processes))
     assert_close_losses(sources("ddp", 2), origin, 1e-5)
+
+
+FROZEN = """
+import os, sys
+import torch
+from jmvae_dist.__main__ import main
+from jmvae_dist.training import loop
+
+class PartlyFrozen(loop.JMVAE):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        offset = float(os.environ["OFFSET"])
+        self.register_buffer("constants", torch.arange(5.0) + offset)
+        for frozen in (self.encoders["image"].hidden[0], self.joint_encoder.heads):
+            frozen.requires_grad_(False)
+            frozen.weight += offset
+
+loop.JMVAE = PartlyFrozen
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("zero2", "zero3"), slow("ddp", "zero1"), slow("zero3", "ddp"), slow("zero1", "zero2")]
+)
+def test_frozen_parameters_and_buffers(make_run: MakeRun, tmp_path: Path, source: str, target: str) -> None:
+    """They are restored although no optimizer knows them; the resuming run begins with other values."""
+    script = tmp_path / "frozen.py"
+    script.write_text(FROZEN)
+
+    def train(run: Run, offset: float) -> None:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [*torchrun, str(script), "train", *run.arguments()]
+        subprocess.run(command, env={**launch_environment(), "OFFSET": str(offset)}, check=True, capture_output=True)
+
+    straight = make_run("straight", *SETTINGS, "--training.engine", source)
+    train(straight, offset=0.0)
+    resumed = make_run("resumed", *SETTINGS, "--training.engine", target)
+    shutil.copytree(straight.output_dir, resumed.output_dir)
+    shutil.rmtree(resumed.checkpoint(STEPS))
+    train(resumed, offset=1.0)
+    assert_same_run(straight, resumed)
+    tensors = resumed.tensors(STEPS)
+    assert tensors["buffer/constants"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert "exp_avg/encoders.image.hidden.0.weight" not in tensors
 
 
 def test_models_come_from_any_engines_checkpoint(sources: Callable[..., Run], tmp_path: Path) -> None:
