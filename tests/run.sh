@@ -16,6 +16,8 @@ if [ $# -eq 0 ]; then
     ruff check .
     ruff format --check .
     mypy
+    # Two files at a time: most tests wait for processes that start.
+    set -- -n 2 --dist loadfile
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec python -m pytest "$@"

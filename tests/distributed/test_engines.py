@@ -240,8 +240,8 @@ def test_evaluation_and_figures_with_partitioned_weights(
     make_run: MakeRun, digits: Path, sources: Callable[..., Run]
 ) -> None:
     evaluation = (
-        *("--data.eval_manifest", str(digits / "test" / "manifest.json"), "--evaluation.every_steps", "4"),
-        *("--evaluation.joint_nll_samples", "3"),
+        *("--data.eval_manifest", str(digits / "test" / "manifest.json"), "--evaluation.every_steps", "6"),
+        *("--evaluation.joint_nll_samples", "3", "--evaluation.figure_samples", "2"),
     )
     run = make_run("run", *SETTINGS, "--training.engine", "zero3", *evaluation)
     run.train(2)

@@ -16,6 +16,7 @@ import pytest
 
 import jmvae_dist
 from jmvae_dist.checkpoint.layout import find_damage, list_checkpoints, read_manifest
+from jmvae_dist.commands.checkpoint import main as checkpoint_command
 from tests.conftest import Run, assert_same_tensors
 
 MakeRun = Callable[..., Run]
@@ -175,7 +176,7 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def test_damaged_checkpoints_are_passed_over(make_run: MakeRun, tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_passed_over(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     """Every kind of damage to the newest checkpoint: said loudly, and the one before is used."""
     settings = ("--training.steps", "20", "--checkpoint.every_steps", "10", "--training.log_every_steps", "1")
     original = make_run("original", *settings)
@@ -184,11 +185,8 @@ def test_damaged_checkpoints_are_passed_over(make_run: MakeRun, tmp_path: Path) 
         run = make_run(f"damaged_{number}", *settings)
         subprocess.run(["cp", "-r", original.output_dir, run.output_dir], check=True)
         damage(run.checkpoint(20))
-        verify = subprocess.run(
-            [*run.command(1)[:3], "checkpoint", "verify", str(run.output_dir)], capture_output=True, text=True
-        )
-        assert verify.returncode == 1, name
-        assert "1 of 2 checkpoints are intact" in verify.stdout, name
+        assert checkpoint_command(["verify", str(run.output_dir)]) == 1, name
+        assert "1 of 2 checkpoints are intact" in capsys.readouterr().out, name
         output = run.train(1)
         said = "without a manifest" if name == "missing manifest" else "DAMAGED CHECKPOINT"
         assert said in output, name
