@@ -20,8 +20,8 @@ MakeRun = Callable[..., Run]
 
 def test_checkpoints_by_time_are_written_once_each(make_run: MakeRun) -> None:
     every_s = 0.2
-    settings = ("--training.steps", "600", "--checkpoint.every_s", str(every_s), "--checkpoint.keep_last", "500")
-    run = make_run("run", *settings)
+    cadence = ("--checkpoint.every_s", str(every_s), "--checkpoint.every_steps", "null")
+    run = make_run("run", "--training.steps", "400", "--checkpoint.keep_last", "500", *cadence)
     run.train(2)
     elapsed_s = [read_manifest(path).elapsed_s for path in list_checkpoints(run.output_dir / "checkpoints")]
     assert len(elapsed_s) >= 3
