@@ -232,8 +232,15 @@ def commit(root: Path, manifest: CheckpointManifest) -> Path:
     write_text_atomic(temporary / MANIFEST_NAME, manifest.to_json())
     os.replace(temporary, final)
     fsync_path(root)
-    write_text_atomic(root / LATEST_NAME, final.name + "\n")
+    name_latest(final)
     return final
+
+
+def name_latest(checkpoint: Path) -> None:
+    """Make `LATEST` name this checkpoint; untouched if it does, as a complete run may be on a full disk."""
+    latest, text = checkpoint.parent / LATEST_NAME, checkpoint.name + "\n"
+    if not latest.is_file() or latest.read_text() != text:
+        write_text_atomic(latest, text)
 
 
 def remove_checkpoint(checkpoint: Path) -> None:

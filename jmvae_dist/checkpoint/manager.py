@@ -37,6 +37,7 @@ from jmvae_dist.checkpoint.layout import (
     commit,
     find_damage,
     list_checkpoints,
+    name_latest,
     read_manifest,
     remove_checkpoint,
     seal_file,
@@ -150,7 +151,7 @@ class CheckpointManager:
 
         Args:
             check: Called with its manifest before anything is loaded; raises if the run is another one.
-            at_most: Go back to this step or before it; newer checkpoints are set aside.
+            at_most: Go back to this step or before it; newer checkpoints are set aside, once there is one.
 
         Returns:
             Its manifest; None if the run has no checkpoint.
@@ -158,19 +159,27 @@ class CheckpointManager:
         Raises:
             CheckpointError: There are checkpoints, but none is intact, or they are another model's.
         """
-        names = self.collectives.on_main(lambda: self._find_candidates(at_most))
+        names = self.collectives.on_main(self._find_candidates)
+        newer = [name for name in names if at_most is not None and _step_of(name) > at_most]
+        names = names[len(newer) :]
         for number, name in enumerate(names):
             manifest = self._verify_together(self.root / name)
             if manifest is not None:
+                self.collectives.on_main(partial(self._set_aside, newer, "rewound"))
                 self._load_together(self.root / name, manifest, check)
                 self.collectives.on_main(partial(self._set_aside, names[:number], "damaged"))
+                self.collectives.on_main(partial(name_latest, self.root / name))
                 self.last_saved_step = manifest.global_step
                 return manifest
         if names:
+            which, advice = "", "restore one from a copy, or move the directory away to start from the beginning"
+            if newer:
+                which = f" up to step {at_most}, to go back to,"
+                advice = f"the same command goes on from {newer[0]}"
             raise mark_on_all_ranks(
                 CheckpointError(
-                    f"{self.root}: none of the {len(names)} checkpoints is intact (see the warnings above); "
-                    "restore one from a copy, or move the directory away to start from the beginning"
+                    f"{self.root}: none of the {len(names)} checkpoints{which} is intact (see the warnings above); "
+                    f"{advice}"
                 )
             )
         return None
@@ -189,7 +198,7 @@ class CheckpointManager:
             os.replace(self.root / name, aside)
             logger.warning("the %s checkpoint is now %s; delete it when you have seen enough", why, aside)
 
-    def _find_candidates(self, at_most: int | None) -> list[str]:
+    def _find_candidates(self) -> list[str]:
         """Names of the checkpoints, newest first, after removing what interrupted writes left behind."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -198,10 +207,7 @@ class CheckpointManager:
                     "removed %s: without a manifest, as after an interrupted write or deletion, it is no checkpoint",
                     self.root / name,
                 )
-            names = [path.name for path in reversed(list_checkpoints(self.root))]
-            newer = [name for name in names if at_most is not None and _step_of(name) > at_most]
-            self._set_aside(newer, "rewound")
-            return names[len(newer) :]
+            return [path.name for path in reversed(list_checkpoints(self.root))]
         except OSError as failure:
             raise CheckpointError(f"{self.root}: {failure}") from failure
 

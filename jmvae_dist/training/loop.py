@@ -304,9 +304,7 @@ class Trainer:
         if guards.spiked_at is None:
             return
         first_step = max(0, guards.spiked_at - section.rewind_skip_steps)
-        oldest = self.runtime.collectives.on_main(self.checkpoints.oldest_step)
-        can_rewind = oldest is not None and oldest <= first_step
-        if section.spike_action != "rewind" or not can_rewind:
+        if section.spike_action != "rewind" or not self._can_go_back_to(first_step):
             done = "the weights were updated" if section.spike_action == "warn" else "the update was dropped"
             why = "" if section.spike_action != "rewind" else "; no checkpoint is old enough to go back to"
             if self.runtime.is_main:
@@ -320,6 +318,14 @@ class Trainer:
                 )
             )
         raise mark_on_all_ranks(RewindRequested(first_step))
+
+    def _can_go_back_to(self, global_step: int) -> bool:
+        """Whether there is a checkpoint of this step or an earlier one."""
+        self.watchdog.enter("checkpoint", self.global_step, has_limit=False)
+        # Before looking: once the checkpoint under way is committed, the oldest one may be deleted.
+        self.checkpoints.finish()
+        oldest = self.runtime.collectives.on_main(self.checkpoints.oldest_step)
+        return oldest is not None and oldest <= global_step
 
     def _write(self, record: dict[str, Any]) -> None:
         """Write a record on rank 0; if that fails, all ranks stop."""

@@ -79,6 +79,19 @@ def test_a_spike_rewinds_and_its_batches_are_passed_over(tmp_path: Path) -> None
     assert_same_tensors(run.tensors(40), again.tensors(40))
 
 
+def test_the_checkpoint_to_go_back_to_outlives_the_one_being_written(tmp_path: Path) -> None:
+    """When the spike is noticed, two checkpoints are there and a third is being written, which will replace one."""
+    data = write_outlier(tmp_path, 1000.0)
+    guards = (
+        *("--training.guards.spike_threshold", "20", "--training.guards.spike_window_steps", "4"),
+        *("--training.guards.spike_action", "rewind", "--training.guards.rewind_skip_steps", "2"),
+    )
+    every_step = ("--checkpoint.every_steps", "1", "--checkpoint.keep_last", "2")
+    run = Run(tmp_path / "run", data, [*SETTINGS, "--training.steps", "12", *guards, *every_step])
+    assert "no checkpoint is old enough to go back to" in run.train(1)
+    assert run.checkpoint(12).is_dir()
+
+
 def test_without_an_old_checkpoint_a_spike_is_only_dropped(tmp_path: Path) -> None:
     data = write_outlier(tmp_path, 1000.0)
     guards = (
