@@ -204,7 +204,8 @@ class CheckpointManager:
             self.root.mkdir(parents=True, exist_ok=True)
             for name in sweep(self.root):
                 logger.warning(
-                    "removed %s: without a manifest, as after an interrupted write or deletion, it is no checkpoint",
+                    "removed %s: without its manifest, as after an interrupted write or deletion, "
+                    "it is no checkpoint",
                     self.root / name,
                 )
             return [path.name for path in reversed(list_checkpoints(self.root))]
