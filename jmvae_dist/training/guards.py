@@ -108,7 +108,7 @@ class StepGuard:
         self._skipped = scalar("skipped_steps", 0, torch.int64)
         self._skips_in_a_row = scalar("skips_in_a_row", 0, torch.int64)
         self._longest_row = self._skips_in_a_row.clone()
-        self._spiked_at = torch.tensor(-1, device=self._device)
+        self._spiked_at = scalar("spiked_at", -1, torch.int64)
         history = list(state.get("loss_history", []))[-self._section.spike_window_steps :]
         padding = [float("nan")] * (self._section.spike_window_steps - len(history))
         self._history = torch.tensor(padding + history, dtype=torch.float64, device=self._device)
@@ -122,6 +122,8 @@ class StepGuard:
             "sound_in_a_row": int(self._sound_in_a_row),
             "skipped_steps": int(self._skipped),
             "skips_in_a_row": int(self._skips_in_a_row),
+            # Not yet read: whoever goes on from here must act on it as this run will at its next record.
+            "spiked_at": int(self._spiked_at),
             "loss_history": history,
         }
 

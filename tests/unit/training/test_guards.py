@@ -145,6 +145,19 @@ def test_a_resumed_guard_judges_alike(losses: list[float], split: int) -> None:
     assert straight.state() == first.state()
 
 
+def test_a_spike_between_a_record_and_a_checkpoint_is_not_forgotten() -> None:
+    """Whoever resumes must go back at the next record, as the uninterrupted run does."""
+    options = {"spike_threshold": 4.0, "spike_window_steps": 2, "spike_action": "rewind"}
+    guard, resumed = make_guard(**options), make_guard(**options)
+    for step, loss in enumerate((1.0, 1.1, 50.0, 1.0)):
+        judge(guard, loss, step=step)
+    resumed.load_state(json.loads(json.dumps(guard.state())))
+    assert resumed.read().spiked_at == 2
+    guard.read()
+    resumed.load_state(guard.state())
+    assert resumed.read().spiked_at is None
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_dropped_update_changes_nothing(fused: bool) -> None:
     """Neither weights nor moments nor step counts, which set the size of later updates."""
