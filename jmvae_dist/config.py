@@ -283,7 +283,8 @@ class DeepSpeedSection:
 class GuardsSection:
     """What protects the weights from a bad step.
 
-    A step whose loss or gradient is not finite never changes the weights; it is counted and passed over.
+    A step whose loss or gradient is not finite, or whose gradient's square is not in float32, never changes the
+    weights; it is counted and passed over.
 
     Args:
         max_consecutive_skips: The run stops when more steps than this are dropped one after another. fp16 begins

@@ -146,7 +146,8 @@ class StepGuard:
         factor = 1.0 / self.loss_scale
         if self._clip_norm is not None:
             factor = factor * (self._clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
-        is_finite = loss.isfinite() & grad_norm.isfinite()
+        # Beyond this AdamW's second moments become infinite, and what they belong to never moves again.
+        is_finite = loss.isfinite() & values[1].float().isfinite()
         if not is_wanted:
             return Verdict(torch.zeros_like(is_finite), grad_norm, factor)
         is_spike = self._watch_for_spikes(global_step, loss, is_finite)

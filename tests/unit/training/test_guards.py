@@ -71,9 +71,16 @@ def test_what_is_not_finite_is_dropped_and_counted(loss: float, gradient: float)
     assert guard.read().consecutive_skips == 1
 
 
-def test_large_gradients_are_sound() -> None:
-    """Their squares overflow float32."""
-    assert bool(judge(make_guard(), 1.0, [1e30, 1e30]).is_sound)
+@pytest.mark.parametrize("size", [1e18, 1e20, 1e30])
+def test_large_gradients_are_sound_unless_adam_would_never_recover(size: float) -> None:
+    """Its second moments are float32: once infinite, they stay so, and the weight stays where it is."""
+    weights = torch.nn.Parameter(torch.zeros(2))
+    optimizer = GuardedAdamW([weights], lr=0.1)
+    weights.grad = torch.full((2,), size)
+    optimizer.is_sound = judge(make_guard(), 1.0, [size, size]).is_sound
+    optimizer.step()
+    assert bool(optimizer.is_sound) == (size < 1e19)
+    assert all(bool(value.isfinite().all()) for state in optimizer.state.values() for value in state.values())
 
 
 def test_spikes() -> None:
