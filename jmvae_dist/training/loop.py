@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -23,6 +24,7 @@ from jmvae_dist.errors import (
     DataError,
     StopRequested,
     TrainingError,
+    is_on_all_ranks,
     mark_on_all_ranks,
 )
 from jmvae_dist.evaluation.runner import evaluate_together, save_figures
@@ -134,8 +136,8 @@ class Trainer:
             closing(self._batches()) as batches,
             Requests(self.runtime.collectives, self.signals, config.checkpoint.every_s, request_file) as requests,
             self.checkpoints,
+            self._steps_watched(),
         ):
-            self.watchdog.enter("waiting for data", self.global_step)
             for batch in batches:
                 self.watchdog.enter("step", self.global_step)
                 meter.batch_arrived()
@@ -162,6 +164,18 @@ class Trainer:
                 if agreed.failure:
                     with self.runtime.collectives.together():
                         batches.raise_failure()
+
+    @contextmanager
+    def _steps_watched(self) -> Iterator[None]:
+        """While steps are taken; what comes after them, like the end of W&B and the report, has no limit."""
+        self.watchdog.enter("waiting for data", self.global_step)
+        try:
+            yield
+        finally:
+            error = sys.exception()
+            # A rank that fails alone was last seen where it failed.
+            if error is None or is_on_all_ranks(error):
+                self.watchdog.enter("finishing", self.global_step, has_limit=False)
 
     def _resume(self, at_most: int | None = None) -> CheckpointManifest | None:
         """Continue from the newest intact checkpoint, if there is one; of those up to step `at_most`, if given."""
