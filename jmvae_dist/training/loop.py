@@ -110,8 +110,6 @@ class Trainer:
             try:
                 with self.recorder.progress_shown():
                     self._take_remaining_steps()
-                with collectives.together():
-                    self.signals.raise_if_received()
                 self._evaluate_finally()
             except StopRequested:
                 logger.info("stopped on request after step %d; the same command continues", self.global_step)
@@ -159,7 +157,7 @@ class Trainer:
                 self.recorder.advance(self.global_step)
                 self.watchdog.enter("waiting for data", self.global_step)
                 meter.resume()
-                if agreed.stop:
+                if agreed.stop and not is_last:
                     raise mark_on_all_ranks(StopRequested())
                 if agreed.failure:
                     with self.runtime.collectives.together():
@@ -384,6 +382,8 @@ class Trainer:
         if self.run.eval_manifest is None:
             return
         collectives = self.runtime.collectives
+        with collectives.together():
+            self.signals.raise_if_received()
         samples = self.run.config.evaluation.joint_nll_samples
         key = "eval/joint_nll" if samples > 0 else "eval/elbo"
         record = collectives.on_main(lambda: self.recorder.recorded(self.global_step, key))

@@ -1,4 +1,4 @@
-"""What comes after the last step."""
+"""What comes after the last step: a slow end is no hang, and a request to stop comes too late to matter."""
 
 from __future__ import annotations
 
@@ -42,4 +42,16 @@ def test_the_end_may_take_longer_than_a_step(make_run: MakeRun) -> None:
     )
     assert result.returncode == 0, result.stdout
     assert "watchdog" not in result.stdout
+    assert (run.output_dir / "report.html").is_file()
+
+
+def test_a_stop_after_the_last_step_of_a_run_without_evaluation_leaves_nothing_to_do(make_run: MakeRun) -> None:
+    run = make_run("run", *SETTINGS)
+    result = train(
+        run,
+        "save = loop.Trainer._save_checkpoint\n"
+        "loop.Trainer._save_checkpoint = lambda *arguments, **options: (\n"
+        "    save(*arguments, **options), os.kill(os.getpid(), signal.SIGTERM))",
+    )
+    assert result.returncode == 0, result.stdout
     assert (run.output_dir / "report.html").is_file()
