@@ -19,8 +19,9 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
+from jmvae_dist.config import is_integer
 from jmvae_dist.errors import CheckpointError
 from jmvae_dist.files import fsync_path, sha256_of, write_text_atomic
 
@@ -122,20 +123,31 @@ class CheckpointManifest:
             content["files"] = {name: FileRecord(**record) for name, record in content["files"].items()}
             content["tensors"] = {name: _tensor_record(record) for name, record in content["tensors"].items()}
             manifest = cls(**content)
+            manifest._check(where)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{where}: not a checkpoint manifest ({type(error).__name__}: {error})") from None
-        for name in manifest.files:
+        return manifest
+
+    def _check(self, where: Path) -> None:
+        """Refuse what this version would not have written: the digest only shows that the text is as it was."""
+        for name, hint in get_type_hints(type(self)).items():
+            expected, value = get_origin(hint) or hint, getattr(self, name)
+            if not isinstance(value, expected):
+                raise TypeError(f"{name} is {value!r}, not of the type {expected.__name__}")
+        for name in self.files:
             if not _FILE_NAME.fullmatch(name):
                 raise CheckpointError(f"{where}: file name {name!r} is not allowed in a checkpoint")
-        for name, record in manifest.tensors.items():
-            if not _is_covered(record, manifest.files):
+        for name, record in self.tensors.items():
+            if not _is_covered(record, self.files):
                 raise CheckpointError(f"{where}: the fragments of {name} are not exactly all of it")
-        return manifest
 
 
 def _is_covered(record: TensorRecord, files: dict[str, FileRecord]) -> bool:
     """Whether the fragments, in listed files, cover the tensor exactly once."""
     covered = 0
+    numbers = [*record.shape, *(number for item in record.fragments for number in (item.start, item.numel))]
+    if not all(is_integer(number) and number >= 0 for number in numbers):
+        return False
     for fragment in record.fragments:
         if fragment.start != covered or fragment.numel < 1 or fragment.file not in files:
             return False

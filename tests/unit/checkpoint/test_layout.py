@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -101,6 +102,36 @@ def test_file_names_cannot_leave_the_directory() -> None:
     manifest = make_manifest(files={"../../secret": FileRecord(1, "0" * 64)})
     with pytest.raises(CheckpointError, match="not allowed"):
         CheckpointManifest.from_json(manifest.to_json(), Path("here"))
+
+
+FILE = "rank-00000.safetensors"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"global_step": "1"},
+        {"guards": []},
+        {"passed_over": 3},
+        *({"tensors": {"weight/a": {"shape": shape, "dtype": "float32", "fragments": []}}} for shape in (0, ["a"])),
+        *(
+            {"tensors": {"weight/a": {"shape": shape, "dtype": "float32", "fragments": [fragment]}}}
+            for shape, fragment in [
+                ([2], {"file": FILE, "start": 0.0, "numel": 2.0}),
+                ([2], {"file": FILE, "start": 0, "numel": "2"}),
+                ([2], {"file": [FILE], "start": 0, "numel": 2}),
+                ([-1, -2], {"file": FILE, "start": 0, "numel": 2}),
+            ]
+        ),
+    ],
+)
+def test_a_manifest_with_a_digest_but_other_types_is_refused(changes: dict) -> None:
+    content = json.loads(make_manifest(files={FILE: FileRecord(1, "0" * 64)}).to_json())
+    del content["digest"]
+    content.update(changes)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    with pytest.raises(CheckpointError, match="here"):
+        CheckpointManifest.from_json(json.dumps({**content, "digest": digest}), Path("here"))
 
 
 def test_another_format_version_says_so() -> None:
