@@ -59,8 +59,9 @@ def export_model(source: Path, out: Path) -> Path:
     """Write `model.safetensors` and `config.json` for a checkpoint or the newest intact one of a run.
 
     Raises:
-        CheckpointError: The source is not intact, or `out` exists and is not empty.
+        CheckpointError: The source is not intact, `out` exists and is not empty, or it cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -68,7 +69,10 @@ def export_model(source: Path, out: Path) -> Path:
     checkpoint, manifest = find_intact(source)
     model = model_from_checkpoint(checkpoint, manifest)
     out.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out / WEIGHTS_NAME)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out / WEIGHTS_NAME)
+    except SafetensorError as error:
+        raise CheckpointError(f"{out / WEIGHTS_NAME}: cannot be written ({error})") from error
     description = {
         "format_version": EXPORT_FORMAT_VERSION,
         "model": manifest.model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -120,6 +121,19 @@ def test_export_and_checkpoint_give_the_same_model(finished: Run, tmp_path: Path
     (tmp_path / "exported" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(jmvae_dist.errors.CheckpointError, match="sha256"):
         jmvae_dist.load_model(tmp_path / "exported")
+
+
+def test_an_export_that_cannot_be_written_says_so(finished: Run, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [*finished.command()[:3], "checkpoint", "export", str(finished.output_dir), "--out", str(tmp_path / "out")],
+        env=launch_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert result.returncode == 1
+    assert "model.safetensors: cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_run_directory_holds_what_the_design_says(finished: Run) -> None:
