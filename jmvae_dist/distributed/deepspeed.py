@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from jmvae_dist.distributed.engine import Engine, ForwardPass
-from jmvae_dist.errors import LaunchError
+from jmvae_dist.errors import ConfigError, LaunchError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,8 +49,19 @@ def prepare_process(on_cpu: bool) -> None:
 
 
 def make_plugin(config: dict[str, Any]) -> DeepSpeedPlugin:
-    """Accelerate's plugin for a DeepSpeed configuration."""
+    """Accelerate's plugin for a DeepSpeed configuration, which is checked before processes meet.
+
+    Raises:
+        ConfigError: DeepSpeed does not accept an option of the user's.
+    """
     from accelerate.utils import DeepSpeedPlugin
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(config))
+    except (DeepSpeedConfigError, ValueError, TypeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"training.deepspeed.config_file: DeepSpeed does not accept it ({reason})") from error
 
     class Plugin(DeepSpeedPlugin):
         def set_deepspeed_weakref(self) -> None:

@@ -20,6 +20,9 @@ _RESERVED_KEYS = {
     "fp16": "training.precision",
     "bf16": "training.precision",
     "torch_autocast": "training.precision",
+    "amp": "training.precision",
+    "data_types": "training.precision",
+    "communication_data_type": "training.precision",
     "optimizer": "optimizer",
     "scheduler": "schedule.learning_rate",
     "checkpoint": "checkpoint",
@@ -28,6 +31,9 @@ _RESERVED_ZERO_KEYS = {
     "stage": "training.engine",
     "offload_optimizer": "training.deepspeed.offload_optimizer",
     "offload_param": "training.deepspeed.offload_parameters",
+    # Their former names, which DeepSpeed still takes.
+    "cpu_offload": "training.deepspeed.offload_optimizer",
+    "cpu_offload_param": "training.deepspeed.offload_parameters",
 }
 
 
