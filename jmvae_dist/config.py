@@ -314,7 +314,10 @@ class GuardsSection:
         ):
             value = getattr(self, name)
             _require(value >= least, f"training.guards.{name}", value, f"at least {least}")
-        if self.spike_threshold is not None:
+        if self.spike_threshold is None:
+            allowed = "skip while training.guards.spike_threshold is null, which looks for no spikes"
+            _require(self.spike_action == "skip", "training.guards.spike_action", self.spike_action, allowed)
+        else:
             valid = _is_finite(self.spike_threshold) and self.spike_threshold > 0
             _require(valid, "training.guards.spike_threshold", self.spike_threshold, "greater than 0, or null")
 
@@ -390,7 +393,7 @@ class TrainingSection:
             positive = _is_finite(self.gradient_clip_norm) and self.gradient_clip_norm > 0
             _require(positive, "training.gradient_clip_norm", self.gradient_clip_norm, "greater than 0, or null")
         _require(0 <= self.seed < 2**63, "training.seed", self.seed, "between 0 and 2^63 - 1")
-        self._check_offload()
+        self._check_deepspeed()
         timeout = self.process_group_timeout_s
         allowed = "greater than 0 and at most a year"
         _require(0 < timeout <= 366 * 86400, "training.process_group_timeout_s", timeout, allowed)
@@ -402,7 +405,7 @@ class TrainingSection:
                 "watchdog can say who is missing"
             )
 
-    def _check_offload(self) -> None:
+    def _check_deepspeed(self) -> None:
         for name, engines in (
             ("offload_optimizer", ("zero1", "zero2", "zero3")),
             ("offload_parameters", ("zero3",)),
@@ -410,6 +413,9 @@ class TrainingSection:
             value = getattr(self.deepspeed, name)
             allowed = f"none with training.engine {self.engine}; cpu needs {' or '.join(engines)}"
             _require(value == "none" or self.engine in engines, f"training.deepspeed.{name}", value, allowed)
+        path = self.deepspeed.config_file
+        allowed = "null with training.engine ddp, which does not use DeepSpeed"
+        _require(path is None or self.engine != "ddp", "training.deepspeed.config_file", path, allowed)
 
 
 @dataclass

@@ -26,6 +26,10 @@ _RESERVED_KEYS = {
     "optimizer": "optimizer",
     "scheduler": "schedule.learning_rate",
     "checkpoint": "checkpoint",
+    # The loss is scaled for gradients that are averaged over ranks, in the order in which DDP does it.
+    "gradient_allreduce_op": "nothing",
+    "gradient_predivide_factor": "nothing",
+    "prescale_gradients": "nothing",
 }
 _RESERVED_ZERO_KEYS = {
     "stage": "training.engine",
@@ -34,6 +38,7 @@ _RESERVED_ZERO_KEYS = {
     # Their former names, which DeepSpeed still takes.
     "cpu_offload": "training.deepspeed.offload_optimizer",
     "cpu_offload_param": "training.deepspeed.offload_parameters",
+    "compute_grad_norm": "training.gradient_clip_norm",
 }
 
 

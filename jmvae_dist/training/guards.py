@@ -107,7 +107,8 @@ class StepGuard:
         self._sound_in_a_row = scalar("sound_in_a_row", 0, torch.int64)
         self._skipped = scalar("skipped_steps", 0, torch.int64)
         self._skips_in_a_row = scalar("skips_in_a_row", 0, torch.int64)
-        self._longest_row = self._skips_in_a_row.clone()
+        # Not that of the checkpoint: a run that has been mended must get the chance to end its row.
+        self._longest_row = torch.zeros_like(self._skips_in_a_row)
         self._spiked_at = scalar("spiked_at", -1, torch.int64)
         history = list(state.get("loss_history", []))[-self._section.spike_window_steps :]
         padding = [float("nan")] * (self._section.spike_window_steps - len(history))

@@ -17,6 +17,7 @@ from jmvae_dist.errors import TrainingError
 from jmvae_dist.tracking.console import Console
 from jmvae_dist.tracking.jsonl import MetricsLog, read_records
 from jmvae_dist.tracking.wandb import WandbTracker
+from jmvae_dist.training.guards import RewindRequested
 from jmvae_dist.training.setup import ResolvedRun
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ class Recorder:
     ) -> None:
         if self._log is not None:
             self._log.close()
-            self._wandb.finish(self._summary, exit_code=0 if kind is None else 1)
+            has_failed = kind is not None and kind is not RewindRequested
+            self._wandb.finish(self._summary, exit_code=1 if has_failed else 0)
 
     @property
     def wandb_run_id(self) -> str | None:

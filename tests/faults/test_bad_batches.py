@@ -56,13 +56,14 @@ def test_a_batch_with_an_overflowing_loss_is_dropped_alike_on_every_engine(tmp_p
         assert_same_tensors(runs[0].tensors(25), run.tensors(25))
 
 
-def test_a_spike_rewinds_and_its_batches_are_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_a_spike_rewinds_and_its_batches_are_passed_over(tmp_path: Path, engine: str) -> None:
     data = write_outlier(tmp_path, 1000.0)
     guards = (
         *("--training.guards.spike_threshold", "20", "--training.guards.spike_window_steps", "4"),
         *("--training.guards.spike_action", "rewind", "--training.guards.rewind_skip_steps", "2"),
     )
-    run = Run(tmp_path / "run", data, [*SETTINGS, "--training.steps", "40", *guards])
+    run = Run(tmp_path / "run", data, [*SETTINGS, "--training.steps", "40", *guards, "--training.engine", engine])
     output = run.train(2)
     assert "the loss spiked: back from step" in output
     passed_over = read_manifest(run.checkpoint(40)).passed_over
