@@ -18,15 +18,16 @@ import torch
 
 import jmvae_dist
 from jmvae_dist.checkpoint.export import export_model
+from jmvae_dist.checkpoint.layout import list_checkpoints
 from tests.conftest import Run, assert_same_tensors, launch_environment
 
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 ZERO = ENGINES[1:]
-STEPS, RESUME_STEP = 10, 5
+STEPS, RESUME_STEP = 40, 10
 # Two weight decays, clipping that bites at every step, and a share of the batch that is not the same on 3 ranks.
 SETTINGS = (
     *("--training.steps", str(STEPS), "--checkpoint.every_steps", str(RESUME_STEP)),
-    *("--training.log_every_steps", "1", "--data.lanes", "16"),
+    *("--checkpoint.keep_last", "4", "--training.log_every_steps", "1", "--data.lanes", "16"),
     *("--optimizer.weight_decay", "0.1", "--training.gradient_clip_norm", "1.0"),
 )
 MakeRun = Callable[..., Run]
@@ -54,10 +55,17 @@ def sources(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Callable[
     return source
 
 
+def copy_up_to_the_middle(source: Run, folder: Path) -> None:
+    """A copy of a complete run without what came after RESUME_STEP."""
+    shutil.copytree(source.output_dir, folder)
+    for checkpoint in list_checkpoints(folder / "checkpoints"):
+        if checkpoint.name != f"step-{RESUME_STEP:08d}":
+            shutil.rmtree(checkpoint)
+
+
 def resume(source: Run, folder: Path, engine: str, num_processes: int, *settings: str) -> Run:
     """Continue a copy of a run from the middle, with another engine or on another number of processes."""
-    shutil.copytree(source.output_dir, folder)
-    shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
+    copy_up_to_the_middle(source, folder)
     run = Run(folder, source.digits, [*SETTINGS, *settings, "--training.engine", engine])
     assert f"resumed from the checkpoint at step {RESUME_STEP} of {STEPS}" in run.train(num_processes)
     return run
@@ -207,8 +215,7 @@ def test_frozen_parameters_and_buffers(make_run: MakeRun, tmp_path: Path, source
     straight = make_run("straight", *SETTINGS, "--training.engine", source)
     train(straight, offset=0.0)
     resumed = make_run("resumed", *SETTINGS, "--training.engine", target)
-    shutil.copytree(straight.output_dir, resumed.output_dir)
-    shutil.rmtree(resumed.checkpoint(STEPS))
+    copy_up_to_the_middle(straight, resumed.output_dir)
     train(resumed, offset=1.0)
     assert_same_run(straight, resumed)
     tensors = resumed.tensors(STEPS)
@@ -240,7 +247,7 @@ def test_evaluation_and_figures_with_partitioned_weights(
     make_run: MakeRun, digits: Path, sources: Callable[..., Run]
 ) -> None:
     evaluation = (
-        *("--data.eval_manifest", str(digits / "test" / "manifest.json"), "--evaluation.every_steps", "6"),
+        *("--data.eval_manifest", str(digits / "test" / "manifest.json"), "--evaluation.every_steps", "25"),
         *("--evaluation.joint_nll_samples", "3", "--evaluation.figure_samples", "2"),
     )
     run = make_run("run", *SETTINGS, "--training.engine", "zero3", *evaluation)

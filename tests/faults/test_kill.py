@@ -188,7 +188,7 @@ def test_damaged_checkpoints_are_passed_over(make_run: MakeRun, capsys: pytest.C
         assert checkpoint_command(["verify", str(run.output_dir)]) == 1, name
         assert "1 of 2 checkpoints are intact" in capsys.readouterr().out, name
         output = run.train(1)
-        said = "without a manifest" if name == "missing manifest" else "DAMAGED CHECKPOINT"
+        said = "without its manifest" if name == "missing manifest" else "DAMAGED CHECKPOINT"
         assert said in output, name
         assert "resumed from the checkpoint at step 10" in output, name
         assert_same_checkpoint_metrics(original, run)
