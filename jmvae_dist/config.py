@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from jmvae_dist.errors import ConfigError
 
+# Who computes KL terms and products of experts (kernels/gaussian.py).
+Kernels = Literal["auto", "reference", "compiled", "triton"]
 Likelihood = Literal["normal", "laplace", "bernoulli", "categorical"]
 # Parameters that each likelihood takes in `decoder_dist_params`, with their types.
 LIKELIHOOD_PARAMETERS: dict[str, dict[str, type]] = {
@@ -186,10 +188,15 @@ class ModelSection(JMVAEConfig):
 
     Args:
         networks: The default networks' sizes.
+        kernels: Who computes KL terms and products of experts: reference (torch); compiled (the reference through
+            torch.compile where it is large enough to gain); triton (fused kernels, on GPUs); auto takes triton
+            on a GPU, else the reference. They agree up to rounding. The environment variable JMVAE_DIST_KERNELS
+            goes before this.
     """
 
     n_modalities: int | None = None  # type: ignore[assignment]
     networks: NetworksConfig = field(default_factory=NetworksConfig)
+    kernels: Kernels = "auto"
 
     def __post_init__(self) -> None:
         try:
@@ -197,6 +204,8 @@ class ModelSection(JMVAEConfig):
         except ConfigError as error:
             raise ConfigError(f"model.{error}") from None
         allowed = "empty: networks of your own are given in Python, to JMVAE(...)"
+        known = list(get_args(Kernels))
+        _require(self.kernels in known, "model.kernels", self.kernels, f"one of {known}")
         _require(not self.custom_architectures, "model.custom_architectures", self.custom_architectures, allowed)
 
     def resolve(self, input_dims: dict[str, tuple[int, ...]]) -> JMVAEConfig:

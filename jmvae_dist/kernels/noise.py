@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +66,43 @@ def _box_muller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return (radius * torch.cos(angle)).float(), (radius * torch.sin(angle)).float()
 
 
+class KeyedNoise(NamedTuple):
+    """Noise named by its key, for whoever can compute it where it is used, instead of reading it from memory.
+
+    Attributes:
+        seed: See `normal_noise`, as for the other attributes.
+        global_step: Step of the run.
+        rows: int64, shape (B,): numbers of the rows.
+        stream: What the noise is for.
+    """
+
+    seed: int
+    global_step: int
+    rows: Tensor
+    stream: int = Stream.LATENT
+
+    def draw(self, dim: int) -> Tensor:
+        """The noise itself: float32, shape (B, dim)."""
+        return normal_noise(self.seed, self.global_step, self.rows, dim, self.stream)
+
+
+def check_key(key: KeyedNoise) -> None:
+    """Refuse numbers out of range: two different ones would otherwise get the same noise.
+
+    Raises:
+        ValueError: Names the argument.
+    """
+    for name, limit in (("seed", 64), ("global_step", 48), ("stream", 16)):
+        value = getattr(key, name)
+        if not 0 <= value < 2**limit:
+            raise ValueError(f"{name}: {value} is not allowed; it must be at least 0 and below 2^{limit}")
+    rows = key.rows
+    if rows.dtype != torch.int64 or rows.ndim != 1:
+        raise ValueError(f"rows: expected int64 of shape (B,), got {rows.dtype} of shape {tuple(rows.shape)}")
+    if rows.device.type == "cpu" and bool(((rows < 0) | (rows > _WORD_MASK)).any()):
+        raise ValueError("rows: every row must be at least 0 and below 2^32")
+
+
 def normal_noise(seed: int, global_step: int, rows: Tensor, dim: int, stream: int = Stream.LATENT) -> Tensor:
     """Standard normal noise of the given rows; the same numbers in whatever split they are computed.
 
@@ -82,14 +120,7 @@ def normal_noise(seed: int, global_step: int, rows: Tensor, dim: int, stream: in
     Raises:
         ValueError: An argument is out of range: two different ones would otherwise get the same noise.
     """
-    for name, value, limit in (("seed", seed, 64), ("global_step", global_step, 48), ("stream", stream, 16)):
-        if not 0 <= value < 2**limit:
-            raise ValueError(f"{name}: {value} is not allowed; it must be at least 0 and below 2^{limit}")
-    if rows.dtype != torch.int64 or rows.ndim != 1:
-        raise ValueError(f"rows: expected int64 of shape (B,), got {rows.dtype} of shape {tuple(rows.shape)}")
-    if rows.device.type == "cpu" and bool(((rows < 0) | (rows > _WORD_MASK)).any()):
-        raise ValueError("rows: every row must be at least 0 and below 2^32")
-
+    check_key(KeyedNoise(seed, global_step, rows, stream))
     groups = torch.arange((dim + 3) // 4, device=rows.device)
     step_and_stream = (global_step & _WORD_MASK, int(stream) << 16 | global_step >> 32)
     # Filled on the device: copying numbers from the host would make it wait.

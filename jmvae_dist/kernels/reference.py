@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jmvae_dist.kernels.noise import KeyedNoise
+
 # Where |x| is below this, exp(x) - 1 - x would cancel and its power series is used instead.
 _SERIES_RADIUS = 0.35
 # Powers of x after which the series' next term is below the rounding error at the radius.
@@ -55,7 +57,7 @@ def phi(x: Tensor) -> Tensor:
 
 
 def gaussian_kl_terms(
-    mu_BD: Tensor, logvar_BD: Tensor, mus_MBD: Tensor, logvars_MBD: Tensor, noise_BD: Tensor
+    mu_BD: Tensor, logvar_BD: Tensor, mus_MBD: Tensor, logvars_MBD: Tensor, noise: Tensor | KeyedNoise
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample the joint posterior q and compute its KL divergences to the prior and to every expert q_m.
 
@@ -68,7 +70,7 @@ def gaussian_kl_terms(
         logvar_BD: Log-variance of q, shape (B, D).
         mus_MBD: Means of the experts, shape (M, B, D).
         logvars_MBD: Log-variances of the experts, shape (M, B, D).
-        noise_BD: Standard normal noise, shape (B, D).
+        noise: Standard normal noise, shape (B, D), or the key that it is computed from.
 
     Returns:
         Three tensors, float32 (float64 if an input is float64): the sample ``z = mu + exp(logvar / 2) *
@@ -76,6 +78,7 @@ def gaussian_kl_terms(
         D. They are finite in float32 as long as all differences of log-variances stay below about 80 (the
         model clamps its log-variances for this reason).
     """
+    noise_BD = noise.draw(mu_BD.shape[1]) if isinstance(noise, KeyedNoise) else noise
     dtype = computation_dtype((mu_BD, logvar_BD, mus_MBD, logvars_MBD, noise_BD))
     mu_BD, logvar_BD, noise_BD = mu_BD.to(dtype), logvar_BD.to(dtype), noise_BD.to(dtype)
     mus_MBD, logvars_MBD = mus_MBD.to(dtype), logvars_MBD.to(dtype)
@@ -107,14 +110,10 @@ def product_of_experts(
     """
     dtype = computation_dtype((mus_MBD, logvars_MBD))
     mus_MBD, log_precisions_MBD = mus_MBD.to(dtype), -logvars_MBD.to(dtype)
-    num_experts, batch_size, _ = mus_MBD.shape
     if mask is None:
-        mask_MB1 = mus_MBD.new_ones((num_experts, 1, 1), dtype=torch.bool)
-    elif mask.shape == (num_experts,):
-        mask_MB1 = mask[:, None, None]
+        mask_MB1 = mus_MBD.new_ones((len(mus_MBD), 1, 1), dtype=torch.bool)
     else:
-        assert mask.shape == (batch_size, num_experts), f"mask: shape {tuple(mask.shape)}"
-        mask_MB1 = mask.T[:, :, None]
+        mask_MB1 = mask[:, None, None] if mask.ndim == 1 else mask.T[:, :, None]
 
     # The prior's row keeps the log-sum-exp finite where no expert takes part; elsewhere it weighs exactly 0.
     use_prior_1B1 = ~mask_MB1.any(0, keepdim=True) | prior_expert

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jmvae_dist.config import JMVAEConfig, NetworksConfig, is_integer
+from jmvae_dist.config import JMVAEConfig, Kernels, NetworksConfig, is_integer
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.kernels.gaussian import gaussian_kl_terms, product_of_experts
+from jmvae_dist.kernels.noise import KeyedNoise
 from jmvae_dist.kernels.reference import computation_dtype
 from jmvae_dist.model.inputs import check_structure, check_values, per_sample, require_tensor
 from jmvae_dist.model.likelihoods import build_likelihood, log_prob
@@ -123,6 +124,7 @@ class JMVAE(nn.Module):
             for bernoulli and categorical.
         joint_encoder: Your joint encoder, ``{modality: (B, *shape)} -> GaussianParams``.
         networks: Sizes of the default networks that stand in for what is not given.
+        kernels: Who computes KL terms and products of experts; see `config.ModelSection`.
 
     Attributes:
         config: The configuration, with `custom_architectures` naming the networks that were given.
@@ -141,8 +143,10 @@ class JMVAE(nn.Module):
         decoders: dict[str, nn.Module] | None = None,
         joint_encoder: nn.Module | None = None,
         networks: NetworksConfig | None = None,
+        kernels: Kernels = "auto",
     ) -> None:
         super().__init__()
+        self.kernels = kernels
         given = {"encoders": encoders, "decoders": decoders, "joint_encoder": joint_encoder}
         self.config = _with_custom_architectures(config, [key for key, value in given.items() if value is not None])
         if encoders is None or decoders is None or joint_encoder is None:
@@ -180,7 +184,7 @@ class JMVAE(nn.Module):
         self,
         inputs: dict[str, Tensor],
         annealing: float | Tensor = 1.0,
-        noise: Tensor | None = None,
+        noise: Tensor | KeyedNoise | None = None,
         check_inputs: bool = True,
     ) -> JMVAEOutput:
         """The training objective on a batch of complete samples (see `objective`).
@@ -189,7 +193,8 @@ class JMVAE(nn.Module):
             inputs: Every modality, (B, *shape), floating point. B may be 0: all results and gradients are
                 then 0.
             annealing: Weight of all KL terms.
-            noise: Standard normal noise (B, D) of the posterior sample; drawn from torch's generator if None.
+            noise: Standard normal noise (B, D) of the posterior sample, or its key; drawn from torch's generator
+                if None.
             check_inputs: Check the values too (on a GPU this waits for the device); shapes are always
                 checked.
 
@@ -202,12 +207,14 @@ class JMVAE(nn.Module):
         unimodal = {name: self._encode_unimodal(name, inputs[name]) for name in self.modalities}
         if noise is None:
             noise = torch.randn_like(joint.mu)
-        _check_noise(noise, joint.mu.shape)
+        if not isinstance(noise, KeyedNoise):
+            _check_noise(noise, joint.mu.shape)
         z_BD, kl_prior_B, kl_unimodal_MB = gaussian_kl_terms(
             *joint,
             torch.stack([unimodal[name].mu for name in self.modalities]),
             torch.stack([unimodal[name].logvar for name in self.modalities]),
             noise,
+            kernels=self.kernels,
         )
         terms = ObjectiveTerms(
             self._log_likelihoods(z_BD, inputs, self.modalities),
@@ -479,7 +486,8 @@ class JMVAE(nn.Module):
         if len(experts) == 1 and not prior_expert:
             return experts[0]
         mus_MBD, logvars_MBD = (torch.stack(tensors) for tensors in zip(*experts, strict=True))
-        return GaussianParams(*product_of_experts(mus_MBD, logvars_MBD, prior_expert=prior_expert))
+        product = product_of_experts(mus_MBD, logvars_MBD, prior_expert=prior_expert, kernels=self.kernels)
+        return GaussianParams(*product)
 
     def _masked_posterior(
         self,
@@ -500,7 +508,7 @@ class JMVAE(nn.Module):
         experts = [self._encode_unimodal(name, filled[name]) for name in names]
         mus_MBD, logvars_MBD = (torch.stack(tensors) for tensors in zip(*experts, strict=True))
         mask_BM = torch.stack([present[name] for name in names], dim=1)
-        mu_BD, logvar_BD = product_of_experts(mus_MBD, logvars_MBD, mask_BM, prior_expert)
+        mu_BD, logvar_BD = product_of_experts(mus_MBD, logvars_MBD, mask_BM, prior_expert, kernels=self.kernels)
         if len(names) == len(self.modalities) and batch_size > 0:
             joint, complete_B1 = self._encode_joint(filled), mask_BM.all(1, keepdim=True)
             mu_BD = torch.where(complete_B1, joint.mu, mu_BD)

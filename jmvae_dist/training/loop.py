@@ -28,6 +28,7 @@ from jmvae_dist.errors import (
     mark_on_all_ranks,
 )
 from jmvae_dist.evaluation.runner import evaluate_together, save_figures
+from jmvae_dist.kernels.gaussian import choose
 from jmvae_dist.model import JMVAE
 from jmvae_dist.progress import progress
 from jmvae_dist.tracking.report import write_report
@@ -65,7 +66,10 @@ class Trainer:
         self._elapsed_before_s = 0.0
         # Equal initial weights on every rank and for every world size.
         torch.manual_seed(run.config.training.seed)
-        self.model = JMVAE(run.model_config, networks=run.config.model.networks).to(runtime.device)
+        section = run.config.model
+        choose(section.kernels, runtime.device.type)  # says which, and complains now rather than in the first step
+        model = JMVAE(run.model_config, networks=section.networks, kernels=section.kernels)
+        self.model = model.to(runtime.device)
         training = run.config.training
         self.engine = runtime.prepare(self.model, make_optimizer(self.model, run.config.optimizer, runtime.device))
         self.guard = StepGuard(

@@ -1,6 +1,6 @@
 """One optimizer step: micro-batches, gradient reduction, judgement, update, and the sums to be logged.
 
-Shape legend: B rows of this rank's share of the global batch, D latent dimensions.
+Shape legend: B rows of this rank's share of the global batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from jmvae_dist.data.loader import Batch
 from jmvae_dist.distributed.engine import Engine
 from jmvae_dist.distributed.runtime import Runtime
-from jmvae_dist.kernels.noise import Stream, normal_noise
+from jmvae_dist.kernels.noise import KeyedNoise
 from jmvae_dist.training.guards import StepGuard
 from jmvae_dist.training.optimizer import GuardedAdamW
 from jmvae_dist.training.setup import ResolvedRun, num_micro_batches
@@ -92,13 +92,6 @@ class TrainStep:
 
     def _accumulate_gradients(self, batch: Batch, annealing: float) -> dict[str, Tensor]:
         rows_B = batch.rows.to(self._device, non_blocking=True)
-        noise_BD = normal_noise(
-            self._run.config.training.seed,
-            batch.global_step,
-            rows_B,
-            self._run.model_config.latent_dim,
-            stream=Stream.LATENT,
-        )
         inputs = {name: values.to(self._device, non_blocking=True) for name, values in batch.inputs.items()}
         scale = self._guard.loss_scale * self._loss_scale
         sums: dict[str, Tensor] = {}
@@ -109,7 +102,7 @@ class TrainStep:
                 is_last=number == self._num_micro_batches - 1,
                 inputs={name: values[start:stop] for name, values in inputs.items()},
                 annealing=annealing,
-                noise=noise_BD[start:stop],
+                noise=KeyedNoise(self._run.config.training.seed, batch.global_step, rows_B[start:stop]),
                 check_inputs=False,  # the loader checked them on the host
             )
             for key, value in metrics.items():

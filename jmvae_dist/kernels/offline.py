@@ -1,0 +1,132 @@
+"""Compile the Triton kernels for GPUs that this machine need not have, and read what they use from the binaries.
+
+The launchers run as they would on a GPU, on tensors in host memory, up to the point where the kernel would start: so
+what is compiled is what a launch with these arguments compiles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from jmvae_dist.kernels import ops, triton_gaussian
+
+# Compute capabilities: sm_80 (A100), sm_90 (H100).
+ARCHITECTURES = (80, 90)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# (B, D, M): one element, narrow and odd rows, tiles of several rows, rows of several tiles with many experts.
+SIZES = ((1, 1, 1), (128, 20, 2), (256, 256, 5), (64, 2048, 16))
+KERNELS = ("kl_terms_forward", "kl_terms_backward", "product_forward", "product_backward")
+_WARP_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A compiled kernel and what one thread of it uses.
+
+    Attributes:
+        kernel: Name of the function in `triton_gaussian`.
+        registers: Number of 32-bit registers.
+        stack_bytes: Local memory, which includes registers that were spilled.
+        shared_bytes: Shared memory of a block.
+        ptx: The code.
+    """
+
+    kernel: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    ptx: str
+
+
+class _Driver:
+    """What a launch asks Triton's driver for a GPU, without a GPU."""
+
+    def __init__(self, architecture: int) -> None:
+        self._architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._architecture, _WARP_SIZE)
+
+    def get_current_device(self) -> int:
+        return self._architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class _Compiler:
+    """Stands in for a kernel: compiles where the kernel would be launched."""
+
+    def __init__(self, name: str, compiled: dict[str, Any]) -> None:
+        self._name = name
+        self._kernel = getattr(triton_gaussian, name)
+        self._compiled = compiled
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def compile_only(*arguments: Any, **options: Any) -> None:
+            binary = self._kernel.run(*arguments, grid=grid, warmup=True, **options)
+            self._compiled[binary.hash] = (self._name, binary.asm)
+
+        return compile_only
+
+
+@contextlib.contextmanager
+def compiling(architecture: int) -> Iterator[dict[str, Any]]:
+    """Launches inside compile for a compute capability (80, 90, ...) and do nothing else.
+
+    Yields:
+        (name of the kernel, its stages by name) of every different binary so far, by hash.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
+    compiled: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Driver(architecture)))
+        for name in KERNELS:
+            stack.enter_context(mock.patch.object(triton_gaussian, name, _Compiler(name, compiled)))
+        yield compiled
+
+
+def launch_all(batch_size: int, dim: int, num_experts: int, dtype: torch.dtype) -> None:
+    """Launch every kernel with every combination of its options, on tensors that are the halves of wider ones."""
+
+    def halves(*shape: int) -> tuple[Tensor, ...]:
+        return torch.zeros(*shape, 2 * dim, dtype=dtype).chunk(2, dim=-1)
+
+    one, experts = halves(batch_size), halves(num_experts, batch_size)
+    noise_BD, mask_BM = torch.zeros(batch_size, dim), torch.ones(batch_size, num_experts, dtype=torch.bool)
+    rows_B = torch.arange(batch_size)
+    grad_BD, grad_B, grad_MB = noise_BD, torch.zeros(batch_size), torch.zeros(num_experts, batch_size)
+    for noise in ((noise_BD, None, 0, 0, 0), (None, rows_B, 0, 0, 0)):
+        ops.kl_terms(*one, *experts, *noise)
+        ops.kl_terms_backward(grad_BD, grad_B, grad_MB, *one, *experts, *noise)
+    for mask, prior_expert in itertools.product((None, mask_BM), (False, True)):
+        ops.product(*experts, mask, prior_expert)
+        ops.product_backward(grad_BD, grad_BD, grad_BD, grad_BD, *experts, mask)
+
+
+def read_binary(name: str, stages: Any) -> Binary:
+    """What a compiled kernel uses, read from the binary by the `cuobjdump` that comes with Triton."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(stages["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        output = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", output)}
+    stack_bytes = numbers["STACK"] + numbers["LOCAL"]
+    return Binary(name, numbers["REG"], stack_bytes, numbers["SHARED"], stages["ptx"])
