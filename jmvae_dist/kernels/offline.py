@@ -27,9 +27,11 @@ from jmvae_dist.kernels import ops, triton_gaussian
 
 # Compute capabilities: sm_80 (A100), sm_90 (H100).
 ARCHITECTURES = (80, 90)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# (B, D, M): one element, narrow and odd rows, tiles of several rows, rows of several tiles with many experts.
-SIZES = ((1, 1, 1), (128, 20, 2), (256, 256, 5), (64, 2048, 16))
+# (B, D, M) and dtype of the inputs: one element, rows of odd width, tiles of several rows, rows of several tiles.
+CASES = (
+    *(((1, 1, 1), torch.float32), ((256, 256, 5), torch.float32), ((64, 2048, 16), torch.float32)),
+    *(((128, 20, 2), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+)
 KERNELS = ("kl_terms_forward", "kl_terms_backward", "product_forward", "product_backward")
 _WARP_SIZE = 32
 
@@ -40,17 +42,21 @@ class Binary:
 
     Attributes:
         kernel: Name of the function in `triton_gaussian`.
+        size: B,D,M of the launch.
+        dtype: Of the inputs.
+        options: Its switches and block sizes.
         registers: Number of 32-bit registers.
         stack_bytes: Local memory, which includes registers that were spilled.
         shared_bytes: Shared memory of a block.
-        ptx: The code.
     """
 
     kernel: str
+    size: str
+    dtype: str
+    options: str
     registers: int
     stack_bytes: int
     shared_bytes: int
-    ptx: str
 
 
 class _Driver:
@@ -80,7 +86,8 @@ class _Compiler:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def compile_only(*arguments: Any, **options: Any) -> None:
             binary = self._kernel.run(*arguments, grid=grid, warmup=True, **options)
-            self._compiled[binary.hash] = (self._name, binary.asm)
+            constants = " ".join(f"{key}={value}" for key, value in options.items() if key.isupper())
+            self._compiled[binary.hash] = (self._name, constants, binary.asm["cubin"])
 
         return compile_only
 
@@ -90,7 +97,7 @@ def compiling(architecture: int) -> Iterator[dict[str, Any]]:
     """Launches inside compile for a compute capability (80, 90, ...) and do nothing else.
 
     Yields:
-        (name of the kernel, its stages by name) of every different binary so far, by hash.
+        (name of the kernel, its constants, its machine code) of every different binary so far, by hash.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
@@ -120,13 +127,23 @@ def launch_all(batch_size: int, dim: int, num_experts: int, dtype: torch.dtype) 
         ops.product_backward(grad_BD, grad_BD, grad_BD, grad_BD, *experts, mask)
 
 
-def read_binary(name: str, stages: Any) -> Binary:
-    """What a compiled kernel uses, read from the binary by the `cuobjdump` that comes with Triton."""
+def compile_all(architecture: int) -> Iterator[Binary]:
+    """Compile every kernel in every case of `CASES` for a compute capability (80, 90, ...)."""
+    with compiling(architecture) as compiled:
+        for size, dtype in CASES:
+            before = len(compiled)
+            launch_all(*size, dtype)
+            for name, constants, code in list(compiled.values())[before:]:
+                case = (",".join(map(str, size)), str(dtype).removeprefix("torch."), constants)
+                yield Binary(name, *case, *_read_usage(code))
+
+
+def _read_usage(code: bytes) -> tuple[int, int, int]:
+    """The last three attributes of `Binary`, read by the `cuobjdump` that comes with Triton."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(stages["cubin"])
+        path.write_bytes(code)
         tool = triton.knobs.nvidia.cuobjdump.path
         output = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", output)}
-    stack_bytes = numbers["STACK"] + numbers["LOCAL"]
-    return Binary(name, numbers["REG"], stack_bytes, numbers["SHARED"], stages["ptx"])
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], numbers["SHARED"]

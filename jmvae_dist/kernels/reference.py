@@ -28,32 +28,38 @@ def computation_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
 
 
 class _Phi(torch.autograd.Function):
-    """phi(x) = exp(x) - 1 - x, with its derivative computed as expm1(x) instead of through the series."""
+    """phi(x) = exp(x) - 1 - x of several x, with its derivative computed as expm1(x) instead of through the series.
+
+    Several at once, because torch.compile with symbolic sizes (torch 2.13) fails on a second call.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        near_zero = x.clamp(-_SERIES_RADIUS, _SERIES_RADIUS)
-        degree = _SERIES_DEGREE[x.dtype]
-        # Horner's scheme for 1/2! + x/3! + ... + x^(degree-2)/degree!
-        series = torch.full_like(near_zero, 1.0 / math.factorial(degree))
-        for power in range(degree - 1, 1, -1):
-            series = series * near_zero + 1.0 / math.factorial(power)
-        return torch.where(x.abs() < _SERIES_RADIUS, near_zero * near_zero * series, torch.expm1(x) - x)
+    def forward(ctx: Any, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*xs)
+        return tuple(_phi(x) for x in xs)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad_outputs[0] * torch.expm1(x)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad * torch.expm1(x) for grad, x in zip(grad_outputs, ctx.saved_tensors, strict=True))
 
 
-def phi(x: Tensor) -> Tensor:
-    """exp(x) - 1 - x for float32 or float64 `x`, accurate to rounding error and never negative.
+def _phi(x: Tensor) -> Tensor:
+    near_zero = x.clamp(-_SERIES_RADIUS, _SERIES_RADIUS)
+    degree = _SERIES_DEGREE[x.dtype]
+    # Horner's scheme for 1/2! + x/3! + ... + x^(degree-2)/degree!
+    series = torch.full_like(near_zero, 1.0 / math.factorial(degree))
+    for power in range(degree - 1, 1, -1):
+        series = series * near_zero + 1.0 / math.factorial(power)
+    return torch.where(x.abs() < _SERIES_RADIUS, near_zero * near_zero * series, torch.expm1(x) - x)
+
+
+def phi(*xs: Tensor) -> tuple[Tensor, ...]:
+    """exp(x) - 1 - x for each float32 or float64 `x`, accurate to rounding error and never negative.
 
     The plain expression loses all digits for small x: with a unimodal posterior close to the joint one, the
     KL divergence would come out with a relative error of 1, or negative.
     """
-    return _Phi.apply(x)
+    return _Phi.apply(*xs)
 
 
 def gaussian_kl_terms(
@@ -84,9 +90,10 @@ def gaussian_kl_terms(
     mus_MBD, logvars_MBD = mus_MBD.to(dtype), logvars_MBD.to(dtype)
 
     z_BD = mu_BD + torch.exp(0.5 * logvar_BD) * noise_BD
-    kl_prior_B = 0.5 * (mu_BD.square() + phi(logvar_BD)).sum(-1)
+    phi_prior_BD, phi_experts_MBD = phi(logvar_BD, logvar_BD - logvars_MBD)
+    kl_prior_B = 0.5 * (mu_BD.square() + phi_prior_BD).sum(-1)
     distances_MBD = (mu_BD - mus_MBD).square() * torch.exp(-logvars_MBD)
-    kl_experts_MB = 0.5 * (distances_MBD + phi(logvar_BD - logvars_MBD)).sum(-1)
+    kl_experts_MB = 0.5 * (distances_MBD + phi_experts_MBD).sum(-1)
     return z_BD, kl_prior_B, kl_experts_MB
 
 

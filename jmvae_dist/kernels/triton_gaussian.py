@@ -18,9 +18,11 @@ from torch import Tensor
 
 from jmvae_dist.kernels.triton_math import exp, expm1, log, normal_noise, phi
 
-# Elements of a tile: 4 per thread with Triton's default of 4 warps, so that no register is spilled.
-_TILE = 512
+# Elements of a tile, so that no register is spilled: with 4 warps 4 per thread, which one wide load may bring, or 2
+# where rows are narrow and each element may need a pointer of its own.
+_TILE, _NARROW_TILE = 512, 256
 _MAX_BLOCK_D = 512
+_MIN_WIDE_BLOCK_D = 256
 # Sums per tile (rows x experts) that still fit into registers.
 _MAX_SUMS = 2048
 
@@ -246,7 +248,8 @@ def tile_shape(dim: int, num_sums: int = 1) -> tuple[int, int]:
         num_sums: Sums per row that are kept in registers.
     """
     block_d = min(max(triton.next_power_of_2(dim), 4), _MAX_BLOCK_D)
-    return max(1, min(_TILE // block_d, _MAX_SUMS // num_sums)), block_d
+    tile = _TILE if block_d >= _MIN_WIDE_BLOCK_D else _NARROW_TILE
+    return max(1, min(tile // block_d, _MAX_SUMS // num_sums)), block_d
 
 
 def num_sums(num_experts: int) -> int:

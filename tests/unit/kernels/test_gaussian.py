@@ -43,7 +43,7 @@ class TestPhi:
         # Exact values from Python's big integers: the series with rational arithmetic.
         from fractions import Fraction
 
-        for value, result in zip(x.tolist(), phi(x).tolist(), strict=True):
+        for value, result in zip(x.tolist(), phi(x)[0].tolist(), strict=True):
             if abs(value) > 1:
                 exact = math.expm1(value) - value
             else:
@@ -52,8 +52,8 @@ class TestPhi:
             assert result == pytest.approx(exact, rel=tolerance, abs=0)
 
     def test_zero_and_never_negative(self) -> None:
-        assert phi(torch.zeros(1)).item() == 0
-        assert (phi(torch.linspace(-3, 3, 100_001)) >= 0).all()
+        assert phi(torch.zeros(1))[0].item() == 0
+        assert (phi(torch.linspace(-3, 3, 100_001))[0] >= 0).all()
 
     def test_gradients(self) -> None:
         x = torch.tensor([-30.0, -0.4, -0.3, -1e-5, 1e-5, 0.3, 0.4, 5.0], dtype=torch.float64, requires_grad=True)
@@ -203,6 +203,12 @@ class TestProductOfExperts:
         mu, logvar = product_of_experts(torch.zeros(0, 3, 2), torch.zeros(0, 3, 2))
         assert torch.equal(mu, torch.zeros(3, 2))
         assert torch.equal(logvar, torch.zeros(3, 2))
+
+    def test_an_uninformative_expert_changes_nothing(self) -> None:
+        _, _, mus, logvars, _ = random_gaussians(2, 6, 4, dtype=torch.float32)
+        vague = product_of_experts(torch.cat([mus, 9 - mus]), torch.cat([logvars, torch.full_like(logvars, 200)]))
+        for value, expected in zip(vague, product_of_experts(mus, logvars), strict=True):
+            assert torch.equal(value, expected)
 
     @pytest.mark.parametrize("level", [-89.0, -40.0, 0.0, 60.0, 100.0])
     def test_extreme_log_variances(self, level: float) -> None:

@@ -1,0 +1,101 @@
+"""The Triton kernels without a GPU: interpreted, compiled ahead of time, and in a training run."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Run, assert_losses_agree
+
+pytest.importorskip("triton", reason="triton is not installed; pip install 'jmvae_dist[triton]'")
+
+ARCHITECTURES = (80, 90)
+
+
+def test_interpreted_kernels_equal_the_reference() -> None:
+    """All of interpreted_kernels.py."""
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "tests/unit/kernels/interpreted_kernels.py",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-20_000:] + result.stderr
+    assert " passed" in result.stdout
+    assert "skipped" not in result.stdout
+
+
+def test_every_kernel_compiles_without_spilling(tmp_path: Path) -> None:
+    """For sm_80 and sm_90. Spilled registers would live in memory, which the kernels are there to spare."""
+
+    def compile_for(architecture: int) -> list[dict[str, str]]:
+        out = tmp_path / f"{architecture}.csv"
+        command = [sys.executable, "-m", "jmvae_dist", "bench", "kernels", "--resources"]
+        environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / f"cache{architecture}")}
+        subprocess.run(
+            [*command, "--architectures", str(architecture), "--out", str(out)],
+            cwd=ROOT,
+            env=environment,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        return list(csv.DictReader(out.open()))
+
+    with ThreadPoolExecutor() as pool:
+        tables = list(pool.map(compile_for, ARCHITECTURES))
+    for rows in tables:
+        # 2 kernels with given or keyed noise, the product with and without prior and mask, its gradient with and
+        # without mask; 6 sizes and dtypes.
+        assert len(rows) == 6 * (2 + 2 + 4 + 2)
+        assert {int(row["stack_bytes"]) for row in rows} == {0}
+        assert max(int(row["registers"]) for row in rows) <= 128
+    assert {row["architecture"] for rows in tables for row in rows} == {"80", "90"}
+
+
+def test_batch_sizes_share_their_binaries(tmp_path: Path) -> None:
+    """One binary for all batch sizes; two where D is no multiple of 16, because rows may then be aligned or not."""
+    code = (
+        "from collections import Counter\n"
+        "import torch\n"
+        "from jmvae_dist.kernels import offline\n"
+        "for dim in (32, 20):\n"
+        "    with offline.compiling(80) as compiled:\n"
+        "        for batch in (1, 2, 3, 4, 5, 16, 17, 100, 128, 1000):\n"
+        "            offline.launch_all(batch, dim, 3, torch.float32)\n"
+        "        names = Counter(name for name, _, _ in compiled.values())\n"
+        "    print(*(names[kernel] for kernel in offline.KERNELS))\n"
+    )
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, capture_output=True)
+    # Kernels have 2, 2, 4 and 2 combinations of switches.
+    assert output.stdout.decode().split("\n")[:2] == ["2 2 4 2", "4 4 8 4"]
+
+
+def test_training_gives_the_same_losses(make_run: Callable[..., Run]) -> None:
+    """Five steps in float32, noise generated in the kernels."""
+    settings = ["--training.steps", "5", "--training.log_every_steps", "1", "--checkpoint.every_steps", "null"]
+    reference = make_run("reference", *settings, "--model.kernels", "reference")
+    assert "KL and products of experts on cpu: reference" in reference.train()
+    fused = make_run("triton", *settings, "--model.kernels", "triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        output = fused.train()
+    assert output.count("KL and products of experts on cpu: triton") == 1
+    assert_losses_agree(reference, fused, 1e-5, 5)
