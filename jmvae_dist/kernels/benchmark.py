@@ -274,20 +274,14 @@ def _textbook_product(mus_MBD: Tensor, logvars_MBD: Tensor) -> Results:
 
 def _kl_cases(device: str) -> dict[str, tuple[Tensor, ...]]:
     """Arguments of `gaussian_kl_terms` in float32, by what they stand for."""
-    inputs = [tensor.detach() for tensor in _inputs(64, 32, 2, device, torch.float32)]
-    mu, logvar, mus, logvars, noise = inputs
-    cases = {"unrelated posteriors": (mu, logvar, mus, logvars, noise)}
+    mu, logvar, mus, logvars, noise = (tensor.detach() for tensor in _inputs(64, 32, 2, device, torch.float32))
+    cases: dict[str, tuple[Tensor, ...]] = {"unrelated posteriors": (mu, logvar, mus, logvars, noise)}
     for distance in (1e-1, 1e-2, 1e-4):
-        cases[f"posteriors {distance:g} apart"] = (
-            mu,
-            logvar,
-            mu + distance * mus,
-            logvar + distance * logvars,
-            noise,
-        )
+        experts = (mu + distance * mus, logvar + distance * logvars)
+        cases[f"posteriors {distance:g} apart"] = (mu, logvar, *experts, noise)
     cases["logvar from -20 to 20"] = (mu, (8 * logvar).clamp(-20, 20), mus, (8 * logvars).clamp(-20, 20), noise)
-    rounded = [tensor.bfloat16() for tensor in inputs]
-    cases["unrelated, from bfloat16"] = (rounded[0], rounded[1], rounded[2], rounded[3], noise)
+    rounded = tuple(tensor.bfloat16() for tensor in (mu, logvar, mus, logvars))
+    cases["unrelated, from bfloat16"] = (*rounded, noise)
     return cases
 
 

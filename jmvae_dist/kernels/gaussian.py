@@ -221,7 +221,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _can_compile(device_type: str) -> bool:
     """Whether torch.compile works here; on a CPU it needs a C++ compiler."""
     try:
-        _compiled(reference.phi)(torch.zeros(8, device=device_type))
+        zeros = torch.zeros(8, device=device_type)
+        _compiled(reference.phi)(zeros, zeros)
     except RuntimeError as error:
         first_line = str(error).strip().splitlines()[0]
         logger.warning("torch.compile does not work here (%s); KL and products of experts: reference", first_line)

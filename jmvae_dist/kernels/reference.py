@@ -28,19 +28,21 @@ def computation_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
 
 
 class _Phi(torch.autograd.Function):
-    """phi(x) = exp(x) - 1 - x of several x, with its derivative computed as expm1(x) instead of through the series.
+    """phi(x) = exp(x) - 1 - x of two tensors, with its derivative computed as expm1(x) instead of by the series.
 
-    Several at once, because torch.compile with symbolic sizes (torch 2.13) fails on a second call.
+    Of two, because torch.compile with symbolic sizes (torch 2.13) fails on a second call, and without gradients on
+    a variable number of arguments.
     """
 
     @staticmethod
-    def forward(ctx: Any, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*xs)
-        return tuple(_phi(x) for x in xs)
+    def forward(ctx: Any, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(first, second)
+        return _phi(first), _phi(second)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(grad * torch.expm1(x) for grad, x in zip(grad_outputs, ctx.saved_tensors, strict=True))
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = ctx.saved_tensors
+        return grad_outputs[0] * torch.expm1(first), grad_outputs[1] * torch.expm1(second)
 
 
 def _phi(x: Tensor) -> Tensor:
@@ -53,13 +55,13 @@ def _phi(x: Tensor) -> Tensor:
     return torch.where(x.abs() < _SERIES_RADIUS, near_zero * near_zero * series, torch.expm1(x) - x)
 
 
-def phi(*xs: Tensor) -> tuple[Tensor, ...]:
-    """exp(x) - 1 - x for each float32 or float64 `x`, accurate to rounding error and never negative.
+def phi(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(x) - 1 - x of two float32 or float64 tensors, accurate to rounding error and never negative.
 
     The plain expression loses all digits for small x: with a unimodal posterior close to the joint one, the
     KL divergence would come out with a relative error of 1, or negative.
     """
-    return _Phi.apply(*xs)
+    return _Phi.apply(first, second)
 
 
 def gaussian_kl_terms(

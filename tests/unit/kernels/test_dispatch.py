@@ -90,6 +90,9 @@ class TestCompiled:
         assert calls.count(reference.gaussian_kl_terms) == 2
         # Sizes are symbolic: one program for both, besides the one by which compiling was tried.
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+        with torch.no_grad():
+            results = [gaussian_kl_terms(*leaves, kernels=kernels) for kernels in ("reference", "compiled")]
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
     def test_falls_back_where_nothing_can_be_compiled(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
