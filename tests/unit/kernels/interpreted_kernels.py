@@ -22,7 +22,7 @@ from jmvae_dist.kernels.gaussian import gaussian_kl_terms, product_of_experts
 from jmvae_dist.kernels.noise import KeyedNoise
 
 # (B, D, M): single elements, odd sizes, more experts than a power of 2, rows of several tiles, many experts.
-SIZES = [(1, 1, 1), (1, 3, 2), (7, 5, 3), (131, 4, 1), (33, 17, 5), (3, 130, 16), (5, 1030, 2), (9, 2, 17)]
+SIZES = [(1, 1, 1), (1, 3, 2), (7, 5, 3), (67, 4, 1), (17, 33, 5), (3, 130, 16), (3, 530, 2), (9, 2, 17)]
 # Rounding of gradients to the inputs' dtype; the interpreter cuts bfloat16 off where GPUs round it.
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 Results = tuple[Tensor, ...]
@@ -95,7 +95,7 @@ class TestKlTerms:
         assert_close(differentiate(kl_terms, arguments[:4], arguments[4]), exact, torch.float32, 3)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize("size", [(7, 5, 3), (33, 17, 5)])
+    @pytest.mark.parametrize("size", [(7, 5, 3), (17, 33, 5)])
     def test_16_bit_inputs(self, size: tuple[int, int, int], dtype: torch.dtype) -> None:
         *gaussians, noise = draw(size, dtype)
         exact = differentiate(reference.gaussian_kl_terms, [t.double() for t in gaussians], noise)
@@ -194,7 +194,7 @@ class TestKeyedNoise:
         zeros, none = torch.zeros(8192, 64), torch.zeros(0, 8192, 64)
         assert torch.equal(kl_terms(zeros, zeros, none, none, key)[0], key.draw(64))
 
-    @pytest.mark.parametrize("size", [(1, 1, 1), (7, 5, 3), (3, 1030, 2)])
+    @pytest.mark.parametrize("size", [(1, 1, 1), (7, 5, 3), (3, 530, 2)])
     def test_is_made_again_in_the_backward_pass(self, size: tuple[int, int, int]) -> None:
         *gaussians, _ = draw(size)
         rows = torch.arange(3 * size[0])[::3]  # not contiguous
@@ -297,7 +297,7 @@ class TestMemory:
         monkeypatch.setattr(builder, "create_masked_store", counting_store)
         return moved
 
-    @pytest.mark.parametrize("size", [(7, 5, 3), (33, 17, 5), (5, 1030, 2)])
+    @pytest.mark.parametrize("size", [(7, 5, 3), (17, 33, 5), (3, 530, 2)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_every_element_moves_once(
         self, size: tuple[int, int, int], dtype: torch.dtype, moved_bytes: list[int]
