@@ -193,7 +193,7 @@ def product_forward(
         largest = highest
     # No expert at all: the prior. (A NaN total is not 0 and comes through.)
     is_empty = total == 0.0
-    mu = weighted / tl.where(is_empty, 1.0, total)
+    mu = tl.div_rn(weighted, tl.where(is_empty, 1.0, total))  # `/` would be approximate on a GPU
     logvar = tl.where(is_empty, 0.0, -largest - log(tl.where(is_empty, 1.0, total)))
     _store(mu_ptr, mu, dim, rows, columns, inside)
     _store(logvar_ptr, logvar, dim, rows, columns, inside)
