@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from jmvae_dist.errors import ConfigError
 
-# Who computes KL terms and products of experts (kernels/gaussian.py).
+# Who computes KL terms, products of experts and likelihoods (kernels/gaussian.py).
 Kernels = Literal["auto", "reference", "compiled", "triton"]
 Likelihood = Literal["normal", "laplace", "bernoulli", "categorical"]
 # Parameters that each likelihood takes in `decoder_dist_params`, with their types.
@@ -188,10 +188,10 @@ class ModelSection(JMVAEConfig):
 
     Args:
         networks: The default networks' sizes.
-        kernels: Who computes KL terms and products of experts: reference (torch); compiled (the reference through
-            torch.compile where it is large enough to gain); triton (fused kernels, on GPUs); auto takes triton
-            on a GPU, else the reference. They agree up to rounding. The environment variable JMVAE_DIST_KERNELS
-            goes before this.
+        kernels: Who computes KL terms, products of experts and likelihoods: reference (torch); compiled (the
+            first two through torch.compile, where they are large enough to gain); triton (fused kernels, on
+            GPUs); auto takes triton on a GPU, else the reference. They agree up to rounding. The environment
+            variable JMVAE_DIST_KERNELS goes before this.
     """
 
     n_modalities: int | None = None  # type: ignore[assignment]

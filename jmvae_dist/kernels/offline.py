@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from jmvae_dist.kernels import ops, triton_gaussian
+from jmvae_dist.kernels import ops, triton_gaussian, triton_likelihood
 
 # Compute capabilities: sm_80 (A100), sm_90 (H100).
 ARCHITECTURES = (80, 90)
@@ -32,7 +32,14 @@ CASES = (
     *(((1, 1, 1), torch.float32), ((256, 256, 5), torch.float32), ((64, 2048, 16), torch.float32)),
     *(((128, 20, 2), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
 )
-KERNELS = ("kl_terms_forward", "kl_terms_backward", "product_forward", "product_backward")
+KERNELS = {
+    "kl_terms_forward": triton_gaussian,
+    "kl_terms_backward": triton_gaussian,
+    "product_forward": triton_gaussian,
+    "product_backward": triton_gaussian,
+    "log_prob_forward": triton_likelihood,
+    "log_prob_backward": triton_likelihood,
+}
 _WARP_SIZE = 32
 
 
@@ -41,7 +48,7 @@ class Binary:
     """A compiled kernel and what one thread of it uses.
 
     Attributes:
-        kernel: Name of the function in `triton_gaussian`.
+        kernel: Name of the function; a key of `KERNELS`.
         size: B,D,M of the launch.
         dtype: Of the inputs.
         options: Its switches and block sizes.
@@ -80,7 +87,7 @@ class _Compiler:
 
     def __init__(self, name: str, compiled: dict[str, Any]) -> None:
         self._name = name
-        self._kernel = getattr(triton_gaussian, name)
+        self._kernel = getattr(KERNELS[name], name)
         self._compiled = compiled
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -104,8 +111,8 @@ def compiling(architecture: int) -> Iterator[dict[str, Any]]:
     compiled: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Driver(architecture)))
-        for name in KERNELS:
-            stack.enter_context(mock.patch.object(triton_gaussian, name, _Compiler(name, compiled)))
+        for name, module in KERNELS.items():
+            stack.enter_context(mock.patch.object(module, name, _Compiler(name, compiled)))
         yield compiled
 
 
@@ -125,6 +132,11 @@ def launch_all(batch_size: int, dim: int, num_experts: int, dtype: torch.dtype) 
     for mask, prior_expert in itertools.product((None, mask_BM), (False, True)):
         ops.product(*experts, mask, prior_expert)
         ops.product_backward(grad_BD, grad_BD, grad_BD, grad_BD, *experts, mask)
+    # Decoder output for as many draws as there are experts, with samples of D elements.
+    decoded_NF, target_BF = experts[0].reshape(-1, dim), one[0].contiguous()
+    for kind in triton_likelihood.KINDS:
+        ops.log_prob(decoded_NF, target_BF, kind, 0.5)
+        ops.log_prob_backward(torch.zeros(len(decoded_NF)), decoded_NF, target_BF, kind, 0.5)
 
 
 def compile_all(architecture: int) -> Iterator[Binary]:

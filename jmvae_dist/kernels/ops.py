@@ -172,3 +172,47 @@ def _differentiate_product(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...
 
 
 product.register_autograd(_differentiate_product, setup_context=_save_for_product)
+
+
+@torch.library.custom_op("jmvae_dist::log_prob", mutates_args=())
+def log_prob(decoded_NF: Tensor, target_BF: Tensor, kind: str, scale: float) -> Tensor:
+    """See `likelihood.fused_log_prob`; contiguous tensors, float32 (N,)."""
+    from jmvae_dist.kernels.triton_likelihood import launch_log_prob_forward
+
+    sum_N = decoded_NF.new_empty(decoded_NF.shape[:1], dtype=torch.float32)
+    if sum_N.numel() > 0:
+        launch_log_prob_forward(kind, scale, decoded_NF, target_BF, sum_N)
+    return sum_N
+
+
+@log_prob.register_fake
+def _(decoded_NF: Tensor, *rest: Any) -> Tensor:
+    return decoded_NF.new_empty(decoded_NF.shape[:1], dtype=torch.float32)
+
+
+@torch.library.custom_op("jmvae_dist::log_prob_backward", mutates_args=())
+def log_prob_backward(grad_N: Tensor, decoded_NF: Tensor, target_BF: Tensor, kind: str, scale: float) -> Tensor:
+    """Gradient of the decoder output, in its dtype."""
+    from jmvae_dist.kernels.triton_likelihood import launch_log_prob_backward
+
+    (d_decoded_NF,) = _empty_like(decoded_NF)
+    if decoded_NF.numel() > 0:
+        launch_log_prob_backward(kind, scale, decoded_NF, target_BF, grad_N, d_decoded_NF)
+    return d_decoded_NF
+
+
+@log_prob_backward.register_fake
+def _(grad_N: Tensor, decoded_NF: Tensor, *rest: Any) -> Tensor:
+    return _empty_like(decoded_NF)[0]
+
+
+def _save_for_log_prob(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.kind, ctx.scale = inputs[2:]
+
+
+def _differentiate_log_prob(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+    return log_prob_backward(grad_N, *ctx.saved_tensors, ctx.kind, ctx.scale), None, None, None
+
+
+log_prob.register_autograd(_differentiate_log_prob, setup_context=_save_for_log_prob)

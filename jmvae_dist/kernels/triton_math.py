@@ -72,6 +72,15 @@ def log(x):
 
 
 @triton.jit
+def log1p(x):
+    """log(1 + x) for float32 x from 0 to 1, accurate to a few units in the last place (Kahan's correction)."""
+    total = 1.0 + x
+    # What rounding took from the sum is put right by the ratio; where all of x was lost, log(1 + x) is x.
+    excess = total - 1.0
+    return tl.where(excess == 0.0, x, log(total) * tl.div_rn(x, tl.where(excess == 0.0, 1.0, excess)))
+
+
+@triton.jit
 def _phi_series(x):
     """exp(x) - 1 - x for |x| <= 1, by its power series up to x^12 / 12!."""
     series = x * (1.0 / 479001600) + 1.0 / 39916800

@@ -124,7 +124,7 @@ class JMVAE(nn.Module):
             for bernoulli and categorical.
         joint_encoder: Your joint encoder, ``{modality: (B, *shape)} -> GaussianParams``.
         networks: Sizes of the default networks that stand in for what is not given.
-        kernels: Who computes KL terms and products of experts; see `config.ModelSection`.
+        kernels: Who computes KL terms, products of experts and likelihoods; see `config.ModelSection`.
 
     Attributes:
         config: The configuration, with `custom_architectures` naming the networks that were given.
@@ -537,7 +537,7 @@ class JMVAE(nn.Module):
             shape, target_shape = tuple(decoded[name].shape[z.ndim - 1 :]), tuple(inputs[name].shape[1:])
             if shape != target_shape:
                 raise ConfigError(f"decoders.{name}: returned samples of shape {shape}, the data has {target_shape}")
-        return {name: log_prob(self.likelihoods[name], decoded[name], inputs[name]) for name in names}
+        return {name: log_prob(self.likelihoods[name], decoded[name], inputs[name], self.kernels) for name in names}
 
     def _monte_carlo_nll(
         self,

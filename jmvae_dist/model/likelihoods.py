@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jmvae_dist.kernels.likelihood import fused_log_prob, is_fused
 from jmvae_dist.kernels.reference import computation_dtype
 
 # Targets of a categorical with soft targets must sum to 1 up to the rounding of float32 or bfloat16 storage.
@@ -130,17 +131,20 @@ def build_likelihood(distribution: str, parameters: dict[str, Any]) -> Likelihoo
     return _LIKELIHOODS[distribution](**parameters)
 
 
-def log_prob(likelihood: Likelihood, decoded: Tensor, target: Tensor) -> Tensor:
+def log_prob(likelihood: Likelihood, decoded: Tensor, target: Tensor, kernels: str = "auto") -> Tensor:
     """log p(target | decoded) in nats, summed over the sample's shape.
 
     Args:
         likelihood: The observation model.
         decoded: Decoder output, shape (*leading, *shape), where `leading` ends in B.
         target: Data, shape (B, *shape).
+        kernels: Who computes; see `config.ModelSection`.
 
     Returns:
         Shape `leading`; float32, or float64 if an argument is float64.
     """
+    if is_fused(likelihood.name, decoded, target, kernels):
+        return fused_log_prob(likelihood.name, getattr(likelihood, "scale", 1.0), decoded, target)
     dtype = computation_dtype((decoded, target))
     with torch.autocast(decoded.device.type, enabled=False):
         values = likelihood.log_prob_per_element(decoded.to(dtype), target.to(dtype))

@@ -20,6 +20,7 @@ from jmvae_dist.kernels import ops, reference, triton_gaussian
 from jmvae_dist.kernels.benchmark import least_bytes
 from jmvae_dist.kernels.gaussian import gaussian_kl_terms, product_of_experts
 from jmvae_dist.kernels.noise import KeyedNoise
+from jmvae_dist.model.likelihoods import Bernoulli, Laplace, Likelihood, Normal, log_prob
 
 # (B, D, M): single elements, odd sizes, more experts than a power of 2, rows of several tiles, many experts.
 SIZES = [(1, 1, 1), (1, 3, 2), (7, 5, 3), (67, 4, 1), (17, 33, 5), (3, 130, 16), (3, 530, 2), (9, 2, 17)]
@@ -277,26 +278,81 @@ class TestProduct:
             assert torch.equal(result[1], logvars[0])
 
 
+LIKELIHOODS = [Normal(0.7), Laplace(1.3), Bernoulli(), Bernoulli(soft_targets=True)]
+
+
+class TestLikelihoods:
+    @staticmethod
+    def data(likelihood: Likelihood, shape: tuple[int, ...]) -> Tensor:
+        target = torch.rand(shape, generator=torch.Generator().manual_seed(3))
+        return target.round() if likelihood == Bernoulli() else target
+
+    @pytest.mark.parametrize("likelihood", LIKELIHOODS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("leading", "shape"), [((1,), (1,)), ((7,), (3, 5)), ((2, 3, 5), (11,)), ((3,), (1, 28, 28))]
+    )
+    def test_equals_the_reference(
+        self, likelihood: Likelihood, dtype: torch.dtype, leading: tuple[int, ...], shape: tuple[int, ...]
+    ) -> None:
+        decoded = 3 * torch.randn(*leading, *shape, generator=torch.Generator().manual_seed(2))
+        target = self.data(likelihood, (leading[-1], *shape))
+
+        def differentiated(decoded: Tensor, target: Tensor, kernels: str) -> list[Tensor]:
+            return differentiate(lambda x: (log_prob(likelihood, x, target, kernels),), [decoded])
+
+        decoded, target = decoded.to(dtype), target.to(dtype)
+        exact = differentiated(decoded.double(), target.double(), "reference")
+        actual = differentiated(decoded, target, "triton")
+        assert actual[0].shape == leading
+        assert_close(actual, exact, dtype, 1)
+
+    def test_confident_logits(self) -> None:
+        """Right ones, whose value and gradient are far below rounding errors of 1, and wrong ones."""
+        logits = torch.tensor([20.0, -20.0, 60.0, -60.0, 100.0, -100.0, 0.0, -0.0])[:, None]
+        for target in (torch.ones(8, 1), torch.zeros(8, 1)):
+            exact = differentiate(lambda x, t=target: (log_prob(Bernoulli(), x, t.double()),), [logits.double()])
+            actual = differentiate(lambda x, t=target: (log_prob(Bernoulli(), x, t, "triton"),), [logits])
+            torch.testing.assert_close(actual[0].double(), exact[0], rtol=1e-6, atol=1e-16)
+            torch.testing.assert_close(actual[1].double(), exact[1], rtol=1e-6, atol=1e-16)
+
+    @pytest.mark.parametrize("likelihood", LIKELIHOODS)
+    def test_nan_reaches_the_loss(self, likelihood: Likelihood) -> None:
+        decoded = torch.zeros(3, 4)
+        decoded[1, 2] = math.nan
+        result = log_prob(likelihood, decoded, torch.zeros(3, 4), "triton")
+        assert result.isnan().tolist() == [False, True, False]
+
+    def test_every_element_moves_once(self, moved_bytes: list[int]) -> None:
+        decoded, target = torch.zeros(6, 20), torch.zeros(3, 20)
+        ops.log_prob(decoded, target, "bernoulli", 1.0)
+        assert sum(moved_bytes) == 4 * (2 * 6 * 20 + 6)
+        moved_bytes.clear()
+        ops.log_prob_backward(torch.zeros(6), decoded, target, "bernoulli", 1.0)
+        assert sum(moved_bytes) == 4 * (3 * 6 * 20 + 6)
+
+
+@pytest.fixture
+def moved_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collects what the kernels load and store, lane by lane that is not masked off."""
+    moved: list[int] = []
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def counting_load(self: object, pointers: object, mask: object, *rest: object) -> object:
+        moved.append(int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8)
+        return load(self, pointers, mask, *rest)
+
+    def counting_store(self: object, pointers: object, value: object, mask: object, *rest: object) -> object:
+        moved.append(int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", counting_load)
+    monkeypatch.setattr(builder, "create_masked_store", counting_store)
+    return moved
+
+
 class TestMemory:
-    @pytest.fixture
-    def moved_bytes(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-        """Collects what the kernels load and store, lane by lane that is not masked off."""
-        moved: list[int] = []
-        builder = interpreter.InterpreterBuilder
-        load, store = builder.create_masked_load, builder.create_masked_store
-
-        def counting_load(self: object, pointers: object, mask: object, *rest: object) -> object:
-            moved.append(int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8)
-            return load(self, pointers, mask, *rest)
-
-        def counting_store(self: object, pointers: object, value: object, mask: object, *rest: object) -> object:
-            moved.append(int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8)
-            return store(self, pointers, value, mask, *rest)
-
-        monkeypatch.setattr(builder, "create_masked_load", counting_load)
-        monkeypatch.setattr(builder, "create_masked_store", counting_store)
-        return moved
-
     @pytest.mark.parametrize("size", [(7, 5, 3), (17, 33, 5), (3, 530, 2)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_every_element_moves_once(
@@ -355,6 +411,7 @@ class TestOperators:
         leaves = [tensor.requires_grad_() for tensor in gaussians]
         torch.library.opcheck(ops.kl_terms, (*leaves, noise, None, 0, 0, 0))
         torch.library.opcheck(ops.kl_terms, (*leaves, None, torch.arange(4), -3, 2**40, 1))
+        torch.library.opcheck(ops.log_prob, (leaves[0], noise, "laplace", 0.5))
         torch.library.opcheck(ops.product, (*leaves[2:], None, True))
         torch.library.opcheck(ops.product, (*leaves[2:], torch.ones(4, 2, dtype=torch.bool), False))
 

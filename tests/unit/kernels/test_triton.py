@@ -61,9 +61,9 @@ def test_every_kernel_compiles_without_spilling(tmp_path: Path) -> None:
     with ThreadPoolExecutor() as pool:
         tables = list(pool.map(compile_for, ARCHITECTURES))
     for rows in tables:
-        # 2 kernels with given or keyed noise, the product with and without prior and mask, its gradient with and
-        # without mask; 6 sizes and dtypes.
-        assert len(rows) == 6 * (2 + 2 + 4 + 2)
+        # KL terms with given or keyed noise, the product with and without prior and mask, its gradient with and
+        # without mask, three likelihoods; 6 sizes and dtypes.
+        assert len(rows) == 6 * (2 + 2 + 4 + 2 + 3 + 3)
         assert {int(row["stack_bytes"]) for row in rows} == {0}
         assert max(int(row["registers"]) for row in rows) <= 128
     assert {row["architecture"] for rows in tables for row in rows} == {"80", "90"}
@@ -88,8 +88,8 @@ def test_batch_sizes_share_their_binaries() -> None:
         "    print(*(names[kernel] for kernel in offline.KERNELS))\n"
     )
     output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    # Kernels have 2, 2, 4 and 2 combinations of switches.
-    assert output.splitlines() == ["2 2 4 2", "4 4 8 4"]
+    # Kernels have 2, 2, 4, 2, 3 and 3 combinations of switches; outputs of decoders are contiguous.
+    assert output.splitlines() == ["2 2 4 2 3 3", "4 4 8 4 3 3"]
 
 
 def test_training_gives_the_same_losses(make_run: Callable[..., Run]) -> None:
