@@ -10,6 +10,7 @@ from jmvae_dist.config_io import CHECK_OPTION, parse_run_config
 from jmvae_dist.errors import PeerError, is_on_all_ranks
 
 if TYPE_CHECKING:
+    from jmvae_dist.config import RunConfig
     from jmvae_dist.distributed.environment import ProcessInfo
     from jmvae_dist.training.setup import ResolvedRun
 
@@ -25,14 +26,26 @@ def main(arguments: list[str]) -> int:
 
     process = detect_process()
     run = resolve_run(config, process.world_size)
-    if config.training.device != "auto":
-        from jmvae_dist.distributed.runtime import check_device
-
-        check_device(config.training.device, config.training.engine)
+    _check_machine(config)
     # launch/local.sh has checked, and thus said, it before.
     if process.rank == 0 and (check_only or "JMVAE_DIST_EXIT_CODE_FILE" not in os.environ):
         print(summarize(run, process.world_size), flush=True)
     return 0 if check_only else _train(run, process)
+
+
+def _check_machine(config: RunConfig) -> None:
+    """Refuse what cannot be had here; without waiting for torch where nothing in particular is asked for."""
+    device = config.training.device
+    if device != "auto":
+        from jmvae_dist.distributed.runtime import check_device
+
+        check_device(device, config.training.engine)
+    if config.model.kernels == "triton":
+        import torch
+
+        from jmvae_dist.kernels.gaussian import choose
+
+        choose(config.model.kernels, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _train(run: ResolvedRun, process: ProcessInfo) -> int:
