@@ -142,6 +142,17 @@ class TestKlTerms:
             assert kl_experts[:, 1].isnan().all()
             assert kl_experts[:, 0].isfinite().all()
 
+    def test_any_split_of_the_batch_gives_the_same_bits(self) -> None:
+        """A row is summed in an order that depends on D and M only."""
+        arguments = draw((70, 9, 3))
+        whole = differentiate(kl_terms, arguments[:4], arguments[4])[:3]
+        parts = [
+            differentiate(kl_terms, [t[..., rows, :] for t in arguments[:4]], arguments[4][rows])[:3]
+            for rows in (slice(0, 33), slice(33, 70))
+        ]
+        for position, dim in enumerate((0, 0, 1)):
+            assert torch.equal(torch.cat([part[position] for part in parts], dim), whole[position])
+
     def test_gradient_of_noise(self) -> None:
         *gaussians, noise = draw((4, 6, 2))
         noise.requires_grad_()
