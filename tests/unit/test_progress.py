@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 
@@ -74,7 +75,7 @@ def test_terminal_gets_one_bar() -> None:
     os.close(controller)
     text = output.decode()
     assert "40/40" in text
-    assert "evaluating [a]: 40 in 0.0 s" in text
+    assert re.search(r"evaluating \[a\]: 40 in [0-9.]+ s", text)
 
 
 @pytest.mark.parametrize(
