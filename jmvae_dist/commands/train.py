@@ -43,9 +43,9 @@ def _check_machine(config: RunConfig) -> None:
     if config.model.kernels == "triton":
         import torch
 
-        from jmvae_dist.kernels.gaussian import choose
+        from jmvae_dist.kernels.gaussian import find_kernels
 
-        choose(config.model.kernels, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        find_kernels(config.model.kernels, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _train(run: ResolvedRun, process: ProcessInfo) -> int:

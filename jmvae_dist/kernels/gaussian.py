@@ -171,7 +171,7 @@ def _implementation(kernels: str, tensors: tuple[Tensor, ...]) -> str:
 
 @torch.compiler.assume_constant_result
 def choose(kernels: str, device_type: str) -> str:
-    """The implementation for a device: reference, compiled or triton.
+    """The implementation for a device: reference, compiled or triton; logged once per process.
 
     Args:
         kernels: One of `KERNELS`; the environment variable `VARIABLE` goes before it.
@@ -180,26 +180,31 @@ def choose(kernels: str, device_type: str) -> str:
     Raises:
         ConfigError: The name is unknown, or Triton cannot run there.
     """
+    chosen, reason = find_kernels(kernels, device_type)
+    _log_once(device_type, chosen, reason)
+    return chosen
+
+
+def find_kernels(kernels: str, device_type: str) -> tuple[str, str]:
+    """What `choose` would choose, and why; without saying so in the log."""
     key = VARIABLE if os.environ.get(VARIABLE) else "model.kernels"
-    return _choose(key, os.environ.get(VARIABLE) or kernels, device_type)
-
-
-@functools.cache
-def _choose(key: str, kernels: str, device_type: str) -> str:
-    """`choose`, once per process for the same question, so that its answer is logged once."""
+    kernels = os.environ.get(VARIABLE) or kernels
     if kernels not in KERNELS:
         raise ConfigError(f"{key}: {kernels!r} is not allowed; it must be one of {list(KERNELS)}")
     obstacle = _obstacle_to_triton(device_type)
     if kernels == "triton" and obstacle:
         raise ConfigError(f"{key}: triton cannot be used: {obstacle}; use auto, reference or compiled")
-    reason = ""
-    chosen = kernels
-    if kernels == "auto":
-        chosen, reason = ("reference", f" ({obstacle})") if obstacle else ("triton", "")
+    if kernels != "auto":
+        return kernels, ""
+    return ("reference", f" ({obstacle})") if obstacle else ("triton", "")
+
+
+@functools.cache
+def _log_once(device_type: str, chosen: str, reason: str) -> None:
     logger.info("KL and products of experts on %s: %s%s", device_type, chosen, reason)
-    return chosen
 
 
+@functools.cache
 def _obstacle_to_triton(device_type: str) -> str:
     """Why Triton kernels cannot run on a device; empty if they can."""
     if importlib.util.find_spec("triton") is None:

@@ -30,7 +30,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_copy import Attempt
-attempt = Attempt(Path({run_dir!r}), None, None)
+attempt = Attempt(Path({run_dir!r}), None, None, init_timeout_s=30.0, finish_timeout_s=40.0)
 if {wait_for_client}:
     while not Path({run_dir!r}, "wandb", "state.json").exists():
         time.sleep(0.05)
@@ -48,7 +48,7 @@ class Attempt:
         self.messages: list[str] = []
         self.metrics = MetricsLog(run_dir / "metrics.jsonl", resume_step)
         self.tracker = WandbTracker(
-            WandbSection(**{"init_timeout_s": 4.0, "finish_timeout_s": 20.0, **settings}),
+            WandbSection(**{"init_timeout_s": 8.0, "finish_timeout_s": 20.0, **settings}),
             run_dir=run_dir,
             run_id=run_id,
             config={"data": {"train_manifest": "https://user:pa55word@host/m.json?token=pa55word"}},

@@ -28,9 +28,11 @@ def _undecided(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a fresh process."""
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    gaussian._choose.cache_clear()
+    gaussian._log_once.cache_clear()
+    gaussian._obstacle_to_triton.cache_clear()
     yield
-    gaussian._choose.cache_clear()
+    gaussian._log_once.cache_clear()
+    gaussian._obstacle_to_triton.cache_clear()
 
 
 class TestChoice:
