@@ -260,9 +260,10 @@ class CheckpointManager:
         if manifest.global_step == self.last_saved_step:
             return
         started_s = time.perf_counter()
-        self._writer = self._begin(manifest)
+        goes_on = self.section.async_write and not wait
+        self._writer = self._begin(manifest, copies=goes_on)
         self._add_stall(started_s)
-        if wait or not self.section.async_write:
+        if not goes_on:
             self.finish()
 
     def finish(self) -> None:
@@ -296,8 +297,8 @@ class CheckpointManager:
     def _add_stall(self, started_s: float) -> None:
         self._stall_s = (self._stall_s or 0.0) + time.perf_counter() - started_s
 
-    def _begin(self, manifest: CheckpointManifest) -> _PartWriter:
-        """Make room, describe the state and start writing this rank's part of it."""
+    def _begin(self, manifest: CheckpointManifest, *, copies: bool) -> _PartWriter:
+        """Make room, describe the state and start writing this rank's part of it, or a copy of it."""
         rank, world_size = self.collectives.rank, self.collectives.world_size
         state = live_state(self.engine, rank)
         fragments = fragments_to_write(state.fragments, rank, world_size)
@@ -305,7 +306,7 @@ class CheckpointManager:
         total_bytes = sum(self.collectives.gather(part_bytes))
         self.collectives.on_main(lambda: self._prepare(manifest.global_step, total_bytes))
         manifest.optimizer = optimizer_record(self.engine, state)
-        if self.section.async_write:
+        if copies:
             fragments = copy_to_host(fragments)
         path = temporary_directory(self.root, manifest.global_step) / f"rank-{rank:05d}.safetensors"
         return _PartWriter(path, fragments, manifest, state.specs)
