@@ -7,6 +7,7 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,11 +132,20 @@ def test_accelerate_that_starts_too_few_processes_is_refused(make_run: Callable[
 def test_mistakes_are_said_once_among_sruns_tasks() -> None:
     """Rank 0 says it; the others, which `srun --kill-on-bad-exit` then ends, leave the exit code to it."""
     command = [sys.executable, "-m", "jmvae_dist", "train", "--training.stps", "3"]
-    other, main = (start(command, srun_variables(rank, "n1", "1")) for rank in (1, 0))
-    (output,) = finish(main, expect=2)
+    (output,) = finish(start(command, srun_variables(0, "n1", "1")), expect=2)
     assert "training.stps: unknown key" in output
+    other = start(command, srun_variables(1, "n1", "1"))
+    # Not before it has found the mistake too: an interpreter that is still starting cannot but die of a TERM.
+    while not waits_for_signal(other):
+        assert other.poll() is None, other.communicate()[0]
+        time.sleep(0.01)
     other.terminate()
     assert finish(other) == [""]
+
+
+def waits_for_signal(process: subprocess.Popen[str]) -> bool:
+    """Whether a process sleeps in `sigtimedwait`, as Linux tells."""
+    return "sigtimedwait" in Path(f"/proc/{process.pid}/wchan").read_text()
 
 
 def test_a_mistake_of_one_node_is_said_there() -> None:
