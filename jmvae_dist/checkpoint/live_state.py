@@ -54,10 +54,9 @@ class LiveState:
 
 def live_state(engine: Engine, rank: int) -> LiveState:
     """The state of an engine between two steps; creates optimizer states that do not exist yet."""
-    stage = int(engine.name.removeprefix("zero")) if engine.name.startswith("zero") else 0
-    if stage == 0:
+    if engine.stage == 0:
         return _replicated_state(engine)
-    state = _zero12_state(engine) if stage < 3 else _zero3_state(engine, rank)
+    state = _zero12_state(engine) if engine.stage < 3 else _zero3_state(engine, rank)
     for name, buffer in engine.model.named_buffers():
         state.add_whole(f"buffer/{name}", buffer)
     return state

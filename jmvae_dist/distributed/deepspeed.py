@@ -95,7 +95,6 @@ class ZeroEngine(Engine):
         super().__init__(model, optimizer)
         self.name = name
         self.stage = int(name.removeprefix("zero"))
-        self.is_partitioned = self.stage > 0
         forward_pass = ForwardPass(model, precision, accelerator.device.type)
         # The structure alone, before DeepSpeed changes it, for `evaluation_model`.
         self._skeleton = copy.deepcopy(model).to("meta") if self.stage == 3 else None
@@ -132,7 +131,7 @@ class ZeroEngine(Engine):
 
     def gradients(self) -> list[Tensor]:
         if self.stage == 0:
-            return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            return super().gradients()
         zero = self.zero_optimizer
         if self._offloads:
             partitions = (

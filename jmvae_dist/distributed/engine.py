@@ -52,12 +52,12 @@ class Engine(ABC):
         model: The unwrapped model.
         optimizer: The optimizer that finally updates float32 weights; learning rates are set on its groups.
         group_parameters: Names of the parameters of each of its groups.
-        is_partitioned: Whether `gradients` holds only this rank's part of each gradient.
+        stage: Stage of ZeRO; at 0 every rank holds everything.
         is_settled: False while the next backward pass may sum over ranks in another order than the later ones.
     """
 
     name: str
-    is_partitioned = False
+    stage = 0
     is_settled = True
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -80,9 +80,14 @@ class Engine(ABC):
             The model's metrics, sums over the micro-batch.
         """
 
-    @abstractmethod
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether `gradients` holds only this rank's part of each gradient."""
+        return self.stage > 0
+
     def gradients(self) -> list[Tensor]:
         """The gradients of the step as live float32 tensors, to be scaled in place before `step`."""
+        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
     @abstractmethod
     def step(self) -> None:
@@ -122,9 +127,6 @@ class ReplicatedEngine(Engine):
             loss_sum, metrics = self._module(**inputs)
             (loss_sum * scale).backward()
         return metrics
-
-    def gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
 
     def step(self) -> None:
         self.optimizer.step()

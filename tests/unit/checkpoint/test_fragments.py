@@ -128,9 +128,6 @@ class PlainEngine(Engine):
         self.model(inputs["batch"]).square().sum().backward()
         return {}
 
-    def gradients(self) -> list[torch.Tensor]:
-        return [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-
     def step(self) -> None:
         assert isinstance(self.optimizer, GuardedAdamW)
         self.optimizer.is_sound = torch.tensor(True)
