@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from jmvae_dist.config_io import CHECK_OPTION, parse_run_config
 from jmvae_dist.errors import PeerError, is_on_all_ranks
+from jmvae_dist.training.signals import StopSignals
 
 if TYPE_CHECKING:
     from jmvae_dist.config import RunConfig
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> int:
     """Train; returns 0 when the run is complete, 75 when it was stopped with a checkpoint written."""
+    # From here on a scheduler's request to stop is neither lost nor kills a rank that still starts.
+    with StopSignals() as signals:
+        return _main(arguments, signals)
+
+
+def _main(arguments: list[str], signals: StopSignals) -> int:
     # Everything up to the runtime is checked without torch and without other processes, so that a mistake is
     # one line after half a second.
     check_only = CHECK_OPTION in arguments
@@ -30,7 +37,7 @@ def main(arguments: list[str]) -> int:
     # launch/local.sh has checked, and thus said, it before.
     if process.rank == 0 and (check_only or "JMVAE_DIST_EXIT_CODE_FILE" not in os.environ):
         print(summarize(run, process.world_size), flush=True)
-    return 0 if check_only else _train(run, process)
+    return 0 if check_only else _train(run, process, signals)
 
 
 def _check_machine(config: RunConfig) -> None:
@@ -48,18 +55,17 @@ def _check_machine(config: RunConfig) -> None:
         find_kernels(config.model.kernels, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _train(run: ResolvedRun, process: ProcessInfo) -> int:
+def _train(run: ResolvedRun, process: ProcessInfo, signals: StopSignals) -> int:
     from jmvae_dist.distributed.runtime import start_runtime
     from jmvae_dist.training.loop import Trainer
     from jmvae_dist.training.recorder import configure_logging
-    from jmvae_dist.training.signals import StopSignals
     from jmvae_dist.training.state import locked_run_directory
     from jmvae_dist.training.watchdog import Watchdog
 
     training = run.config.training
     configure_logging(process.rank)
+    signals.catch_all()
     with (
-        StopSignals() as signals,
         start_runtime(
             process,
             device=training.device,

@@ -37,8 +37,9 @@ from jmvae_dist.training.guards import GuardReading, RewindRequested, StepGuard
 from jmvae_dist.training.meter import Meter
 from jmvae_dist.training.optimizer import make_optimizer
 from jmvae_dist.training.recorder import Recorder
+from jmvae_dist.training.requests import Requests
 from jmvae_dist.training.setup import ResolvedRun, check_same_model, describe_changes
-from jmvae_dist.training.signals import Requests, StopSignals
+from jmvae_dist.training.signals import StopSignals
 from jmvae_dist.training.state import describe_checkpoint, read_json, write_json, write_run_files
 from jmvae_dist.training.step import StepResult, TrainStep
 from jmvae_dist.training.watchdog import Watchdog
@@ -112,7 +113,11 @@ class Trainer:
             recorder = self._open_recorder(resumed_from)
         with recorder as self.recorder:
             try:
+                # Asked to stop during start-up: nothing is new since the last checkpoint.
+                self._stop_if_asked()
                 with self.recorder.progress_shown():
+                    if resumed_from is not None:
+                        self._evaluate_if_interrupted()
                     self._take_remaining_steps()
                 self._evaluate_finally()
             except StopRequested:
@@ -366,16 +371,38 @@ class Trainer:
         )
 
     def _evaluate_midway(self) -> None:
-        """Metrics and figures on held-out data, without the costly likelihood estimate."""
+        """Metrics and figures on held-out data, without the costly likelihood estimate.
+
+        Raises:
+            StopRequested: A stop was asked for; a checkpoint is written, and resuming begins with this evaluation.
+        """
         if self.run.eval_manifest is None:
             return
         try:
-            metrics = self._evaluate(joint_nll_samples=0)
-        except DataError:
+            metrics = self._evaluate(joint_nll_samples=0, advance=self._evaluation_advanced)
+        except (DataError, StopRequested):
             self._save_checkpoint(wait=True)
             raise
         self._write({"global_step": self.global_step, **metrics})
         self._draw_figures()
+
+    def _evaluate_if_interrupted(self) -> None:
+        """Make up for the evaluation in which the former attempt was asked to stop."""
+        every_steps = self.run.config.evaluation.every_steps
+        is_due = self._is_multiple_of(every_steps) and self.global_step < self.run.total_steps
+        if not is_due or self.run.eval_manifest is None:
+            return
+        if self.runtime.collectives.on_main(lambda: self.recorder.recorded(self.global_step, "eval/elbo")) is None:
+            self._evaluate_midway()
+
+    def _stop_if_asked(self) -> None:
+        """For what has no steps to finish; on all ranks if any was asked.
+
+        Raises:
+            StopRequested: A stop was asked for.
+        """
+        with self.runtime.collectives.together():
+            self.signals.raise_if_received()
 
     def _evaluate_finally(self) -> None:
         """The evaluation that the report shows; its file marks the run as complete.
@@ -385,9 +412,8 @@ class Trainer:
         """
         if self.run.eval_manifest is None:
             return
+        self._stop_if_asked()
         collectives = self.runtime.collectives
-        with collectives.together():
-            self.signals.raise_if_received()
         samples = self.run.config.evaluation.joint_nll_samples
         key = "eval/joint_nll" if samples > 0 else "eval/elbo"
         record = collectives.on_main(lambda: self.recorder.recorded(self.global_step, key))
@@ -416,12 +442,16 @@ class Trainer:
                 show = stack.enter_context(progress(share, "evaluating"))
 
             def advance(count: int) -> None:
-                self.signals.raise_if_received()
-                self.watchdog.enter("evaluation", self.global_step, has_limit=False)
+                self._evaluation_advanced(count)
                 if show is not None:
                     show(count)
 
             yield advance
+
+    def _evaluation_advanced(self, count: int) -> None:
+        """After each batch of an evaluation: show a sign of life, and heed a request to stop."""
+        self.signals.raise_if_received()
+        self.watchdog.enter("evaluation", self.global_step, has_limit=False)
 
     def _evaluate(self, joint_nll_samples: int, advance: Callable[[int], None] | None = None) -> dict[str, float]:
         assert self.run.eval_manifest is not None

@@ -1,0 +1,63 @@
+"""A request to stop is heeded whatever the run is doing: starting up, or evaluating."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+from tests.conftest import ROOT, Run, launch_environment
+
+MakeRun = Callable[..., Run]
+SETTINGS = ("--training.steps", "6", "--training.log_every_steps", "1")
+
+
+def train(run: Run, patch: str = "") -> subprocess.CompletedProcess[str]:
+    """Train in a process in which `patch`, Python statements, has been run before."""
+    program = f"""
+import os, signal, sys
+from jmvae_dist.__main__ import main
+{patch}
+sys.exit(main(sys.argv[1:]))
+"""
+    return subprocess.run(
+        [sys.executable, "-c", program, "train", *run.arguments()],
+        cwd=ROOT,
+        env=launch_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_stop_while_the_configuration_is_read_is_not_lost(make_run: MakeRun) -> None:
+    """Schedulers send USR1 to every process of a job, also to one that has only begun."""
+    run = make_run("run", *SETTINGS)
+    result = train(
+        run,
+        "from jmvae_dist.training import setup\n"
+        "resolve = setup.resolve_run\n"
+        "setup.resolve_run = lambda *arguments: (os.kill(os.getpid(), signal.SIGUSR1), resolve(*arguments))[1]",
+    )
+    assert result.returncode == 75, result.stdout
+    assert "stopped on request after step 0" in result.stdout
+
+
+def test_a_stop_within_an_evaluation_ends_it_and_resuming_makes_up_for_it(make_run: MakeRun) -> None:
+    evaluating = ("--evaluation.every_steps", "3", "--evaluation.batch_size", "32")
+    whole, stopped = make_run("whole", *SETTINGS, *evaluating), make_run("stopped", *SETTINGS, *evaluating)
+    for run in (whole, stopped):
+        run.overrides += ["--data.eval_manifest", str(run.digits / "test" / "manifest.json")]
+    assert train(whole).returncode == 0
+    result = train(
+        stopped,
+        "from jmvae_dist.evaluation import evaluate\n"
+        "sums = evaluate.likelihood_sums\n"
+        "evaluate.likelihood_sums = lambda *a, **o: (os.kill(os.getpid(), signal.SIGTERM), sums(*a, **o))[1]",
+    )
+    assert result.returncode == 75, result.stdout
+    assert [record["global_step"] for record in stopped.records()] == [1, 2, 3]
+    assert stopped.checkpoint(3).is_dir()
+    assert train(stopped).returncode == 0
+    assert stopped.records() == whole.records()
