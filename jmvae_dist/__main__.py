@@ -33,6 +33,7 @@ VERBS = {
     "sample": "generate from the prior or from given modalities",
     "checkpoint": "list, verify and export checkpoints",
     "report": "write a run's self-contained HTML report",
+    "slurm": "check, submit and follow batch jobs",
     "bench": "measure kernels on this machine",
 }
 

@@ -21,6 +21,7 @@ ALLOWED = {
     "tracking": PURE,
     "training": PURE
     | {"kernels", "model", "data", "distributed", "checkpoint", "evaluation", "tracking", "jmvae_dist"},
+    "cluster": PURE | {"kernels", "model", "data", "distributed", "checkpoint", "tracking", "training", "jmvae_dist"},
 }
 
 

@@ -1,0 +1,113 @@
+# Sourced by the batch scripts, after they have found the repository ($root): settings of the site, and how ranks start.
+# shellcheck shell=bash
+
+fail() {
+    printf 'slurm: %s\n' "$1" >&2
+    exit 2
+}
+
+# What slurm/site.env may set, with defaults; its meaning is explained in site.example.env.
+PYTHON=
+CONTAINER=
+RANKS_PER_NODE=
+INTERFACE=
+SRUN_OPTIONS=
+CPU_BIND=cores
+MAX_ATTEMPTS_WITHOUT_PROGRESS=3
+EXCLUDE_FAILED_NODES=no
+SITE_SETTINGS='PYTHON|CONTAINER|RANKS_PER_NODE|INTERFACE|SRUN_OPTIONS|CPU_BIND|MAX_ATTEMPTS_WITHOUT_PROGRESS'
+SITE_SETTINGS+='|EXCLUDE_FAILED_NODES'
+
+# Scheduler commands name a task of an array like this; its plain number can be that of the whole array.
+this_job=$SLURM_JOB_ID
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || this_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+
+# Read slurm/site.env, and derive the layout: num_ranks, ranks_per_node, and the threads of each.
+load_site() {
+    local site=${JMVAE_DIST_SITE:-$root/slurm/site.env}
+    if [ -e "$site" ]; then
+        bash -n "$site" || fail "$site is not sound (see above); compare it with slurm/site.example.env"
+        # A misspelled setting would go unnoticed; what is exported is for other programs.
+        local unknown
+        unknown=$(sed -n 's/^\([A-Z_]*\)=.*/\1/p' "$site" | grep -vxE "$SITE_SETTINGS" | tr '\n' ' ')
+        [ -z "$unknown" ] || fail "$site: unknown setting $unknown(known: ${SITE_SETTINGS//|/, }); export what is not ours"
+        # Modules and the like do not expect unset variables to be errors.
+        set +u -e
+        trap 'printf "slurm: %s failed at: %s\n" "$site" "$BASH_COMMAND" >&2' ERR
+        # shellcheck disable=SC1090
+        source "$site"
+        trap - ERR
+        set -u +e
+    elif [ -n "${JMVAE_DIST_SITE:-}" ]; then
+        fail "JMVAE_DIST_SITE: there is no $site"
+    fi
+    [[ $MAX_ATTEMPTS_WITHOUT_PROGRESS =~ ^[1-9][0-9]*$ ]] ||
+        fail "$site: MAX_ATTEMPTS_WITHOUT_PROGRESS='$MAX_ATTEMPTS_WITHOUT_PROGRESS' must be a positive number"
+    [[ $EXCLUDE_FAILED_NODES =~ ^(yes|no)$ ]] ||
+        fail "$site: EXCLUDE_FAILED_NODES='$EXCLUDE_FAILED_NODES' must be yes or no"
+    find_python
+    plan_ranks
+}
+
+find_python() {
+    local own=${JMVAE_DIST_VENV:-$root/.venv}/bin/python
+    if [ -z "$PYTHON" ]; then
+        PYTHON=python3
+        [ -n "${VIRTUAL_ENV:-}" ] || [ ! -x "$own" ] || PYTHON=$own
+    fi
+    # The package that was submitted, also where another version is installed.
+    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+    # shellcheck disable=SC2086  # a command prefix of several words
+    $CONTAINER "$PYTHON" -c 'import jmvae_dist' ||
+        fail "$CONTAINER $PYTHON cannot import jmvae_dist on $(hostname); set PYTHON (and CONTAINER) in slurm/site.env"
+}
+
+# One rank per GPU; without GPUs one per node, or what was asked for with --ntasks-per-node.
+plan_ranks() {
+    local gpus=${SLURM_GPUS_ON_NODE:-0} cpus=$SLURM_CPUS_ON_NODE
+    ranks_per_node=${RANKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}}
+    [[ $ranks_per_node =~ ^[1-9][0-9]*$ ]] || fail "RANKS_PER_NODE='$ranks_per_node' must be a positive number"
+    [ "$ranks_per_node" -le "$cpus" ] ||
+        fail "$ranks_per_node ranks per node on $cpus CPU(s); lower RANKS_PER_NODE, or ask for more CPUs"
+    num_ranks=$((ranks_per_node * SLURM_JOB_NUM_NODES))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus / ranks_per_node))}
+    if [ -n "$INTERFACE" ]; then
+        export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
+    fi
+}
+
+# One process of the program, here on the first node; it is not one of the ranks.
+program() {
+    # shellcheck disable=SC2086
+    env -u SLURM_NTASKS $CONTAINER "$PYTHON" -m jmvae_dist "$@"
+}
+
+# One task of srun per rank. When one fails, srun ends the others.
+start_ranks() {
+    export PYTHON CONTAINER run_dir
+    # When the scheduler will ask for a stop, for the program's comparison with the time a checkpoint takes.
+    JMVAE_DIST_STOP_LEAD_S=${JMVAE_DIST_STOP_LEAD_S:-$(scontrol write batch_script "$this_job" - 2>/dev/null |
+        sed -n 's/^#SBATCH --signal=B:USR1@\([0-9]*\).*/\1/p' | head -n 1)}
+    export JMVAE_DIST_STOP_LEAD_S
+    # shellcheck disable=SC2086
+    exec srun --ntasks="$num_ranks" --ntasks-per-node="$ranks_per_node" \
+        --cpus-per-task="$((SLURM_CPUS_ON_NODE / ranks_per_node))" --cpu-bind="$CPU_BIND" \
+        --kill-on-bad-exit=1 --wait=0 $SRUN_OPTIONS "$root/launch/node.sh" "$@"
+}
+
+# Pass USR1 on to the ranks, through srun, again and again: ranks that still start do not heed it yet.
+repeat_usr1() {
+    local step=$1
+    kill -USR1 "$step" 2>/dev/null
+    while sleep 5 && kill -USR1 "$step"; do :; done 2>/dev/null &
+}
+
+# A signal ends `wait` early: go on until the process is gone.
+wait_for() {
+    local code
+    while kill -0 "$1" 2>/dev/null; do
+        wait "$1"
+        code=$?
+    done
+    return "${code:-1}"
+}
