@@ -97,7 +97,7 @@ class Run:
     def records(self) -> list[dict[str, Any]]:
         """Content of `metrics.jsonl`, without what legitimately differs between two runs."""
         lines = (self.output_dir / "metrics.jsonl").read_text().splitlines()
-        measured = ("time_s", "speed/", "memory/", "checkpoint/")
+        measured = ("time_s", "speed/", "memory/", "checkpoint/", "goodput/")
         return [
             {key: value for key, value in json.loads(line).items() if not key.startswith(measured)} for line in lines
         ]

@@ -65,13 +65,20 @@ class _PartWriter:
         fragments: With values that nobody changes meanwhile.
         manifest: The checkpoint's manifest, still without files and index.
         specs: Every entry of the state.
+        begun_s: When the checkpoint was begun, on the clock of `time.perf_counter`.
     """
 
     def __init__(
-        self, path: Path, fragments: list[Fragment], manifest: CheckpointManifest, specs: dict[str, EntrySpec]
+        self,
+        path: Path,
+        fragments: list[Fragment],
+        manifest: CheckpointManifest,
+        specs: dict[str, EntrySpec],
+        begun_s: float,
     ) -> None:
         self.manifest = manifest
         self.specs = specs
+        self.begun_s = begun_s
         self._path = path
         self._fragments = fragments
         self._part: dict[str, Any] = {}
@@ -117,6 +124,7 @@ class CheckpointManager:
         section: Cadence and retention.
         engine: Whose state is saved.
         collectives: Agreement between ranks.
+        on_commit: Told of each checkpoint that is complete: its step, and the seconds since it was begun.
     """
 
     def __init__(
@@ -125,11 +133,13 @@ class CheckpointManager:
         section: CheckpointSection,
         engine: Engine,
         collectives: Collectives,
+        on_commit: Callable[[int, float], None] = lambda global_step, save_s: None,
     ) -> None:
         self.root = root
         self.section = section
         self.engine = engine
         self.collectives = collectives
+        self._on_commit = on_commit
         self.last_saved_step = -1
         self._writer: _PartWriter | None = None
         self._stall_s: float | None = None
@@ -239,6 +249,11 @@ class CheckpointManager:
         state.after_read()
 
     @property
+    def is_begun(self) -> bool:
+        """Whether a checkpoint was begun that is not committed yet; equal on all ranks."""
+        return self._writer is not None
+
+    @property
     def is_writing(self) -> bool:
         """Whether this rank still writes its file of the checkpoint that `save` began."""
         return self._writer is not None and self._writer.is_running
@@ -261,7 +276,7 @@ class CheckpointManager:
             return
         started_s = time.perf_counter()
         goes_on = self.section.async_write and not wait
-        self._writer = self._begin(manifest, copies=goes_on)
+        self._writer = self._begin(manifest, copies=goes_on, begun_s=started_s)
         self._add_stall(started_s)
         if not goes_on:
             self.finish()
@@ -280,6 +295,7 @@ class CheckpointManager:
         try:
             self._complete(manifest, writer)
             self.collectives.on_main(lambda: self._commit(manifest))
+            self._on_commit(manifest.global_step, time.perf_counter() - writer.begun_s)
         except CheckpointError:
             if self.collectives.rank == 0:
                 # What was written of it may be what filled the disk.
@@ -297,7 +313,7 @@ class CheckpointManager:
     def _add_stall(self, started_s: float) -> None:
         self._stall_s = (self._stall_s or 0.0) + time.perf_counter() - started_s
 
-    def _begin(self, manifest: CheckpointManifest, *, copies: bool) -> _PartWriter:
+    def _begin(self, manifest: CheckpointManifest, *, copies: bool, begun_s: float) -> _PartWriter:
         """Make room, describe the state and start writing this rank's part of it, or a copy of it."""
         rank, world_size = self.collectives.rank, self.collectives.world_size
         state = live_state(self.engine, rank)
@@ -309,7 +325,7 @@ class CheckpointManager:
         if copies:
             fragments = copy_to_host(fragments)
         path = temporary_directory(self.root, manifest.global_step) / f"rank-{rank:05d}.safetensors"
-        return _PartWriter(path, fragments, manifest, state.specs)
+        return _PartWriter(path, fragments, manifest, state.specs, begun_s)
 
     def _prepare(self, global_step: int, total_bytes: int) -> None:
         temporary = temporary_directory(self.root, global_step)

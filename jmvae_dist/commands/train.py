@@ -57,6 +57,7 @@ def _check_machine(config: RunConfig) -> None:
 
 def _train(run: ResolvedRun, process: ProcessInfo, signals: StopSignals) -> int:
     from jmvae_dist.distributed.runtime import start_runtime
+    from jmvae_dist.training.goodput import AttemptLedger, describe_launch
     from jmvae_dist.training.loop import Trainer
     from jmvae_dist.training.recorder import configure_logging
     from jmvae_dist.training.state import locked_run_directory
@@ -83,9 +84,10 @@ def _train(run: ResolvedRun, process: ProcessInfo, signals: StopSignals) -> int:
             step_timeout_s=training.watchdog.step_timeout_s,
             peer_timeout_s=training.watchdog.peer_timeout_s,
         ) as watchdog,
+        AttemptLedger(run.output_dir, describe_launch(runtime), is_main=runtime.is_main) as ledger,
     ):
         try:
-            return Trainer(run, runtime, signals, watchdog).train()
+            return Trainer(run, runtime, signals, watchdog, ledger).train()
         except RuntimeError as error:
             # Collectives fail with this when a peer has died; their message does not say which.
             lost = None if is_on_all_ranks(error) or process.world_size == 1 else watchdog.describe_lost_peers()

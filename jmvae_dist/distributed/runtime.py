@@ -59,6 +59,11 @@ class Runtime:
             f"{self.engine_name} ({self.accelerator.distributed_type.value} in Accelerate), {backend}, {self.device}"
         )
 
+    def wait_for_device(self) -> None:
+        """Return when the steps queued on a GPU are done; what is measured next would have to wait for them."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
     @property
     def device(self) -> torch.device:
         """Where the model and its batches live."""

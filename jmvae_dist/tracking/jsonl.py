@@ -16,6 +16,7 @@ The lines are strict JSON, which has no NaN and no infinities: such values are w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from jmvae_dist.errors import DataError
 from jmvae_dist.files import writing_atomic
 
 _MAX_STEP = 2**63 - 1
+_TAIL_BYTES = 1 << 17
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -123,6 +125,25 @@ def iterate_records(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield what `read_records` returns, one record at a time, for runs that are too long for a list."""
     for _, record in _iterate(Path(path)):
         yield record
+
+
+def last_recorded_step(path: str | Path) -> int:
+    """Highest `global_step` near the end of a `metrics.jsonl`, read in no time however long it is.
+
+    0 if there is no readable record there; whoever opens the record says what is wrong with it.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return 0
+    highest = 0
+    for line in lines:
+        # The first line may be the end of one, and the last torn.
+        with contextlib.suppress(ValueError, RecursionError):
+            highest = max(highest, parse_record(line)["global_step"])
+    return highest
 
 
 def parse_record(line: bytes) -> dict[str, Any]:

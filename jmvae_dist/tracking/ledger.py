@@ -260,11 +260,12 @@ def _paths_by_number(run_dir: Path) -> dict[int, Path]:
 
 def _to_json(attempt: Attempt) -> dict[str, Any]:
     times = {name: getattr(attempt, f"{name}_s") for name in ("submitted", "started", "updated")}
+    values = {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(attempt).items()}
     return {
         "format": _FORMAT,
         # For people; the program reads the seconds.
         **{name: _utc(time_s) for name, time_s in times.items() if time_s is not None},
-        **{name: value for name, value in asdict(attempt).items() if name != "submitted_s" or value is not None},
+        **{name: value for name, value in values.items() if name != "submitted_s" or value is not None},
         "seconds": {name: round(value, 3) for name, value in attempt.seconds.items()},
     }
 

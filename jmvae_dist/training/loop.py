@@ -31,8 +31,10 @@ from jmvae_dist.evaluation.runner import evaluate_together, save_figures
 from jmvae_dist.kernels.gaussian import choose
 from jmvae_dist.model import JMVAE
 from jmvae_dist.progress import progress
+from jmvae_dist.tracking.ledger import COMPLETE, STOPPED
 from jmvae_dist.tracking.report import write_report
 from jmvae_dist.training.batches import CheckedBatches
+from jmvae_dist.training.goodput import AttemptLedger
 from jmvae_dist.training.guards import GuardReading, RewindRequested, StepGuard
 from jmvae_dist.training.meter import Meter
 from jmvae_dist.training.optimizer import make_optimizer
@@ -55,13 +57,17 @@ class Trainer:
         runtime: Process group and engine.
         signals: Says when this process was asked to stop.
         watchdog: Is told what this process does, and ends it when that takes too long.
+        ledger: Is told the same, and keeps account of the time.
     """
 
-    def __init__(self, run: ResolvedRun, runtime: Runtime, signals: StopSignals, watchdog: Watchdog) -> None:
+    def __init__(
+        self, run: ResolvedRun, runtime: Runtime, signals: StopSignals, watchdog: Watchdog, ledger: AttemptLedger
+    ) -> None:
         self.run = run
         self.runtime = runtime
         self.signals = signals
         self.watchdog = watchdog
+        self.ledger = ledger
         self.global_step = 0
         self._started_s = time.monotonic()
         self._elapsed_before_s = 0.0
@@ -84,7 +90,11 @@ class Trainer:
         )
         self.passed_over: list[list[int]] = []
         self.checkpoints = CheckpointManager(
-            run.output_dir / "checkpoints", run.config.checkpoint, self.engine, runtime.collectives
+            run.output_dir / "checkpoints",
+            run.config.checkpoint,
+            self.engine,
+            runtime.collectives,
+            on_commit=ledger.checkpoint_committed,
         )
 
     def train(self) -> int:
@@ -95,6 +105,7 @@ class Trainer:
         """
         resumed_from = self._resume()
         if self._is_complete():
+            self.ledger.withdraw()
             logger.info("the run in %s is complete (%d steps)", self.run.output_dir, self.global_step)
             return EXIT_DONE
         self.runtime.collectives.on_main(lambda: write_run_files(self.run, self.runtime))
@@ -121,8 +132,10 @@ class Trainer:
                     self._take_remaining_steps()
                 self._evaluate_finally()
             except StopRequested:
+                self.ledger.finish(STOPPED)
                 logger.info("stopped on request after step %d; the same command continues", self.global_step)
                 return EXIT_STOPPED
+        self.ledger.finish(COMPLETE)
         if self.runtime.is_main:
             self._report()
         return EXIT_DONE
@@ -146,25 +159,27 @@ class Trainer:
             self._steps_watched(),
         ):
             for batch in batches:
-                self.watchdog.enter("step", self.global_step)
+                self._enter("step")
                 meter.batch_arrived()
                 result = take_step(batch, is_wanted=not self._is_passed_over(self.global_step))
                 self.global_step += 1
                 meter.step_taken()
+                self.ledger.step_taken(self.global_step)
                 is_last = self.global_step == total_steps
                 if is_last or self._is_multiple_of(config.training.log_every_steps):
                     self._record(result, meter)
                 if not is_last and self._is_multiple_of(config.evaluation.every_steps):
                     self._evaluate_midway()
                 agreed = requests.poll(failure=batches.failure is not None, is_writing=self.checkpoints.is_writing)
-                if not agreed.is_writing:
+                if self.checkpoints.is_begun and not agreed.is_writing:
+                    self._enter("checkpoint")
                     self.checkpoints.finish()
                 is_due = is_last or self._is_multiple_of(config.checkpoint.every_steps)
                 if is_due or agreed.checkpoint or agreed.stop or agreed.failure:
                     self._save_checkpoint(wait=is_last or agreed.stop or agreed.failure)
                     requests.checkpoint_begun()
                 self.recorder.advance(self.global_step)
-                self.watchdog.enter("waiting for data", self.global_step)
+                self._enter("waiting for data")
                 meter.resume()
                 if agreed.stop and not is_last:
                     raise mark_on_all_ranks(StopRequested())
@@ -172,17 +187,22 @@ class Trainer:
                     with self.runtime.collectives.together():
                         batches.raise_failure()
 
+    def _enter(self, phase: str, *, has_limit: bool = True) -> None:
+        """Say what is done from now on: to the watchdog, for how long, and to the ledger, for the account."""
+        self.watchdog.enter(phase, self.global_step, has_limit=has_limit)
+        self.ledger.enter(phase, self.global_step)
+
     @contextmanager
     def _steps_watched(self) -> Iterator[None]:
         """While steps are taken; what comes after them, like the end of W&B and the report, has no limit."""
-        self.watchdog.enter("waiting for data", self.global_step)
+        self._enter("waiting for data")
         try:
             yield
         finally:
             error = sys.exception()
             # A rank that fails alone was last seen where it failed.
             if error is None or is_on_all_ranks(error):
-                self.watchdog.enter("finishing", self.global_step, has_limit=False)
+                self._enter("finishing", has_limit=False)
 
     def _resume(self, at_most: int | None = None) -> CheckpointManifest | None:
         """Continue from the newest intact checkpoint, if there is one; of those up to step `at_most`, if given."""
@@ -191,6 +211,7 @@ class Trainer:
         if manifest is None:
             return None
         self.global_step = manifest.global_step
+        self.ledger.resumed(self.global_step)
         self._elapsed_before_s = manifest.elapsed_s
         self._started_s = time.monotonic()
         self.guard.load_state(manifest.guards)
@@ -224,6 +245,7 @@ class Trainer:
         """Go back to before a loss spike, and note which batches to pass over from there on."""
         passed_over = [*self.passed_over, [rewind.first_step, self.global_step]]
         spiked_after = self.global_step
+        self._enter("going back", has_limit=False)
         manifest = self._resume(at_most=rewind.first_step)
         assert manifest is not None, "a rewind is asked for only if there is a checkpoint to go back to"
         self.passed_over = passed_over
@@ -301,6 +323,7 @@ class Trainer:
             **({"guards/loss_scale": guards.loss_scale} if self.run.config.training.precision == "fp16" else {}),
             **({} if stall_s is None else {"checkpoint/stall_s": stall_s}),
             **meter.read(),
+            **self.ledger.metrics(),
         }
         self._write(record)
         self._heed(guards)
@@ -342,7 +365,7 @@ class Trainer:
 
     def _can_go_back_to(self, global_step: int) -> bool:
         """Whether there is a checkpoint of this step or an earlier one."""
-        self.watchdog.enter("checkpoint", self.global_step, has_limit=False)
+        self._enter("checkpoint", has_limit=False)
         # Before looking: once the checkpoint under way is committed, the oldest one may be deleted.
         self.checkpoints.finish()
         oldest = self.runtime.collectives.on_main(self.checkpoints.oldest_step)
@@ -354,7 +377,8 @@ class Trainer:
             self.recorder.record(record)
 
     def _save_checkpoint(self, *, wait: bool) -> None:
-        self.watchdog.enter("checkpoint", self.global_step, has_limit=False)
+        self.runtime.wait_for_device()
+        self._enter("checkpoint", has_limit=False)
         with self.runtime.collectives.together():
             self.recorder.sync()
         self.checkpoints.save(
@@ -378,6 +402,7 @@ class Trainer:
         """
         if self.run.eval_manifest is None:
             return
+        self.runtime.wait_for_device()
         try:
             metrics = self._evaluate(joint_nll_samples=0, advance=self._evaluation_advanced)
         except (DataError, StopRequested):
@@ -394,6 +419,7 @@ class Trainer:
             return
         if self.runtime.collectives.on_main(lambda: self.recorder.recorded(self.global_step, "eval/elbo")) is None:
             self._evaluate_midway()
+            self._enter("starting", has_limit=False)
 
     def _stop_if_asked(self) -> None:
         """For what has no steps to finish; on all ranks if any was asked.
@@ -451,11 +477,11 @@ class Trainer:
     def _evaluation_advanced(self, count: int) -> None:
         """After each batch of an evaluation: show a sign of life, and heed a request to stop."""
         self.signals.raise_if_received()
-        self.watchdog.enter("evaluation", self.global_step, has_limit=False)
+        self._enter("evaluation", has_limit=False)
 
     def _evaluate(self, joint_nll_samples: int, advance: Callable[[int], None] | None = None) -> dict[str, float]:
         assert self.run.eval_manifest is not None
-        self.watchdog.enter("evaluation", self.global_step, has_limit=False)
+        self._enter("evaluation", has_limit=False)
         with self.engine.evaluation_model() as model:
             assert isinstance(model, JMVAE)
             return evaluate_together(
@@ -472,7 +498,7 @@ class Trainer:
 
     def _draw_figures(self) -> None:
         assert self.run.eval_manifest is not None
-        self.watchdog.enter("figures", self.global_step, has_limit=False)
+        self._enter("figures", has_limit=False)
         with self.engine.evaluation_model() as model, self.runtime.collectives.together():
             assert isinstance(model, JMVAE)
             if not self.runtime.is_main:
