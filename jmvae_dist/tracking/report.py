@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import write_text_atomic
 from jmvae_dist.tracking.console import format_duration
 from jmvae_dist.tracking.jsonl import iterate_records
+from jmvae_dist.tracking.ledger import CATEGORIES, AttemptSummary, RunSummary, read_attempts, summarize
 from jmvae_dist.tracking.report_assets import SCRIPT, STYLE
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _MAX_POINTS = 2000
 _MAX_TEXT_BYTES = 4 << 20
 _MAX_FIGURE_BYTES = 8 << 20
 _MAX_FIGURES_BYTES = 40 << 20
+_MAX_ATTEMPTS = 100
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOURS = 8
 _GIB = 1 << 30
@@ -63,6 +65,7 @@ _CHARTS: list[tuple[str, str, tuple[str, ...]]] = [
     ("Schedules", "Learning rate", ("schedule/learning_rate",)),
     ("Machine", "Throughput (samples/s)", ("speed/samples_per_s",)),
     ("Machine", "Share of the time spent waiting for data", ("speed/data_wait_fraction",)),
+    ("Machine", "Goodput (productive share of the wall time so far)", ("goodput/fraction",)),
     ("Machine", "Memory (GiB)", ("memory/",)),
     ("Machine", "Gradient norm", ("grad_norm",)),
 ]
@@ -72,6 +75,7 @@ _UNCHARTED = (
     "samples_seen",
     "epoch",
     "time_s",
+    "goodput/",  # seconds: shown by category in a section of their own
     "eval/samples",
     "eval/joint_nll_stderr",
     "eval/marginal_nll_stderr/",
@@ -103,6 +107,7 @@ class RunData:
     environment: dict[str, Any] | None = None
     checkpoints: list[tuple[str, str, str]] = field(default_factory=list)
     figures: list[tuple[str, bytes]] = field(default_factory=list)
+    ledger: RunSummary = field(default_factory=lambda: summarize([]))
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -166,6 +171,7 @@ def collect(run_dir: Path) -> RunData:
     data.environment = _read_json(data, "environment.json")
     _read_checkpoints(data)
     _read_figures(data)
+    data.ledger = summarize(read_attempts(run_dir, data.notes.append))
     return data
 
 
@@ -378,6 +384,7 @@ def render(data: RunData) -> str:
             _render_charts(charts),
             _render_figures(data),
             _render_evaluation(data),
+            _render_ledger(data.ledger),
             _render_checkpoints(data),
             _render_table("Environment", data.environment, "environment.json"),
             _render_config(data),
@@ -439,6 +446,9 @@ def _render_numbers(data: RunData) -> str:
     elapsed_s = data.last_values.get("time_s")
     if _is_number(elapsed_s) and math.isfinite(elapsed_s):
         numbers.append((format_duration(elapsed_s), "training time", ""))
+    if data.ledger.wall_s > 0:
+        wall = f"of {format_duration(data.ledger.wall_s)}"
+        numbers.append((f"{100 * data.ledger.goodput:.1f} %", "goodput: productive share of the wall time", wall))
     tiles = "".join(
         f'<div class="number"><b>{html.escape(value)}{f" <small>{html.escape(extra)}</small>" if extra else ""}'
         f"</b><span>{html.escape(label)}</span></div>"
@@ -507,6 +517,46 @@ def _render_evaluation(data: RunData) -> str:
     facts += [f"{evaluation['num_samples']} samples"] if "num_samples" in evaluation else []
     facts += [f"{evaluation['manifest']}"] if "manifest" in evaluation else []
     return f'{_render_table("Final evaluation", data.metrics, "")}<p class="note">{html.escape(", ".join(facts))}</p>'
+
+
+def _render_ledger(ledger: RunSummary) -> str:
+    """Where the time went: a bar of all categories, their numbers, and the attempts."""
+    title = "<h2>Where the time went</h2>"
+    wall_s = ledger.wall_s
+    if wall_s <= 0:
+        return f'{title}<p class="note">There is no ledger (attempts/).</p>'
+    parts, rows = [], []
+    for index, (name, label) in enumerate(CATEGORIES.items()):
+        share, colour = 100 * ledger.seconds[name] / wall_s, f"background:var(--c{index % _COLOURS})"
+        parts.append(f'<i style="width:{share:.3f}%;{colour}" title="{label}: {share:.1f} %"></i>')
+        rows.append(
+            f'<tr><td><i class="mark" style="{colour}"></i>{label}</td>'
+            f'<td class="value">{format_duration(ledger.seconds[name])}</td><td class="value">{share:.1f} %</td></tr>'
+        )
+    total = f'<tr><td>wall time</td><td class="value">{format_duration(wall_s)}</td><td class="value">100 %</td></tr>'
+    facts = f"{len(ledger.attempts)} attempt(s), {ledger.recomputed_steps:,} step(s) taken again"
+    return (
+        f'{title}<div class="card"><div class="stack">{"".join(parts)}</div>'
+        f'<table>{"".join(rows)}{total}</table></div><p class="note">{facts}; as rank 0 saw it.</p>'
+        f"{_render_attempts(ledger.attempts)}"
+    )
+
+
+def _render_attempts(attempts: Sequence[AttemptSummary]) -> str:
+    names = ("Attempt", "Started", "Lasted", "Before it", "Steps", "Taken again", "Ended", "Where")
+    rows = []
+    for item in attempts[-_MAX_ATTEMPTS:]:
+        attempt = item.attempt
+        started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(attempt.started_s))
+        steps = "none" if attempt.first_step is None else f"{attempt.first_step:,} to {attempt.last_step:,}"
+        job = f", job {attempt.slurm['job_id']}" if "job_id" in attempt.slurm else ""
+        hosts = attempt.slurm.get("node_list") or ", ".join(attempt.hosts)
+        where = f"{attempt.world_size} x {attempt.engine} on {hosts} ({attempt.launcher}{job})"
+        durations = (format_duration(seconds) for seconds in (attempt.wall_s, item.restart_s))
+        cells = (attempt.number, started, *durations, steps, f"{attempt.recomputed_steps:,}", item.outcome, where)
+        rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    return f'<div class="card"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def _render_checkpoints(data: RunData) -> str:

@@ -28,6 +28,11 @@ h3 { font-size: 14px; font-weight: 600; margin: 0; }
 .pill.complete { color: var(--good); } .pill.partial { color: var(--waiting); }
 .bar { height: 5px; border-radius: 3px; background: var(--line); margin-top: 14px; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--accent); }
+.stack { display: flex; height: 18px; border-radius: 4px; background: var(--line); overflow: hidden;
+  margin-bottom: 10px; }
+.stack i { display: block; height: 100%; }
+.mark { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 8px; }
+.stack, .stack i, .mark { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(172px, 1fr));
   gap: 12px; margin-top: 20px; }
 .number, .card { background: var(--card); border: 1px solid var(--line); border-radius: 9px; padding: 13px 15px; }

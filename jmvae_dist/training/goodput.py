@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -109,9 +110,9 @@ class AttemptLedger:
         self._launch = launch
         self._is_main = is_main
         self._interval_s = interval_s
-        now_s = time.time()
-        self._started_s = min(psutil.Process().create_time(), now_s)
-        self._clock = PhaseClock("startup", already_s=now_s - self._started_s)
+        age_s = _process_age_s()
+        self._started_s = time.time() - age_s
+        self._clock = PhaseClock("startup", already_s=age_s)
         self._number = 0
         self._outcome: str | None = None
         self._resumed_from: int | None = None
@@ -260,6 +261,15 @@ class AttemptLedger:
                         "%s: cannot be written (%s); the goodput of the run will lack this attempt",
                         *(attempt_path(self._run_dir, self._number), error.strerror),
                     )
+
+
+def _process_age_s() -> float:
+    """Seconds since this process was started, imports included."""
+    if sys.platform != "linux":
+        return max(0.0, time.time() - psutil.Process().create_time())
+    # psutil counts from a time of boot that Linux gives in whole seconds.
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
 
 
 def describe_launch(runtime: Runtime, environment: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from sklearn.datasets import load_digits
 
 from jmvae_dist.checkpoint.layout import read_manifest
 from jmvae_dist.commands.shards import main as shards
+from jmvae_dist.tracking.ledger import read_attempts
 from tests.conftest import Run, assert_same_tensors
 
 NUM_SAMPLES, BATCH = 640, 64
@@ -71,6 +73,10 @@ def test_a_spike_rewinds_and_its_batches_are_passed_over(tmp_path: Path, engine:
     for first, stop in passed_over:
         assert stop - first == 3
         assert f"the batches of steps {first + 1} to {stop} are passed over" in output
+    (attempt,) = read_attempts(run.output_dir, pytest.fail)
+    rewinds = re.findall(r"back from step (\d+) to the checkpoint at step (\d+)", output)
+    assert attempt.recomputed_steps == sum(int(since) - int(until) for since, until in rewinds)
+    assert attempt.steps == 40 + attempt.recomputed_steps
     # The record has every step once, and a second start of the same run, killed or not, sees the same.
     assert [record["global_step"] for record in run.records()] == list(range(1, 41))
     again = Run(tmp_path / "again", data, run.overrides)

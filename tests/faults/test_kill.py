@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -17,6 +18,7 @@ import pytest
 import jmvae_dist
 from jmvae_dist.checkpoint.layout import find_damage, list_checkpoints, read_manifest
 from jmvae_dist.commands.checkpoint import main as checkpoint_command
+from jmvae_dist.tracking.ledger import read_attempts, summarize
 from tests.conftest import Run, assert_same_tensors
 
 MakeRun = Callable[..., Run]
@@ -78,9 +80,25 @@ def test_kill_at_random_moments(make_run: MakeRun, num_processes: int) -> None:
     straight.train(num_processes)
     for step in sorted(generator.sample(range(1, STEPS - 30), 3)):
         kill_all_at(killed, num_processes, step, delay_s=generator.uniform(0, 0.05))
-    killed.train(num_processes)
+    reached = max(last_step(killed), *(attempt.highest_step for attempt in read_attempts(killed.output_dir)), 0)
+    output = killed.train(num_processes)
     assert_same_tensors(straight.tensors(STEPS), killed.tensors(STEPS))
     assert killed.records() == straight.records()
+    assert_lost_steps_are_in_the_ledger(killed, reached, output)
+
+
+def assert_lost_steps_are_in_the_ledger(run: Run, reached: int, output: str) -> None:
+    """The last attempt took the steps again that were not in its checkpoint; those before it died."""
+    *former, last = summarize(read_attempts(run.output_dir, pytest.fail)).attempts
+    resumed = re.search(r"resumed from the checkpoint at step (\d+) of", output)
+    resumed_from = int(resumed[1]) if resumed else None
+    assert (last.outcome, last.attempt.resumed_from) == ("complete", resumed_from)
+    assert last.attempt.recomputed_steps == reached - (resumed_from or 0)
+    assert last.attempt.steps == STEPS - (resumed_from or 0)
+    assert former
+    # With two processes, the one that is killed first makes the other fail.
+    ends = ("died",) if last.attempt.world_size == 1 else ("died", "failed")
+    assert all(item.outcome.startswith(ends) for item in former)
 
 
 @pytest.mark.slow
@@ -224,3 +242,8 @@ def test_stop_signal_during_the_final_evaluation(make_run: MakeRun, digits: Path
     run.train(num_processes, *manifest, "--evaluation.joint_nll_samples", "2")
     assert (run.output_dir / "evaluation.json").is_file()
     assert [record["global_step"] for record in run.records()] == [1, 2, 3, 4, 5, 5]
+    ledger = summarize(read_attempts(run.output_dir, pytest.fail))
+    assert [item.outcome for item in ledger.attempts] == ["stopped", "complete"]
+    assert [item.attempt.steps for item in ledger.attempts] == [5, 0]
+    first, second = (item.attempt for item in ledger.attempts)
+    assert ledger.wall_s == pytest.approx(second.updated_s - first.started_s, abs=0.05)

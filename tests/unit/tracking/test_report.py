@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from jmvae_dist.commands.report import main
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.tracking.jsonl import MetricsLog
+from jmvae_dist.tracking.ledger import ATTEMPT_CATEGORIES, Attempt, attempt_path, write_attempt
 from jmvae_dist.tracking.report import downsample, write_report
 
 HOSTILE = "</script></pre><script>alert('x')</script><img src=x onerror=alert(1)>"
@@ -82,6 +83,29 @@ def test_likelihoods_of_modalities_share_a_chart_and_their_errors_have_none(tmp_
         "Joint negative log-likelihood": ["eval/joint_nll"],
         "Marginal negative log-likelihood": ["eval/marginal_nll/a", "eval/marginal_nll/b"],
     }
+
+
+def test_where_the_time_went(tmp_path: Path) -> None:
+    """Two attempts of 70 s, 60 s apart; the first was killed, the second has something to say."""
+    run_dir = make_run(tmp_path)
+    for number, (after_s, outcome) in enumerate([(0, None), (130, f"failed: {HOSTILE}")], start=1):
+        seconds, started_s = dict.fromkeys(ATTEMPT_CATEGORIES, 10.0), 1.7e9 + after_s
+        where = {"hosts": (HOSTILE,), "slurm": {"job_id": HOSTILE}}
+        attempt = Attempt(number, started_s, started_s + 70, outcome, seconds=seconds, recomputed_steps=1234, **where)
+        write_attempt(run_dir, attempt)
+    attempt_path(run_dir, 3).write_text("{")
+    page = write_report(run_dir).read_text()
+    assert "<script>alert" not in page
+    assert "attempt-0003.json: not the file of an attempt" in page
+    section = page[page.index("Where the time went") : page.index("<h2>Checkpoints")]
+    shares = [float(share) for share in re.findall(r'style="width:([0-9.]+)%', section)]
+    assert shares == pytest.approx([10.0] * 6 + [30.0, 10.0])
+    assert "2 attempt(s), 2,468 step(s) taken again" in section
+    rows = [re.sub("<[^>]*>", "|", row) for row in re.findall("<tr>(.*?)</tr>", section)]
+    assert "|||queue and restart||1 min 00 s||30.0 %|" in rows
+    assert "|wall time||3 min 20 s||100 %|" in rows
+    assert "|1||2023-11-14 22:13:20 UTC||1 min 10 s||0.0 s||none||1,234||died|" in rows[-2]
+    assert "|2||2023-11-14 22:15:30 UTC||1 min 10 s||1 min 00 s||none||1,234||failed: &lt;/script" in rows[-1]
 
 
 def test_planned_schedule_spans_the_whole_run(tmp_path: Path) -> None:
