@@ -100,8 +100,11 @@ def test_bf16_evaluates_in_float32(make_run: MakeRun, digits: Path, tmp_path: Pa
 
 
 def modification_times(run: Run) -> dict[Path, int]:
-    """Of every file that says something about the run; not the lock and heartbeats of whoever looks into it."""
-    files = [path for path in run.output_dir.rglob("*") if path.name != ".lock"]
+    """Of every file that says something about the run; not the lock and heartbeats of whoever looks into it.
+
+    Nor of the directory in which it said that it may be an attempt, until it found that there is nothing to do.
+    """
+    files = [path for path in run.output_dir.rglob("*") if path.name not in (".lock", "attempts")]
     return {path: path.stat().st_mtime_ns for path in files if "heartbeats" not in path.parts}
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -154,6 +155,13 @@ def test_the_file_is_kept_up_to_date_without_steps(tmp_path: Path) -> None:
         (attempt,) = read_attempts(tmp_path)
     assert attempt.outcome is None
     assert (attempt.checkpoint_step, attempt.checkpoint_save_s) == (7, 1.25)
+
+
+def test_the_start_up_begins_with_the_process(tmp_path: Path) -> None:
+    age_s = time.time() - psutil.Process().create_time()
+    with make_ledger(tmp_path) as ledger:
+        # psutil's time of boot may be a second off.
+        assert ledger.metrics()["goodput/startup_s"] == pytest.approx(age_s, abs=2)
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
