@@ -101,3 +101,12 @@ def format_duration(duration_s: float) -> str:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(duration_s / 3600)
     return f"{hours // 24} d {hours % 24:02d} h"
+
+
+def format_bytes(size_bytes: float) -> str:
+    """A size in the unit that a person needs: 40 B, 1.5 KiB, 2.0 TiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.1f} TiB"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jmvae_dist.errors import ConfigError
@@ -21,3 +23,14 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """An `argparse` parser whose errors are `ConfigError`s; its subparsers behave alike."""
     return _Parser(prog=prog, description=description)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Find out before the work, not after it, that its result has no place.
+
+    Raises:
+        ConfigError: No file can be written at `path`, which was given as `option`.
+    """
+    folder = path.resolve().parent
+    if path.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"{option}: {path} cannot be written; {folder} must be a writable directory")

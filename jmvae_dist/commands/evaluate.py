@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jmvae_dist.commands.cli import make_parser
+from jmvae_dist.commands.cli import check_writable, make_parser
 from jmvae_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,15 +83,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if not 0 <= options.seed < 2**63:
         raise ConfigError(f"--seed: {options.seed} must be between 0 and 2^63 - 1")
     if options.out is not None:
-        _check_writable(options.out)
+        check_writable("--out", options.out)
     return options
-
-
-def _check_writable(path: Path) -> None:
-    """Find out before the evaluation, not after it, that its result has no place."""
-    folder = path.resolve().parent
-    if path.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"--out: {path} cannot be written; {folder} must be a writable directory")
 
 
 def _check_metrics(metrics: list[str], model: JMVAE) -> None:

@@ -12,6 +12,7 @@ from jmvae_dist.commands.cli import make_parser
 from jmvae_dist.data.manifest import Manifest, Modality, printable
 from jmvae_dist.data.sources.base import SPLITS, Source
 from jmvae_dist.errors import ConfigError
+from jmvae_dist.progress import format_bytes
 
 SUMMARY = "write, inspect and verify sharded data"
 
@@ -199,7 +200,7 @@ def _write(arguments: argparse.Namespace) -> int:
     what = "wrote" if written else "already there, unchanged:"
     print(
         f"{what} {manifest.num_samples:,} samples in {len(manifest.shards):,} shards "
-        f"({_human_bytes(manifest.num_bytes)}): {manifest.path}"
+        f"({format_bytes(manifest.num_bytes)}): {manifest.path}"
     )
     return 0
 
@@ -212,7 +213,7 @@ def _show(arguments: argparse.Namespace) -> int:
         "manifest": str(manifest.path),
         "samples": f"{manifest.num_samples:,}",
         "shards": f"{len(manifest.shards):,} of {per_shard} samples",
-        "size": f"{_human_bytes(manifest.num_bytes)} ({manifest.num_bytes:,} bytes)",
+        "size": f"{format_bytes(manifest.num_bytes)} ({manifest.num_bytes:,} bytes)",
         "fingerprint": manifest.fingerprint,
     }
     for name, value in facts.items():
@@ -263,12 +264,3 @@ def _verify(arguments: argparse.Namespace) -> int:
         return 1
     print(f"{manifest.path}: {manifest.num_samples:,} samples in {len(manifest.shards):,} shards are sound")
     return 0
-
-
-def _human_bytes(num_bytes: int) -> str:
-    size = float(num_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

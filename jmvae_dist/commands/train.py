@@ -11,7 +11,6 @@ from jmvae_dist.errors import PeerError, is_on_all_ranks
 from jmvae_dist.training.signals import StopSignals
 
 if TYPE_CHECKING:
-    from jmvae_dist.config import RunConfig
     from jmvae_dist.distributed.environment import ProcessInfo
     from jmvae_dist.training.setup import ResolvedRun
 
@@ -29,30 +28,15 @@ def _main(arguments: list[str], signals: StopSignals) -> int:
     check_only = CHECK_OPTION in arguments
     config = parse_run_config([argument for argument in arguments if argument != CHECK_OPTION])
     from jmvae_dist.distributed.environment import detect_process
-    from jmvae_dist.training.setup import resolve_run, summarize
+    from jmvae_dist.training.setup import check_machine, resolve_run, summarize
 
     process = detect_process()
     run = resolve_run(config, process.world_size)
-    _check_machine(config)
+    check_machine(config)
     # launch/local.sh has checked, and thus said, it before.
     if process.rank == 0 and (check_only or "JMVAE_DIST_EXIT_CODE_FILE" not in os.environ):
         print(summarize(run, process.world_size), flush=True)
     return 0 if check_only else _train(run, process, signals)
-
-
-def _check_machine(config: RunConfig) -> None:
-    """Refuse what cannot be had here; without waiting for torch where nothing in particular is asked for."""
-    device = config.training.device
-    if device != "auto":
-        from jmvae_dist.distributed.runtime import check_device
-
-        check_device(device, config.training.engine)
-    if config.model.kernels == "triton":
-        import torch
-
-        from jmvae_dist.kernels.gaussian import find_kernels
-
-        find_kernels(config.model.kernels, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _train(run: ResolvedRun, process: ProcessInfo, signals: StopSignals) -> int:

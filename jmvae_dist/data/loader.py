@@ -25,7 +25,7 @@ from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardSet, Verify, check_verify, open_files_limit
 from jmvae_dist.errors import ConfigError, DataError
 
-_PREFETCH_BATCHES_PER_WORKER = 2
+PREFETCH_BATCHES_PER_WORKER = 2
 _SCHEDULER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -85,7 +85,7 @@ class TrainLoader:
         lanes = plan.lanes_of_rank(rank, world_size)
         self._workers = workers
         self._pin_memory = pin_memory
-        shards = ShardSet(manifest, verify, _shards_in_use(plan, len(lanes)))
+        shards = ShardSet(manifest, verify, _shards_to_keep_open(plan, len(lanes)))
         self._dataset = _TrainSteps(manifest, plan, lanes, modalities, shards)
 
     def iterate(self, start_step: int, stop_step: int) -> Generator[Batch, None, None]:
@@ -228,7 +228,7 @@ def _iterate(dataset: _Batches, numbers: range, workers: int, pin_memory: bool) 
         num_workers=workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
-        prefetch_factor=_PREFETCH_BATCHES_PER_WORKER if workers else None,
+        prefetch_factor=PREFETCH_BATCHES_PER_WORKER if workers else None,
     )
     with _signals_left_to_the_rank(), _child_signal_kept():
         batches = iter(loader)
@@ -305,11 +305,15 @@ def _child_signal_kept() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
-def _shards_in_use(plan: SamplePlan, num_lanes: int) -> int:
-    """How many shards to keep open, so that no lane's window makes shards be opened again and again."""
+def count_shards_in_use(plan: SamplePlan, num_lanes: int) -> int:
+    """How many shards to have open, so that no lane's window makes shards be opened again and again."""
     mean_shard_size = plan.num_samples / len(plan.shard_sizes)
     shards_per_lane = 2 + int(plan.shuffle_window / mean_shard_size)
-    return max(2, min(len(plan.shard_sizes), num_lanes * shards_per_lane, open_files_limit()))
+    return min(len(plan.shard_sizes), num_lanes * shards_per_lane)
+
+
+def _shards_to_keep_open(plan: SamplePlan, num_lanes: int) -> int:
+    return max(2, min(count_shards_in_use(plan, num_lanes), open_files_limit()))
 
 
 def _check_loader_settings(workers: int, verify: str) -> None:

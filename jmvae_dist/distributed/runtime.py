@@ -95,6 +95,7 @@ def start_runtime(
     engine: str = "ddp",
     deepspeed_config: dict[str, Any] | None = None,
     timeout_s: float = 600.0,
+    has_joined: bool = False,
 ) -> Iterator[Runtime]:
     """Start the process group and Accelerate, and take them down again.
 
@@ -105,6 +106,7 @@ def start_runtime(
         engine: ddp or zero0 .. zero3.
         deepspeed_config: From `deepspeed.build_config`, for the zero engines.
         timeout_s: After this long without an answer from a peer a collective fails.
+        has_joined: `join_launch` was called before; this process may hold the port where the ranks meet by now.
 
     Raises:
         LaunchError: Fewer processes take part than the launcher announced, or on another engine or backend.
@@ -112,7 +114,8 @@ def start_runtime(
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    join_launch(process)
+    if not has_joined:
+        join_launch(process)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     backend = "gloo" if on_cpu else "nccl"
     timeout = timedelta(seconds=timeout_s)

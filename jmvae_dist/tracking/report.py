@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import write_text_atomic
-from jmvae_dist.tracking.console import format_duration
+from jmvae_dist.progress import format_bytes, format_duration
 from jmvae_dist.tracking.jsonl import iterate_records
 from jmvae_dist.tracking.ledger import CATEGORIES, AttemptSummary, RunSummary, read_attempts, summarize
 from jmvae_dist.tracking.report_assets import SCRIPT, STYLE
@@ -255,7 +255,7 @@ def _read_checkpoints(data: RunData) -> None:
             written_s = (directory / "manifest.json").stat().st_mtime
             size_bytes = sum(path.stat().st_size for path in directory.iterdir())
             written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(written_s))
-            data.checkpoints.append((directory.name, _format_bytes(size_bytes), written))
+            data.checkpoints.append((directory.name, format_bytes(size_bytes), written))
 
 
 def _read_figures(data: RunData) -> None:
@@ -597,11 +597,3 @@ def _format_number(value: float) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.2f}" if 1000 <= abs(value) < 1e9 else f"{value:.5g}"
-
-
-def _format_bytes(size_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.1f} TiB"

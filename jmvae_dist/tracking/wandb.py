@@ -313,7 +313,7 @@ def has_credentials() -> bool:
     Raises:
         ValueError: The server's address or the netrc file is such that the client fails on it, even offline.
     """
-    base_url = _base_url()
+    base_url = server_url()
     try:
         host = urlsplit(base_url).netloc
     except ValueError as error:
@@ -334,7 +334,8 @@ def has_credentials() -> bool:
     return False
 
 
-def _base_url() -> str:
+def server_url() -> str:
+    """Address of the W&B server in use: WANDB_BASE_URL, else W&B's own settings file, else the public server."""
     if url := os.environ.get("WANDB_BASE_URL"):
         return url
     settings = configparser.ConfigParser(interpolation=None)

@@ -103,6 +103,25 @@ def resolve_run(config: RunConfig, world_size: int) -> ResolvedRun:
     )
 
 
+def check_machine(config: RunConfig) -> None:
+    """Refuse what cannot be had here; without waiting for torch where nothing in particular is asked for.
+
+    Raises:
+        ConfigError: The device or the kernels are not available on this machine.
+    """
+    device = config.training.device
+    if device != "auto":
+        from jmvae_dist.distributed.runtime import check_device
+
+        check_device(device, config.training.engine)
+    if config.model.kernels == "triton":
+        import torch
+
+        from jmvae_dist.kernels.gaussian import find_kernels
+
+        find_kernels(config.model.kernels, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def check_same_modalities(expected: dict[str, Any], manifest: Manifest, key: str) -> None:
     """Refuse a manifest whose modalities are not decoded exactly as those the model was trained on.
 
