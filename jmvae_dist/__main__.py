@@ -34,6 +34,7 @@ VERBS = {
     "checkpoint": "list, verify and export checkpoints",
     "report": "write a run's self-contained HTML report",
     "slurm": "check, submit and follow batch jobs",
+    "doctor": "check ranks, nodes, network, data and disks before a run",
     "bench": "measure kernels on this machine",
 }
 

@@ -1,0 +1,369 @@
+"""Checks of processes and nodes: launcher, software, devices, cores, limits."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import jmvae_dist
+from jmvae_dist.cluster.doctor.check import Check, Context, Gathered, group_by_value
+from jmvae_dist.cluster.doctor.layout import format_ranks
+from jmvae_dist.cluster.doctor.table import Row
+from jmvae_dist.data.loader import PREFETCH_BATCHES_PER_WORKER, count_shards_in_use
+from jmvae_dist.data.reader import open_files_limit
+from jmvae_dist.progress import format_bytes
+from jmvae_dist.training.setup import ResolvedRun
+from jmvae_dist.training.state import software_versions
+
+_SHARED_MEMORY = Path("/dev/shm")
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+# Launchers that `detect_process` does not know, and where they say how many processes they started.
+_FOREIGN_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+# Ranks and nodes
+
+
+def _gather_ranks(context: Context) -> dict[str, Any]:
+    sizes = {name: os.environ.get(name, "1") for name in _FOREIGN_LAUNCHERS}
+    return {"foreign": {name: size for name, size in sizes.items() if size != "1"}}
+
+
+def _judge_ranks(gathered: Gathered) -> list[Row]:
+    layout = gathered.layout
+    first = layout.places[0]
+    rows = []
+    foreign = gathered.facts.get(0, {"foreign": {}})["foreign"]
+    if first.launcher == "single" and foreign:
+        variable, size = next(iter(foreign.items()))
+        found = f"one process as far as jmvae-dist knows, but {variable}={size}: each would train alone"
+        rows.append(gathered.fail(found, "start with srun, torchrun, accelerate launch or deepspeed"))
+    for launcher, ranks in group_by_value({rank: place.launcher for rank, place in layout.places.items()})[1:]:
+        found = f"started by {launcher}, rank 0 by {first.launcher}"
+        rows.append(gathered.fail(found, "start all processes with the same launcher", ranks))
+    others = [rank for rank, place in layout.places.items() if place.world_size != layout.world_size]
+    if others:
+        sizes = format_ranks(layout.places[rank].world_size for rank in others)
+        found = f"world size {sizes} there, {layout.world_size} on rank 0"
+        rows.append(gathered.fail(found, "look for WORLD_SIZE in scripts and shell profiles", others))
+    if layout.repeated:
+        found = "several processes have this rank"
+        rows.append(gathered.fail(found, "two launches share MASTER_ADDR and MASTER_PORT; end one", layout.repeated))
+    return rows + _judge_nodes(gathered)
+
+
+def _judge_nodes(gathered: Gathered) -> list[Row]:
+    layout = gathered.layout
+    rows = []
+    usual_size = group_by_value({ranks[0]: len(ranks) for ranks in layout.nodes.values()})[0][0]
+    for host, ranks in layout.nodes.items():
+        local_ranks = [layout.places[rank].local_rank for rank in ranks]
+        found = f"{len(ranks)} of {layout.world_size} process(es) by {layout.places[ranks[0]].launcher}"
+        found += f" on {host}: rank {format_ranks(ranks)}, local rank {format_ranks(local_ranks)}"
+        if len(set(local_ranks)) != len(local_ranks):
+            advice = "nodes must differ in name, and each has one launcher: else ranks share a GPU"
+            rows.append(gathered.warn(f"{found}, of which some occur twice", advice, ranks))
+        elif len(ranks) != usual_size and not layout.missing:
+            advice = "give every node as many ranks, unless its GPUs are fewer"
+            rows.append(gathered.warn(f"{found}; other nodes have {usual_size}", advice, ranks))
+        else:
+            rows.append(gathered.passed(found, ranks))
+    return rows
+
+
+# Software
+
+
+def _gather_versions(context: Context) -> dict[str, str]:
+    return {**software_versions(), "torch": str(torch.__version__)}
+
+
+def _judge_versions(gathered: Gathered) -> list[Row]:
+    names = sorted({name for versions in gathered.facts.values() for name in versions})
+    usual: dict[str, str] = {}
+    rows = []
+    for name in names:
+        versions = {rank: facts.get(name, "not installed") for rank, facts in gathered.facts.items()}
+        (usual[name], _), *deviations = group_by_value(versions)
+        for version, ranks in deviations:
+            found = f"{name} is {version}, elsewhere {usual[name]}"
+            rows.append(
+                gathered.warn(found, "use one environment on all nodes (a container, or a shared path)", ranks)
+            )
+    if not rows:
+        rows.append(gathered.passed(", ".join(f"{name} {version}" for name, version in usual.items())))
+    return rows
+
+
+def _gather_code(context: Context) -> dict[str, str]:
+    root = Path(jmvae_dist.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    commit = _git_commit(root) if context.rank in context.layout.leaders else ""
+    return {"version": jmvae_dist.__version__, "commit": commit, "digest": digest.hexdigest()}
+
+
+def _git_commit(folder: Path) -> str:
+    """The commit of the repository that the code runs from, with a + for changes in it; empty if there is none."""
+    try:
+        command = ["git", "--no-optional-locks", "-C", str(folder)]
+        command += ["describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _judge_code(gathered: Gathered) -> list[Row]:
+    # Commits can be the same with changes on one node only, and unknown where there is no git: the files decide.
+    (_, ranks), *deviations = group_by_value({rank: facts["digest"] for rank, facts in gathered.facts.items()})
+    usual = gathered.facts[ranks[0]]
+    advice = "install the same code on all nodes: ranks with different code compute different things"
+    rows = [
+        gathered.fail(
+            f"code is {_name_code(gathered.facts[others[0]])}, elsewhere {_name_code(usual)}", advice, others
+        )
+        for _, others in deviations
+    ]
+    return rows or [gathered.passed(_name_code(usual))]
+
+
+def _name_code(facts: dict[str, str]) -> str:
+    commit = f", commit {facts['commit']}" if facts["commit"] else ""
+    return f"jmvae_dist {facts['version']}{commit} (files {facts['digest'][:12]})"
+
+
+# Devices
+
+
+def _gather_devices(context: Context) -> dict[str, Any]:
+    asked = "auto" if context.config is None else context.config.training.device
+    gpus = []
+    if torch.cuda.is_available():
+        properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        gpus = [
+            {"name": item.name, "memory_bytes": item.total_memory, "uuid": str(getattr(item, "uuid", ""))}
+            for item in properties
+        ]
+    return {
+        "asked": asked,
+        "gpus": gpus,
+        "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "cuda_build": torch.version.cuda,
+        "driver": _nvidia_driver(),
+    }
+
+
+def _nvidia_driver() -> str | None:
+    """The version of the kernel driver; None where there is none."""
+    try:
+        words = _NVIDIA_DRIVER.read_text().splitlines()[0].split()
+    except (OSError, IndexError):
+        return None
+    return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
+
+
+def _judge_devices(gathered: Gathered) -> list[Row]:
+    on_cpu = {rank for rank, facts in gathered.facts.items() if facts["asked"] == "cpu" or not facts["gpus"]}
+    if on_cpu and len(on_cpu) < len(gathered.facts):
+        found = "sees no GPU, others do: ranks would not agree on a backend"
+        return [gathered.fail(found, "ask for GPUs on every node, or set training.device: cpu", on_cpu)]
+    if on_cpu:
+        return [_judge_cpu(gathered, facts, ranks) for facts, ranks in group_by_value(gathered.facts)]
+    return _judge_gpus(gathered)
+
+
+def _judge_cpu(gathered: Gathered, facts: dict[str, Any], ranks: list[int]) -> Row:
+    build = f"built for CUDA {facts['cuda_build']}" if facts["cuda_build"] else "built without CUDA"
+    if facts["asked"] != "cpu" and facts["driver"]:
+        found = f"CPU: torch ({build}) sees no GPU, but the node has NVIDIA driver {facts['driver']}"
+        if facts["visible_devices"] is not None:
+            found += f"; CUDA_VISIBLE_DEVICES={facts['visible_devices']!r}"
+        advice = "install a CUDA build of torch for that driver, ask Slurm for GPUs (--gpus-per-node), or set "
+        return gathered.warn(found, f"{advice}training.device: cpu", ranks)
+    return gathered.passed(f"CPU, no GPU is used (torch {build})", ranks)
+
+
+def _judge_gpus(gathered: Gathered) -> list[Row]:
+    layout = gathered.layout
+    rows = []
+    used: dict[int, dict[str, Any]] = {}
+    for rank, facts in gathered.facts.items():
+        # As Accelerate chooses it.
+        used[rank] = facts["gpus"][layout.places[rank].local_rank % len(facts["gpus"])]
+    for host, ranks in layout.nodes.items():
+        here = [rank for rank in ranks if rank in used]
+        owners: dict[str, list[int]] = {}
+        for rank in here:
+            index = layout.places[rank].local_rank % len(gathered.facts[rank]["gpus"])
+            owners.setdefault(used[rank]["uuid"] or str(index), []).append(rank)
+        for sharing in (sharing for sharing in owners.values() if len(sharing) > 1):
+            found = f"{len(sharing)} ranks would share one GPU of {host}; NCCL refuses that"
+            rows.append(gathered.fail(found, "start as many ranks as the node has GPUs (--gpus-per-node)", sharing))
+    described = {rank: [item["name"], gathered.facts[rank]["driver"]] for rank, item in used.items()}
+    (usual, usual_ranks), *deviations = group_by_value(described)
+    for (name, driver), ranks in deviations:
+        found = f"{name}, driver {driver}; elsewhere {usual[0]}, driver {usual[1]}"
+        rows.append(gathered.warn(found, "all ranks wait for the slowest; ask for one type of GPU", ranks))
+    facts = gathered.facts[usual_ranks[0]]
+    memory = format_bytes(used[usual_ranks[0]]["memory_bytes"])
+    found = f"{usual[0]} ({memory}), driver {usual[1]}, torch built for CUDA {facts['cuda_build']}; "
+    found += f"{len(facts['gpus'])} visible to a rank"
+    return [*rows, gathered.passed(found, usual_ranks)]
+
+
+# Cores and limits
+
+
+def _gather_threads(context: Context) -> dict[str, Any]:
+    workers = 0 if context.config is None else context.config.data.workers
+    on_cpu = not torch.cuda.is_available()
+    if context.config is not None:
+        on_cpu = on_cpu or context.config.training.device == "cpu"
+    return {
+        "threads": torch.get_num_threads(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "quota": _cpu_quota(),
+        "workers": workers,
+        "on_cpu": on_cpu,
+    }
+
+
+def _cpu_quota() -> float | None:
+    """CPUs that a container may use, where it has a limit; its cores do not show it."""
+    try:
+        limit, period = _CPU_QUOTA.read_text().split()
+        return None if limit == "max" else int(limit) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _judge_threads(gathered: Gathered) -> list[Row]:
+    return [
+        _judge_threads_of_node(gathered, [rank for rank in ranks if rank in gathered.facts])
+        for ranks in gathered.layout.nodes.values()
+        if set(ranks) & set(gathered.facts)
+    ]
+
+
+def _judge_threads_of_node(gathered: Gathered, ranks: list[int]) -> Row:
+    facts = [gathered.facts[rank] for rank in ranks]
+    cores = len(set().union(*(item["cores"] for item in facts)))
+    available = min([cores, *(item["quota"] for item in facts if item["quota"] is not None)])
+    threads = sum(item["threads"] for item in facts)
+    workers = sum(item["workers"] for item in facts)
+    found = f"{len(ranks)} rank(s) with {threads} thread(s) in all for {available:g} core(s)"
+    if available < cores:
+        found += f" (the container's share of {cores})"
+    if workers:
+        found += f"; {workers} reader process(es) beside them"
+    each = max(1, int(available) // len(ranks))
+    crowded = [rank for rank in ranks if gathered.facts[rank]["threads"] > len(gathered.facts[rank]["cores"])]
+    if len(ranks) > available:
+        advice = "ask for more cores (--cpus-per-task), or start fewer ranks per node"
+        return gathered.warn(f"{found}: fewer cores than ranks", advice, ranks)
+    if threads > available or crowded:
+        bound = f"; rank {format_ranks(crowded)} may use fewer cores than it has threads" if crowded else ""
+        advice = f"set OMP_NUM_THREADS={each}, or ask for more cores (--cpus-per-task)"
+        return gathered.warn(f"{found}: threads get in each other's way{bound}", advice, ranks)
+    if facts[0]["on_cpu"] and threads * 2 <= available:
+        advice = f"set OMP_NUM_THREADS={each}: on CPUs threads are what computes"
+        return gathered.warn(f"{found}: most cores would be idle", advice, ranks)
+    return gathered.passed(found, ranks)
+
+
+def _gather_open_files(context: Context) -> dict[str, Any]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = None
+    if context.run is not None:
+        lanes = context.run.plan.lanes_of_rank(*context.legal_place(context.rank))
+        wanted = count_shards_in_use(context.run.plan, len(lanes))
+    return {"soft": soft, "hard": hard, "usable": open_files_limit(), "wanted": wanted}
+
+
+def _judge_open_files(gathered: Gathered) -> list[Row]:
+    rows = []
+    for (soft, hard, usable), ranks in group_by_value(
+        {rank: (facts["soft"], facts["hard"], facts["usable"]) for rank, facts in gathered.facts.items()}
+    ):
+        wanted = max((gathered.facts[rank]["wanted"] or 0 for rank in ranks), default=0)
+        found = f"limit of open files {_name_limit(soft)}"
+        if wanted:
+            found += f"; a rank reads from {wanted:,} shard(s) at a time"
+        if wanted > usable:
+            found += f", but may keep {usable:,} open: shards would be opened again and again"
+            advice = f"ulimit -n {2 * wanted} (the hard limit is {_name_limit(hard)}), larger shards, "
+            rows.append(gathered.warn(found, f"{advice}or a smaller data.shuffle_window", ranks))
+        else:
+            rows.append(gathered.passed(found, ranks))
+    return rows
+
+
+def _name_limit(limit: int) -> str:
+    return "none" if limit == resource.RLIM_INFINITY else f"{limit:,}"
+
+
+def _gather_shared_memory(context: Context) -> dict[str, Any]:
+    status = os.statvfs(_SHARED_MEMORY)
+    needed = None
+    if context.run is not None and context.run.config.data.workers > 0:
+        needed = sum(prefetched_bytes(context.run, *context.legal_place(rank)) for rank in context.local_ranks)
+    return {
+        "size_bytes": status.f_blocks * status.f_frsize,
+        "free_bytes": status.f_bavail * status.f_frsize,
+        "needed_bytes": needed,
+    }
+
+
+def prefetched_bytes(run: ResolvedRun, rank: int, world_size: int) -> int:
+    """Bytes of batches that a rank's worker processes hold in shared memory: made ahead, and in use by the rank."""
+    start, stop = run.plan.rows_of_rank(rank, world_size)
+    values = sum(int(torch.Size(modality.shape).numel()) for modality in run.modalities.values())
+    batches = run.config.data.workers * PREFETCH_BATCHES_PER_WORKER + 1
+    return batches * (stop - start) * values * torch.float32.itemsize
+
+
+def _judge_shared_memory(gathered: Gathered) -> list[Row]:
+    rows = []
+    for facts, ranks in group_by_value(gathered.facts):
+        found = f"{format_bytes(facts['free_bytes'])} of {format_bytes(facts['size_bytes'])} free"
+        needed = facts["needed_bytes"]
+        if needed is None:
+            rows.append(gathered.passed(f"{found}; reader processes (data.workers) would use it", ranks))
+            continue
+        found += f"; the reader processes of a node put up to {format_bytes(needed)} there"
+        if needed > facts["free_bytes"]:
+            advice = "lower data.workers, or enlarge it (docker run --shm-size, mount -o remount,size=)"
+            rows.append(gathered.fail(found, advice, ranks))
+        else:
+            rows.append(gathered.passed(found, ranks))
+    return rows
+
+
+CHECKS = (
+    Check("ranks", "rank", "nothing", _gather_ranks, _judge_ranks, "see the launcher's documentation"),
+    Check("versions", "rank", "nothing", _gather_versions, _judge_versions, "install the package again"),
+    Check("code", "rank", "nothing", _gather_code, _judge_code, "install the package again"),
+    Check("device", "rank", "nothing", _gather_devices, _judge_devices, "look at nvidia-smi on that node"),
+    Check("threads", "rank", "nothing", _gather_threads, _judge_threads, "set OMP_NUM_THREADS"),
+)
+# These use the resolved run, if there is one, and so come after it.
+LIMITS = (
+    Check("open files", "rank", "nothing", _gather_open_files, _judge_open_files, "look at ulimit -n"),
+    Check(
+        "/dev/shm",
+        "node",
+        "nothing",
+        _gather_shared_memory,
+        _judge_shared_memory,
+        "mount a tmpfs at /dev/shm, or set data.workers: 0",
+    ),
+)
