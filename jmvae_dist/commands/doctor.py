@@ -32,8 +32,8 @@ def main(arguments: list[str]) -> int:
         LaunchError: Something failed.
     """
     options, config = _parse(arguments)
-    # Attempts to reach a rank that is still starting are no news.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # What torch logs about sockets is in the table, without its pages of stack frames.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from jmvae_dist.cluster.doctor.diagnosis import Doctor
     from jmvae_dist.distributed.environment import detect_process
 

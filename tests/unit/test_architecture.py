@@ -88,4 +88,6 @@ def test_import_is_light() -> None:
 
 
 def test_a_configuration_mistake_does_not_wait_for_torch() -> None:
-    assert "torch" not in loaded_after("import jmvae_dist.commands.train, jmvae_dist.training.setup")
+    assert "torch" not in loaded_after(
+        "import jmvae_dist.commands.train, jmvae_dist.commands.doctor, jmvae_dist.training.setup"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import threading
 from collections import Counter
@@ -20,6 +21,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 # Runs on every rank, on the first of each node (which speaks for the node), or on rank 0.
 Who = Literal["rank", "node", "main"]
+_DIGITS = re.compile(r"[0-9]+")
 # Their messages are sentences for users; others get the class's name before them.
 _USER_ERRORS = (CheckpointError, ConfigError, DataError, LaunchError, TrainingError)
 
@@ -64,6 +66,10 @@ class Context:
         return min(rank, lanes - 1), min(self.meeting.process.world_size, lanes)
 
 
+# Status, what was found, and advice.
+Judgement = tuple[Status, str, str]
+
+
 @dataclass(frozen=True)
 class Gathered:
     """The facts of one check, from the ranks that delivered them (at least one); makes its rows."""
@@ -81,6 +87,11 @@ class Gathered:
 
     def fail(self, found: str, advice: str, ranks: Collection[int] | None = None) -> Row:
         return self._row("fail", found, advice, ranks)
+
+    def merge(self, judgements: Mapping[int, Judgement]) -> list[Row]:
+        """One row for all ranks of which the same is to be said."""
+        groups = group_by_value(judgements)
+        return [self._row(status, found, advice, ranks) for (status, found, advice), ranks in groups]
 
     def _row(self, status: Status, found: str, advice: str, ranks: Collection[int] | None) -> Row:
         """`ranks` are those that the row speaks of: by default all that delivered."""
@@ -144,7 +155,7 @@ def run_checks(checks: Sequence[Check], context: Context, timeout_s: float) -> t
     hangs = thread.is_alive()
     finished = dict(results)
     if hangs and current and current[0] not in finished:
-        message = f"did not end within {timeout_s:g} s; what follows it was left out here"
+        message = f"did not end within {timeout_s:g} s (see --timeout-s); what follows it was left out here"
         finished[current[0]] = {"error": message, "hangs": True}
     return finished, hangs
 
@@ -166,12 +177,14 @@ def judge_check(check: Check, results: Mapping[int, Results], layout: Layout) ->
         return Gathered(check.name, check.who, facts, layout)
 
     mine = {rank: result[check.name] for rank, result in results.items() if check.name in result}
+    # Ports, addresses and ranks differ between messages about one thing.
     errors: dict[str, list[int]] = {}
-    for rank, result in mine.items():
-        if "error" in result:
-            errors.setdefault(result["error"], []).append(rank)
+    for rank in sorted(mine):
+        if "error" in mine[rank]:
+            errors.setdefault(_DIGITS.sub("#", mine[rank]["error"]), []).append(rank)
     facts = {rank: result["facts"] for rank, result in mine.items() if "facts" in result}
-    rows = [gathered(dict.fromkeys(mine)).fail(message, check.remedy, ranks) for message, ranks in errors.items()]
+    everybody = gathered(dict.fromkeys(mine))
+    rows = [everybody.fail(mine[ranks[0]]["error"], check.remedy, ranks) for ranks in errors.values()]
     if not facts:
         return rows
     try:

@@ -32,6 +32,7 @@ _BYTES_PER_PARAMETER = 12
 # Bounds on what a preflight asks of a file system that others use too.
 _READ_BYTES = 64 * 2**20
 _READ_S = 10.0
+_TELLING_READ_S = 0.2
 _SHARDS_LOOKED_AT = 2000
 _LOOK_S = 10.0
 # Directories of a network file system may be seen as they were a few seconds ago.
@@ -208,7 +209,9 @@ def _drop_cached(run: ResolvedRun, lanes: range) -> None:
 
 def _judge_read_speed(gathered: Gathered) -> list[Row]:
     speeds = {rank: facts["samples"] / max(facts["duration_s"], 1e-9) for rank, facts in gathered.facts.items()}
-    slow = find_outliers(speeds, "low", _SLOW_READ_FACTOR)
+    # Durations of small samples say more about chance than about nodes.
+    is_telling = all(facts["duration_s"] >= _TELLING_READ_S for facts in gathered.facts.values())
+    slow = find_outliers(speeds, "low", _SLOW_READ_FACTOR) if is_telling else []
     rows = []
     for rank in slow:
         found = f"{_name_speed(gathered.facts[rank])}; the median of the nodes reads over twice as fast"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import jmvae_dist
-from jmvae_dist.cluster.doctor.check import Check, Context, Gathered, group_by_value
+from jmvae_dist.cluster.doctor.check import Check, Context, Gathered, Judgement, group_by_value
 from jmvae_dist.cluster.doctor.layout import format_ranks
 from jmvae_dist.cluster.doctor.table import Row
 from jmvae_dist.data.loader import PREFETCH_BATCHES_PER_WORKER, count_shards_in_use
@@ -24,6 +24,8 @@ from jmvae_dist.training.state import software_versions
 _SHARED_MEMORY = Path("/dev/shm")
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+# Up to here each node has a row of its own with its ranks.
+_NODES_SHOWN = 16
 # Launchers that `detect_process` does not know, and where they say how many processes they started.
 _FOREIGN_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -61,12 +63,15 @@ def _judge_ranks(gathered: Gathered) -> list[Row]:
 
 def _judge_nodes(gathered: Gathered) -> list[Row]:
     layout = gathered.layout
-    rows = []
+    rows: list[Row] = []
+    usual: list[Row] = []
     usual_size = group_by_value({ranks[0]: len(ranks) for ranks in layout.nodes.values()})[0][0]
     for host, ranks in layout.nodes.items():
         local_ranks = [layout.places[rank].local_rank for rank in ranks]
-        found = f"{len(ranks)} of {layout.world_size} process(es) by {layout.places[ranks[0]].launcher}"
-        found += f" on {host}: rank {format_ranks(ranks)}, local rank {format_ranks(local_ranks)}"
+        launcher = layout.places[ranks[0]].launcher
+        found = f"{len(ranks)} of {layout.world_size} process(es) on {host}, started "
+        found += "without a launcher" if launcher == "single" else f"by {launcher}"
+        found += f": rank {format_ranks(ranks)}, local rank {format_ranks(local_ranks)}"
         if len(set(local_ranks)) != len(local_ranks):
             advice = "nodes must differ in name, and each has one launcher: else ranks share a GPU"
             rows.append(gathered.warn(f"{found}, of which some occur twice", advice, ranks))
@@ -74,8 +79,11 @@ def _judge_nodes(gathered: Gathered) -> list[Row]:
             advice = "give every node as many ranks, unless its GPUs are fewer"
             rows.append(gathered.warn(f"{found}; other nodes have {usual_size}", advice, ranks))
         else:
-            rows.append(gathered.passed(found, ranks))
-    return rows
+            usual.append(gathered.passed(found, ranks))
+    if len(usual) > _NODES_SHOWN:
+        members = {rank for ranks in layout.nodes.values() if len(ranks) == usual_size for rank in ranks}
+        usual = [gathered.passed(f"{usual_size} process(es) on each of {len(usual)} nodes", members)]
+    return rows + usual
 
 
 # Software
@@ -247,37 +255,42 @@ def _cpu_quota() -> float | None:
 
 
 def _judge_threads(gathered: Gathered) -> list[Row]:
-    return [
-        _judge_threads_of_node(gathered, [rank for rank in ranks if rank in gathered.facts])
-        for ranks in gathered.layout.nodes.values()
-        if set(ranks) & set(gathered.facts)
-    ]
+    judgements: dict[int, Judgement] = {}
+    for ranks in gathered.layout.nodes.values():
+        present = [rank for rank in ranks if rank in gathered.facts]
+        if present:
+            judgement = _judge_threads_of_node([gathered.facts[rank] for rank in present])
+            judgements.update(dict.fromkeys(present, judgement))
+    return gathered.merge(judgements)
 
 
-def _judge_threads_of_node(gathered: Gathered, ranks: list[int]) -> Row:
-    facts = [gathered.facts[rank] for rank in ranks]
+def _judge_threads_of_node(facts: list[dict[str, Any]]) -> Judgement:
     cores = len(set().union(*(item["cores"] for item in facts)))
     available = min([cores, *(item["quota"] for item in facts if item["quota"] is not None)])
     threads = sum(item["threads"] for item in facts)
     workers = sum(item["workers"] for item in facts)
-    found = f"{len(ranks)} rank(s) with {threads} thread(s) in all for {available:g} core(s)"
+    found = f"{len(facts)} rank(s) per node with {threads} thread(s) in all for {available:g} core(s)"
     if available < cores:
         found += f" (the container's share of {cores})"
     if workers:
         found += f"; {workers} reader process(es) beside them"
-    each = max(1, int(available) // len(ranks))
-    crowded = [rank for rank in ranks if gathered.facts[rank]["threads"] > len(gathered.facts[rank]["cores"])]
-    if len(ranks) > available:
-        advice = "ask for more cores (--cpus-per-task), or start fewer ranks per node"
-        return gathered.warn(f"{found}: fewer cores than ranks", advice, ranks)
+    each = max(1, int(available) // len(facts))
+    crowded = sum(item["threads"] > len(item["cores"]) for item in facts)
+    if len(facts) > available:
+        return (
+            "warn",
+            f"{found}: fewer cores than ranks",
+            "ask for more (--cpus-per-task), or start fewer ranks per node",
+        )
     if threads > available or crowded:
-        bound = f"; rank {format_ranks(crowded)} may use fewer cores than it has threads" if crowded else ""
-        advice = f"set OMP_NUM_THREADS={each}, or ask for more cores (--cpus-per-task)"
-        return gathered.warn(f"{found}: threads get in each other's way{bound}", advice, ranks)
+        found += ": threads get in each other's way"
+        if crowded:
+            found += f"; {crowded} rank(s) may use fewer cores than they have threads"
+        return "warn", found, f"set OMP_NUM_THREADS={each}, or ask for more cores (--cpus-per-task)"
     if facts[0]["on_cpu"] and threads * 2 <= available:
         advice = f"set OMP_NUM_THREADS={each}: on CPUs threads are what computes"
-        return gathered.warn(f"{found}: most cores would be idle", advice, ranks)
-    return gathered.passed(found, ranks)
+        return "warn", f"{found}: most cores would be idle", advice
+    return "pass", found, ""
 
 
 def _gather_open_files(context: Context) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from jmvae_dist.distributed.environment import ProcessInfo, expand_node_list, jo
 from jmvae_dist.errors import LaunchError
 
 _POLL_S = 0.02
+_CONNECT_PAUSE_S = 0.2
 # Time between a decision of rank 0 and its arrival at the others.
 _GRACE_S = 10.0
 _FAREWELL_S = 5.0
@@ -98,7 +99,8 @@ class Meeting:
             with contextlib.suppress(RuntimeError):
                 self.collect(f"{topic}/heard", others, _FAREWELL_S)
             return value
-        value = self.hear(topic, self.timeout_s * 3 + _GRACE_S)
+        # Rank 0 may wait for each stage of a rank that died.
+        value = self.hear(topic, self.timeout_s * 4 + 4 * _GRACE_S)
         with contextlib.suppress(RuntimeError):
             self.put(f"{topic}/heard", True)
         return value
@@ -139,9 +141,9 @@ def describe_missing(layout: Layout, variables: Mapping[str, str] | None = None)
         present = {host.split(".")[0] for host in layout.nodes}
         silent = [host for host in expand_node_list(nodes) if host.split(".")[0] not in present]
         if silent:
-            text += f"; nobody from {shorten(silent)}"
-    came = [f"{format_ranks(ranks)} from {host}" for host, ranks in layout.nodes.items()]
-    return f"{text}; here are {shorten(came)}"
+            text += f"; nobody on {shorten(silent)}"
+    came = [f"{format_ranks(ranks)} on {host}" for host, ranks in layout.nodes.items()]
+    return f"{text}; those that did: {shorten(came)}"
 
 
 def _connect(process: ProcessInfo, timeout_s: float) -> dist.Store:
@@ -153,6 +155,8 @@ def _connect(process: ProcessInfo, timeout_s: float) -> dist.Store:
     if not address or not port.isdigit():
         raise LaunchError(f"MASTER_ADDR={address!r}, MASTER_PORT={port!r}: the launcher must set both for the ranks")
     holds_store = process.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not holds_store:
+        _wait_for_answer(address, int(port), timeout_s)
     try:
         return dist.TCPStore(
             address,
@@ -166,9 +170,24 @@ def _connect(process: ProcessInfo, timeout_s: float) -> dist.Store:
         )
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        if holds_store:
-            raise LaunchError(f"port {port}, where the ranks would meet: {reason}; set MASTER_PORT") from None
-        raise LaunchError(
-            f"rank 0 did not come: nobody answered at {address}:{port} within {timeout_s:g} s ({reason}); look for "
-            "its error, and whether this node can reach that address (MASTER_ADDR)"
-        ) from None
+        raise LaunchError(f"{address}:{port}, where the ranks would meet: {reason}; set MASTER_PORT") from None
+
+
+def _wait_for_answer(address: str, port: int, timeout_s: float) -> None:
+    """Wait until somebody listens where the ranks meet; the store's own wait lasts several times its timeout.
+
+    Raises:
+        LaunchError: Nobody does by then.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(0.1, deadline_s - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline_s:
+                raise LaunchError(
+                    f"rank 0 did not come: nobody answered at {address}:{port} within {timeout_s:g} s ({error}); "
+                    "look for its error, and whether this node can reach that address (MASTER_ADDR)"
+                ) from None
+        time.sleep(_CONNECT_PAUSE_S)

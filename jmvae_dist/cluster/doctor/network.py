@@ -13,7 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from jmvae_dist.cluster.doctor.check import Check, Context, Gathered, find_outliers, group_by_value
+from jmvae_dist.cluster.doctor.check import Check, Context, Gathered, Judgement, find_outliers
 from jmvae_dist.cluster.doctor.layout import Layout
 from jmvae_dist.cluster.doctor.table import Row
 from jmvae_dist.distributed.runtime import start_runtime
@@ -40,11 +40,9 @@ _LATE_FACTOR = 3.0
 
 
 def _gather_interface(context: Context) -> dict[str, Any]:
-    addresses = {
-        item.address: name for name, items in psutil.net_if_addrs().items() for item in items if item.address
-    }
+    interfaces = {name: [item.address for item in items] for name, items in psutil.net_if_addrs().items()}
     address = _own_address()
-    name = addresses.get(address, "unknown")
+    name = next((name for name, addresses in interfaces.items() if address in addresses), "unknown")
     state = psutil.net_if_stats().get(name)
     return {
         "interface": name,
@@ -55,7 +53,7 @@ def _gather_interface(context: Context) -> dict[str, Any]:
         "hostname_address": _address_of_hostname(),
         "gloo": os.environ.get("GLOO_SOCKET_IFNAME"),
         "nccl": os.environ.get("NCCL_SOCKET_IFNAME"),
-        "interfaces": sorted(psutil.net_if_addrs()),
+        "interfaces": interfaces,
     }
 
 
@@ -79,35 +77,29 @@ def _address_of_hostname() -> str:
 
 
 def _judge_interface(gathered: Gathered) -> list[Row]:
-    rows = []
-    judged = {rank: _judge_interface_of_node(facts, gathered.layout) for rank, facts in gathered.facts.items()}
-    for (status, found, advice), ranks in group_by_value(judged):
-        if status == "pass":
-            rows.append(gathered.passed(found, ranks))
-        else:
-            rows.append((gathered.warn if status == "warn" else gathered.fail)(found, advice, ranks))
-    return rows
+    return gathered.merge(
+        {r: _judge_interface_of_node(facts, gathered.layout) for r, facts in gathered.facts.items()}
+    )
 
 
-def _judge_interface_of_node(facts: dict[str, Any], layout: Layout) -> tuple[str, str, str]:
-    """Status, what was found, and advice for one node."""
+def _judge_interface_of_node(facts: dict[str, Any], layout: Layout) -> Judgement:
     speed = f", {facts['megabits_per_s']:,} Mbit/s" if facts["megabits_per_s"] else ""
     found = f"{facts['interface']} on the way to rank 0{speed}, MTU {facts['mtu']}"
     for variable, value in (("GLOO_SOCKET_IFNAME", facts["gloo"]), ("NCCL_SOCKET_IFNAME", facts["nccl"])):
         found += f"; {variable} {value or 'not set'}"
-    # NCCL takes prefixes, = and ^; gloo takes one name.
-    if facts["gloo"] and facts["gloo"] not in facts["interfaces"]:
-        available = ", ".join(facts["interfaces"])
-        return (
-            "fail",
-            f"{found}, which is not an interface here ({available})",
-            "set GLOO_SOCKET_IFNAME to one of them",
-        )
+    # Gloo takes names, NCCL also prefixes and exclusions.
+    named = facts["gloo"].split(",") if facts["gloo"] else []
+    for name in named:
+        if name not in facts["interfaces"]:
+            found += f"; {name} is not an interface here ({', '.join(facts['interfaces'])})"
+            return "fail", found, "set GLOO_SOCKET_IFNAME to one of them"
     if len(layout.nodes) == 1:
         return "pass", f"{found}; one node", ""
-    if facts["address"].startswith(_LOOPBACK):
-        return "pass", found, ""
-    if not facts["gloo"] and facts["hostname_address"].startswith(_LOOPBACK):
+    for name in named:
+        if any(address.startswith(_LOOPBACK) for address in facts["interfaces"][name]):
+            found += f"; {name} reaches no other node"
+            return "fail", found, f"set GLOO_SOCKET_IFNAME to an interface that does, such as {facts['interface']}"
+    if not named and facts["hostname_address"].startswith(_LOOPBACK):
         advice = f"set GLOO_SOCKET_IFNAME={facts['interface']}, or correct /etc/hosts"
         return "warn", f"{found}; the node's name is {facts['hostname_address']}, no address for others", advice
     return "pass", found, ""
@@ -149,7 +141,7 @@ def _judge_clocks(gathered: Gathered) -> list[Row]:
     rows = []
     for rank, item in offsets.items():
         offset_s, uncertainty_s = item["offset_s"], item["uncertainty_s"]
-        found = f"{offset_s:+.3f} s against rank 0, ± {uncertainty_s:.3f} s"
+        found = f"{offset_s:+.3f} s against rank 0, give or take {uncertainty_s:.3f} s"
         if abs(offset_s) - uncertainty_s > _MAX_SKEW_S:
             advice = "start the time service there (chronyd, systemd-timesyncd): times of logs and files mislead"
             rows.append(gathered.warn(found, advice, [rank]))
@@ -159,7 +151,8 @@ def _judge_clocks(gathered: Gathered) -> list[Row]:
     good = [rank for rank, item in offsets.items() if abs(item["offset_s"]) + item["uncertainty_s"] <= _MAX_SKEW_S]
     if good:
         worst = offsets[max(good, key=lambda rank: abs(offsets[rank]["offset_s"]))]
-        found = f"at most {abs(worst['offset_s']):.4f} s apart from rank 0, ± {worst['uncertainty_s']:.4f} s"
+        found = f"at most {_name_time(abs(worst['offset_s']))} apart from rank 0, "
+        found += f"give or take {_name_time(worst['uncertainty_s'])}"
         rows.append(gathered.passed(found, good))
     return rows
 

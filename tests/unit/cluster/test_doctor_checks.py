@@ -1,0 +1,175 @@
+"""What the preflight's checks find on a real machine, and how they are kept from crashing or hanging it."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jmvae_dist.cluster.doctor import job, machine
+from jmvae_dist.cluster.doctor.check import Check, Context, Results, run_checks
+from jmvae_dist.cluster.doctor.meeting import Meeting
+from jmvae_dist.commands.doctor import main
+from jmvae_dist.config_io import parse_run_config
+from jmvae_dist.distributed.environment import ProcessInfo
+from jmvae_dist.errors import ConfigError, LaunchError
+from jmvae_dist.model import JMVAE
+from tests.conftest import ROOT
+
+SINGLE = ProcessInfo(rank=0, world_size=1, local_rank=0, launcher="single")
+
+
+@pytest.fixture
+def make_context(tmp_path: Path, digits: Path) -> Callable[..., Context]:
+    """Makes the context of one process, with the configuration of the digits and some overrides."""
+
+    def make(*overrides: str) -> Context:
+        arguments = [
+            *("--config", str(ROOT / "configs" / "digits.yaml"), "--output_dir", str(tmp_path / "runs" / "x")),
+            *("--data.train_manifest", str(digits / "train" / "manifest.json"), "--data.eval_manifest", "null"),
+        ]
+        return Context(Meeting(SINGLE, timeout_s=5), 5, parse_run_config([*arguments, *overrides]))
+
+    return make
+
+
+def gather(context: Context, *names: str) -> Results:
+    """Results of the named checks, after that of the configuration."""
+    checks = (*machine.CHECKS, *machine.LIMITS, *job.CHECKS)
+    chosen = [job.CONFIGURATION, *(check for check in checks if check.name in names)]
+    results, hangs = run_checks(chosen, context, timeout_s=60)
+    assert not hangs
+    return results
+
+
+def test_failing_and_hanging_checks_end(make_context: Callable[..., Context]) -> None:
+    release = threading.Event()
+
+    def fail(context: Context) -> None:
+        raise KeyError("gone")
+
+    def hang(context: Context) -> None:
+        release.wait(30)
+
+    checks = [
+        Check(name, "rank", "nothing", work, lambda gathered: [], "wait")
+        for name, work in (("first", fail), ("second", lambda context: 2), ("third", hang), ("fourth", fail))
+    ]
+    try:
+        results, hangs = run_checks(checks, make_context(), timeout_s=0.5)
+    finally:
+        release.set()
+    assert hangs
+    assert results.keys() == {"first", "second", "third"}
+    assert results["first"] == {"error": "KeyError: 'gone'"}
+    assert results["second"] == {"facts": 2}
+    assert results["third"]["hangs"]
+    assert results["third"]["error"].startswith("did not end within 0.5 s")
+
+
+def test_shards_that_are_missing_or_truncated_are_found(
+    make_context: Callable[..., Context], digits: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(digits / "train", folder)
+    context = make_context("--data.train_manifest", str(folder / "manifest.json"))
+    results = gather(context, "shards", "read speed")
+    assert context.run is not None
+    assert results["shards"]["facts"]["data.train_manifest"]["num_problems"] == 0
+    assert results["read speed"]["facts"]["samples"] == 23 * 64  # one epoch of 1,438, in whole batches
+    shard, *_ = sorted(folder.glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-512])
+    (folder / context.run.train_manifest.shards[0].index.url).unlink()
+    results = gather(make_context("--data.train_manifest", str(folder / "manifest.json")), "shards", "read speed")
+    problems = results["shards"]["facts"]["data.train_manifest"]["problems"]
+    assert any(str(shard) in problem and "the manifest says" in problem for problem in problems)
+    assert any("No such file" in problem for problem in problems)
+    assert "truncated" in results["read speed"]["error"]
+
+
+def test_space_is_that_of_the_checkpoints_and_nothing_is_left_behind(
+    make_context: Callable[..., Context], tmp_path: Path
+) -> None:
+    context = make_context("--checkpoint.keep_last", "2", "--checkpoint.keep_every_steps", "1000")
+    facts = gather(context, "disk space")["disk space"]["facts"]
+    assert context.run is not None
+    model = JMVAE(context.run.model_config, networks=context.run.config.model.networks)
+    assert facts["num_parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert facts["num_checkpoints"] == 2 + 1 + context.run.total_steps // 1000
+    assert Path(facts["probe"]).parent == tmp_path / "runs" / "x"
+    for clean_up in context.on_exit:
+        clean_up()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_directory_that_cannot_be_made(make_context: Callable[..., Context], tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    error = gather(make_context(), "disk space")["disk space"]["error"]
+    assert error.startswith(f"output_dir: {tmp_path}/runs/x cannot be written")
+
+
+def test_too_many_ranks_for_the_lanes_leave_the_other_checks_alone(make_context: Callable[..., Context]) -> None:
+    context = make_context("--data.lanes", "2", "--data.workers", "1")
+    context.meeting.process = ProcessInfo(rank=5, world_size=6, local_rank=5, launcher="torchrun")
+    context.run = None
+    results, _ = run_checks([job.CONFIGURATION, machine.LIMITS[0]], context, timeout_s=60)
+    assert "facts" in results["configuration"]
+    assert "facts" in results["open files"]
+
+
+def test_shared_memory_counts_the_batches_of_all_workers(make_context: Callable[..., Context]) -> None:
+    context = make_context("--data.workers", "3")
+    facts = gather(context, "/dev/shm")["/dev/shm"]["facts"]
+    assert facts["needed_bytes"] == (3 * 2 + 1) * 64 * (64 + 10) * 4
+    assert gather(make_context(), "/dev/shm")["/dev/shm"]["facts"]["needed_bytes"] is None
+
+
+def test_wandb_server_is_reached_or_not(
+    make_context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("http_proxy", "HTTP_PROXY", "WANDB_MODE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://user:secret@127.0.0.1:{port}")
+        facts = gather(make_context("--tracking.wandb.mode", "online"), "W&B")["W&B"]["facts"]
+    assert facts == {
+        "mode": "online",
+        "asked": "online",
+        "messages": [],
+        "server": f"127.0.0.1:{port}",
+        "problem": None,
+    }
+    facts = gather(make_context("--tracking.wandb.mode", "online"), "W&B")["W&B"]["facts"]
+    assert "refused" in facts["problem"]
+
+
+def test_without_rank_0_the_wait_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    process = ProcessInfo(rank=1, world_size=2, local_rank=0, launcher="torchrun")
+    with pytest.raises(LaunchError, match=f"rank 0 did not come: nobody answered at localhost:{port} within 0.3 s"):
+        Meeting(process, timeout_s=0.3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--timeout-s", "0"], "--timeout-s"),
+        (["--timeout-s", "nan"], "--timeout-s"),
+        (["--training.stps", "3"], "training.stps: unknown key"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--json", "/nowhere/table.json"], "--json"),
+        (["everything"], "everything"),
+    ],
+)
+def test_usage(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(arguments)
