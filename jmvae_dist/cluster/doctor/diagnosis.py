@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -105,24 +105,26 @@ class Doctor:
     def examine(self) -> Iterator[Diagnosis | None]:
         """Run all checks; gives the diagnosis on rank 0 and None elsewhere, and cleans up at the end."""
         try:
-            alone = self._run_stage("alone", _ALONE, self.timeout_s)
+            alone = self._run_stage("alone", _ALONE, self.timeout_s, self.layout.places)
             self.context.plan = self._agree_on_plan(alone)
             chosen = tuple(check for check in _TOGETHER if check.name in self.context.plan["checks"])
             # Its waits are for other ranks, and bounded one by one.
-            together = self._run_stage("together", chosen, 2 * self.timeout_s + _GRACE_S)
+            together = self._run_stage("together", chosen, 2 * self.timeout_s + _GRACE_S, alone)
             yield self._judge(alone, together) if self.context.rank == 0 else None
         finally:
             for clean_up in self.context.on_exit:
                 clean_up()
 
-    def _run_stage(self, stage: str, checks: tuple[Check, ...], timeout_s: float) -> dict[int, Results]:
-        """Run checks here, and on rank 0 collect what all ranks found (elsewhere nothing)."""
+    def _run_stage(
+        self, stage: str, checks: tuple[Check, ...], timeout_s: float, ranks: Iterable[int]
+    ) -> dict[int, Results]:
+        """Run checks here, and on rank 0 collect what `ranks` found (elsewhere nothing)."""
         results, hangs = run_checks(checks, self.context, timeout_s)
         self.hangs = self.hangs or hangs
         self.meeting.put(stage, results)
         if self.context.rank != 0:
             return {}
-        return self.meeting.collect(stage, self.layout.places, timeout_s + _GRACE_S)
+        return self.meeting.collect(stage, ranks, timeout_s + _GRACE_S)
 
     def _agree_on_plan(self, alone: dict[int, Results]) -> dict[str, Any]:
         """What is to be done together, as rank 0 sees it after what every rank found alone."""

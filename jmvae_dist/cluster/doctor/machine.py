@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import jmvae_dist
 from jmvae_dist.cluster.doctor.check import Check, Context, Gathered, Judgement, group_by_value
 from jmvae_dist.cluster.doctor.layout import format_ranks
 from jmvae_dist.cluster.doctor.table import Row
+from jmvae_dist.cluster.provenance import describe_code
 from jmvae_dist.data.loader import PREFETCH_BATCHES_PER_WORKER, count_shards_in_use
 from jmvae_dist.data.reader import open_files_limit
 from jmvae_dist.progress import format_bytes
@@ -115,18 +115,12 @@ def _gather_code(context: Context) -> dict[str, str]:
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
-    commit = _git_commit(root) if context.rank in context.layout.leaders else ""
-    return {"version": jmvae_dist.__version__, "commit": commit, "digest": digest.hexdigest()}
-
-
-def _git_commit(folder: Path) -> str:
-    """The commit of the repository that the code runs from, with a + for changes in it; empty if there is none."""
-    try:
-        command = ["git", "--no-optional-locks", "-C", str(folder)]
-        command += ["describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    facts = {"version": jmvae_dist.__version__, "commit": "", "digest": digest.hexdigest()}
+    if context.rank in context.layout.leaders:
+        code, _ = describe_code()
+        changes = " with changes" if code["is_changed"] else ""
+        facts["commit"] = f"{code['git_commit'][:12]}{changes}" if code["git_commit"] else ""
+    return facts
 
 
 def _judge_code(gathered: Gathered) -> list[Row]:
