@@ -1,0 +1,167 @@
+"""Jobs on a real Slurm: training over nodes, time limits, preemption, cancelling, lost nodes, arrays, chains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from tests.conftest import Run, assert_losses_agree
+from tests.slurm.cluster import Cluster, SlurmRun, processes_with, wait_until
+
+MakeRun = Callable[..., SlurmRun]
+LAYOUT = ("--nodes=2", "--ntasks-per-node=2")
+
+
+def assert_equals(run: SlurmRun, uninterrupted: SlurmRun) -> None:
+    """The run came to the same end by the same steps, and left nothing behind."""
+    assert run.records() == uninterrupted.records(), run.tail()
+    run.assert_every_sample_once_per_epoch()
+    run.assert_nothing_is_left()
+
+
+def test_two_nodes_train_what_one_process_trains(uninterrupted: SlurmRun, make_run: Callable[..., Run]) -> None:
+    environment = json.loads((uninterrupted.output_dir / "environment.json").read_text())
+    assert (environment["launcher"], environment["world_size"]) == ("srun", 4)
+    for rank in range(4):
+        log = (uninterrupted.output_dir / "logs" / f"rank-{rank:05d}.log").read_text()
+        assert f"rank {rank} of 4 on node{rank // 2 + 1}" in log
+    folder = uninterrupted.output_dir / "slurm"
+    (attempt,) = uninterrupted.attempts()
+    assert attempt["exit_code"] == 0
+    assert "SLURM_JOB_ID=" in (folder / f"job-{attempt['job_id']}-0" / "environment.txt").read_text()
+    uninterrupted.assert_every_sample_once_per_epoch()
+    uninterrupted.assert_nothing_is_left()
+    for name, num_processes in (("alone", 1), ("torchrun", 2)):
+        other = make_run(name, *uninterrupted.overrides)
+        other.train(num_processes)
+        assert_losses_agree(uninterrupted, other, tolerance=1e-5, num_records=36)
+
+
+def test_a_job_that_reaches_its_time_limit_comes_back(
+    cluster: Cluster, make_slurm_run: MakeRun, uninterrupted: SlurmRun
+) -> None:
+    run = make_slurm_run("limited")
+    run.environment()
+    run.set_pace(2.0)
+    job = run.submit(*LAYOUT, "--time=1", "--signal=B:USR1@60")
+    wait_until(lambda: cluster.job(job)["Restarts"] == "1", f"a requeue: {run.tail()}")
+    run.set_pace(0.0)
+    cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=20")
+    cluster.finish(job)
+    assert [attempt["reason"] for attempt in run.attempts()] == ["stopped before the time limit", "complete"]
+    assert run.attempts()[1]["begin_step"] > 0
+    assert_equals(run, uninterrupted)
+
+
+def test_a_preempted_job_comes_back(cluster: Cluster, make_slurm_run: MakeRun, uninterrupted: SlurmRun) -> None:
+    run = make_slurm_run("preempted")
+    run.environment()
+    run.set_pace(0.5)
+    job = run.submit(*LAYOUT, "--time=20")
+    run.wait_for_step(3)
+    urgent = cluster.ask(
+        "sbatch",
+        "--parsable",
+        "--partition=urgent",
+        "--nodes=3",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 1",
+    ).strip()
+    cluster.finish(urgent)
+    run.set_pace(0.0)
+    cluster.finish(job)
+    assert [attempt["reason"] for attempt in run.attempts()] == ["preempted", "complete"]
+    assert_equals(run, uninterrupted)
+
+
+def test_a_cancelled_job_stays_cancelled_and_goes_on_when_submitted_again(
+    cluster: Cluster, make_slurm_run: MakeRun, uninterrupted: SlurmRun
+) -> None:
+    run = make_slurm_run("cancelled")
+    run.environment()
+    run.set_pace(0.3)
+    job = run.submit(*LAYOUT, "--time=20")
+    run.wait_for_step(3)
+    cluster.ask("scancel", job)
+    cluster.finish(job, "CANCELLED")
+    assert cluster.job(job)["Restarts"] == "0"
+    (attempt,) = run.attempts()
+    assert attempt["reason"] == "cancelled, with a checkpoint"
+    assert attempt["end_step"] >= 3
+    run.assert_nothing_is_left()
+    run.set_pace(0.0)
+    cluster.finish(run.submit(*LAYOUT, "--time=20"))
+    assert_equals(run, uninterrupted)
+
+
+def test_a_job_whose_node_crashes_goes_on_without_it(
+    cluster: Cluster, make_slurm_run: MakeRun, uninterrupted: SlurmRun
+) -> None:
+    run = make_slurm_run("crashed", site=["EXCLUDE_FAILED_NODES=yes"])
+    run.environment()
+    run.set_pace(0.5)
+    job = run.submit(*LAYOUT, "--time=20")
+    wait_until(run.checkpoint(10).is_dir, f"a checkpoint: {run.tail()}")
+    _, second = nodes_of(run)
+    cluster.mini_slurm("crash", second)
+    wait_until(lambda: cluster.job(job)["Restarts"] == "1", f"Slurm's requeue: {run.tail()}")
+    run.set_pace(0.0)
+    cluster.finish(job)
+    lost, complete = run.attempts()
+    assert lost["failed_nodes"] == [second]
+    assert complete["begin_step"] >= 10
+    assert second not in complete["nodes"]
+    assert_equals(run, uninterrupted)
+
+
+def test_a_job_whose_node_is_cut_off_goes_on(
+    cluster: Cluster, make_slurm_run: MakeRun, uninterrupted: SlurmRun
+) -> None:
+    run = make_slurm_run("cut")
+    run.environment()
+    run.set_pace(0.5)
+    job = run.submit(*LAYOUT, "--time=20")
+    wait_until(run.checkpoint(10).is_dir, f"a checkpoint: {run.tail()}")
+    _, second = nodes_of(run)
+    cluster.mini_slurm("cut", second)
+    wait_until(lambda: cluster.job(job)["Restarts"] == "1", f"Slurm's requeue: {run.tail()}")
+    run.set_pace(0.0)
+    cluster.finish(job)
+    cluster.mini_slurm("mend", second)
+    wait_until(lambda: not processes_with(str(run.output_dir)), "Slurm has ended what lived on", 90)
+    assert run.attempts()[-1]["reason"] == "complete"
+    assert second not in run.attempts()[-1]["nodes"]
+    assert_equals(run, uninterrupted)
+
+
+def nodes_of(run: SlurmRun) -> list[str]:
+    """Hosts of the newest attempt."""
+    lines = (run.output_dir / "slurm" / "attempts.jsonl").read_text().splitlines()
+    return json.loads(lines[-1])["nodes"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["CONTAINER='apptainer exec"], "is not sound"),
+        (["PYTHN=/usr/bin/python3"], "unknown setting PYTHN"),
+        (["RANKS_PER_NODE=many"], "RANKS_PER_NODE='many' must be a positive number"),
+        (["RANKS_PER_NODE=400"], "400 ranks per node on"),
+        (["PYTHON=/usr/bin/no-such-python"], "set PYTHON"),
+        (["module load no-such-module"], "failed at"),
+        (["EXCLUDE_FAILED_NODES=perhaps"], "must be yes or no"),
+    ],
+    ids=["cut-off", "misspelled", "not-a-number", "too-many-ranks", "no-python", "failing-command", "bad-choice"],
+)
+def test_a_torn_site_configuration_ends_the_job_at_once(
+    cluster: Cluster, make_slurm_run: MakeRun, lines: list[str], expected: str
+) -> None:
+    run = make_slurm_run("torn", site=lines)
+    job = run.submit(*LAYOUT, "--time=20")
+    cluster.finish(job, "FAILED")
+    assert expected in run.log.read_text()
+    assert cluster.job(job)["Restarts"] == "0"
+    assert not run.output_dir.exists()
