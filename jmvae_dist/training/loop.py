@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,11 @@ from jmvae_dist.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
+# Seconds between the request to stop and the time limit, as the batch script has found them (slurm/common.sh).
+_STOP_LEAD_VARIABLE = "JMVAE_DIST_STOP_LEAD_S"
+# A save takes longer when all of a cluster's jobs are asked to stop at once, and the step before it takes time too.
+_LEAD_PER_SAVE = 2.0
+
 
 class Trainer:
     """One run, from its newest checkpoint to its last step.
@@ -89,12 +95,13 @@ class Trainer:
             world_size=runtime.process.world_size,
         )
         self.passed_over: list[list[int]] = []
+        self._has_warned_of_lead = False
         self.checkpoints = CheckpointManager(
             run.output_dir / "checkpoints",
             run.config.checkpoint,
             self.engine,
             runtime.collectives,
-            on_commit=ledger.checkpoint_committed,
+            on_commit=self._checkpoint_committed,
         )
 
     def train(self) -> int:
@@ -394,6 +401,17 @@ class Trainer:
             wait=wait,
         )
 
+    def _checkpoint_committed(self, global_step: int, save_s: float) -> None:
+        """Keep account of a checkpoint; warn once if the scheduler would not leave the time for such a one."""
+        self.ledger.checkpoint_committed(global_step, save_s)
+        if self.runtime.is_main and not self._has_warned_of_lead and _is_lead_too_short(save_s):
+            self._has_warned_of_lead = True
+            logger.warning(
+                "a checkpoint took %.0f s, but the scheduler asks for a stop only %s s before the time limit: "
+                "submit with an earlier --signal=B:USR1@SECONDS",
+                *(save_s, os.environ[_STOP_LEAD_VARIABLE]),
+            )
+
     def _evaluate_midway(self) -> None:
         """Metrics and figures on held-out data, without the costly likelihood estimate.
 
@@ -525,3 +543,9 @@ class Trainer:
             logger.info("the run is complete; report: %s", write_report(self.run.output_dir))
         except ConfigError as error:
             logger.warning("the run is complete, but its report could not be written: %s", error)
+
+
+def _is_lead_too_short(save_s: float) -> bool:
+    """Whether a checkpoint like this one might not be complete when the time limit comes."""
+    lead_s = os.environ.get(_STOP_LEAD_VARIABLE, "")
+    return lead_s.isdigit() and _LEAD_PER_SAVE * save_s > int(lead_s)
