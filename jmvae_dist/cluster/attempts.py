@@ -11,22 +11,17 @@ import json
 import logging
 import os
 import re
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jmvae_dist.cluster.provenance import write_provenance
+from jmvae_dist.cluster.scheduler import find_failed_nodes
 from jmvae_dist.errors import EXIT_STOPPED, LaunchError
 
 logger = logging.getLogger(__name__)
-
-# States of a node that nothing runs on, and the marks that Slurm appends to one that does not answer.
-_FAILED_STATES = re.compile(r"DOWN|FAIL|NOT_RESPONDING|REBOOT|\*")
-_COMMAND_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,7 @@ def end_attempt(
         end_s=time.time(),
         end_step=newest_step(run_dir),
         exit_code=exit_code,
-        failed_nodes=failed_nodes(attempt.nodes, attempt.begin_s),
+        failed_nodes=find_failed_nodes(attempt.nodes, attempt.begin_s),
     )
     requeued = False
     if exit_code == EXIT_STOPPED and is_asked:
@@ -191,26 +186,8 @@ def newest_step(run_dir: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def job_fields(job_id: str) -> dict[str, str]:
-    """What `scontrol show job` says of a job; empty if it does not answer."""
-    text = _scontrol("show", "job", job_id, "--oneliner")
-    return dict(re.findall(r"(\S+?)=(\S*)", text.splitlines()[0] if text else ""))
-
-
-def failed_nodes(nodes: list[str], since_s: float) -> tuple[str, ...]:
-    """Those of `nodes` that do not work now, or have started anew since then."""
-    if not nodes:
-        return ()
-    failed = []
-    for line in _scontrol("show", "node", ",".join(nodes), "--oneliner").splitlines():
-        fields = dict(re.findall(r"(\S+?)=(\S*)", line))
-        if _FAILED_STATES.search(fields.get("State", "")) or _time_s(fields.get("SlurmdStartTime", "")) > since_s:
-            failed.append(fields.get("NodeName", "?"))
-    return tuple(failed)
-
-
 def _close_lost(attempt: Attempt, step: int) -> Attempt:
-    failed = failed_nodes(attempt.nodes, attempt.begin_s)
+    failed = find_failed_nodes(attempt.nodes, attempt.begin_s)
     reason = f"lost{'; failed nodes: ' + ', '.join(failed) if failed else ', killed or its first node failed'}"
     return _ended(attempt, end_s=time.time(), end_step=step, reason=reason, failed_nodes=failed)
 
@@ -261,23 +238,3 @@ def _append(run_dir: Path, event: str, attempt: Attempt) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _scontrol(*arguments: str) -> str:
-    """Output of scontrol; empty if it fails, since what it would add must not end a run."""
-    try:
-        result = subprocess.run(
-            ["scontrol", *arguments], capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        logger.warning("scontrol %s: %s", " ".join(arguments), error)
-        return ""
-    return result.stdout if result.returncode == 0 else ""
-
-
-def _time_s(text: str) -> float:
-    """A time of Slurm's, which is local and without a zone, as seconds since the epoch; 0 if there is none."""
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError:
-        return 0.0

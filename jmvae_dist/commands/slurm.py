@@ -58,7 +58,8 @@ def _add_end(commands: Any) -> None:
 
 
 def _end(options: argparse.Namespace) -> int:
-    from jmvae_dist.cluster.attempts import current_job_id, end_attempt, job_fields
+    from jmvae_dist.cluster.attempts import current_job_id, end_attempt
+    from jmvae_dist.cluster.scheduler import job_fields
 
     attempt = end_attempt(
         options.run_dir,

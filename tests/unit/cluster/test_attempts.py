@@ -1,0 +1,187 @@
+"""When a job goes back to the queue, when it gives up, and what is kept of attempts that were lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jmvae_dist.cluster.attempts import Attempt, begin_attempt, current_job_id, end_attempt, read_attempts
+from jmvae_dist.errors import LaunchError
+
+NODES = (
+    "NodeName=node1 State=IDLE SlurmdStartTime=2020-01-01T00:00:00\n"
+    "NodeName=node2 State=DOWN* SlurmdStartTime=2020-01-01T00:00:00\n"
+    "NodeName=node3 State=IDLE SlurmdStartTime=2100-01-01T00:00:00\n"
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_real_slurm(fake_command: Callable[..., Path]) -> None:
+    fake_command("scontrol")
+
+
+def begin(run_dir: Path, job_id: str = "7", restart: int = 0, max_attempts: int = 3) -> Attempt:
+    variables = {"SLURM_JOB_ID": job_id, "SLURM_JOB_NODELIST": "node[1-3]"}
+    if restart:
+        variables["SLURM_RESTART_COUNT"] = str(restart)
+    return begin_attempt(run_dir, max_attempts=max_attempts, environment=variables)
+
+
+def end(
+    run_dir: Path, exit_code: int, *, usr1: bool = False, term: bool = False, max_attempts: int = 3, **state: str
+) -> Attempt:
+    return end_attempt(
+        run_dir, exit_code=exit_code, max_attempts=max_attempts, got_usr1=usr1, got_term=term, job_state=state
+    )
+
+
+def checkpoint(run_dir: Path, step: int) -> None:
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run_dir / "checkpoints" / "LATEST").write_text(f"step-{step:08d}\n")
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "signals", "state", "requeued", "reason"),
+    [
+        (75, {"usr1": True}, {}, True, "stopped before the time limit"),
+        (75, {"usr1": True, "term": True}, {}, True, "stopped before the time limit"),
+        (75, {"usr1": True}, {"PreemptTime": "None"}, True, "stopped before the time limit"),
+        (75, {"term": True}, {"PreemptTime": "2026-01-01T00:00:00"}, True, "preempted"),
+        (75, {}, {"PreemptTime": "2026-01-01T00:00:00"}, True, "preempted"),
+        (75, {"term": True}, {}, False, "cancelled"),
+        (75, {}, {}, False, "stopped on request"),
+        (0, {"usr1": True}, {}, False, "complete"),
+        (0, {}, {}, False, "complete"),
+        (1, {"usr1": True}, {}, False, "failed (exit code 1)"),
+        (1, {"usr1": True}, {"PreemptTime": "2026-01-01T00:00:00"}, False, "failed (exit code 1)"),
+        (2, {}, {}, False, "failed (exit code 2)"),
+        (143, {"term": True}, {}, False, "ended by Slurm"),
+        (143, {}, {"JobState": "PENDING"}, False, "Slurm has requeued the job"),
+    ],
+)
+def test_which_end_brings_the_job_back(
+    tmp_path: Path,
+    exit_code: int,
+    signals: dict[str, bool],
+    state: dict[str, str],
+    requeued: bool,
+    reason: str,
+) -> None:
+    """Only a stop that Slurm asked for, and that left exit code 75; `scancel` sends TERM and stays final."""
+    begin(tmp_path)
+    ended = end(tmp_path, exit_code, **signals, **state)
+    assert ended.requeued is requeued
+    assert ended.reason.startswith(reason)
+    assert read_attempts(tmp_path) == [ended]
+
+
+def test_attempts_without_a_new_checkpoint_are_counted(tmp_path: Path) -> None:
+    """The last one that is allowed is not requeued, and the job may not begin again; another one may."""
+    for restart in range(3):
+        begin(tmp_path, restart=restart)
+        ended = end(tmp_path, 75, usr1=True)
+        assert ended.requeued is (restart < 2)
+    assert "not requeued: 3 attempts" in ended.reason
+    with pytest.raises(LaunchError, match="3 attempts of job 7 in a row have left no checkpoint after the beginning"):
+        begin(tmp_path, restart=3)
+    assert len(read_attempts(tmp_path)) == 3
+    begin(tmp_path, job_id="8")
+    assert end(tmp_path, 75, usr1=True).requeued
+
+
+def test_a_new_checkpoint_starts_the_count_anew(tmp_path: Path) -> None:
+    for restart in range(6):
+        begin(tmp_path, restart=restart, max_attempts=2)
+        checkpoint(tmp_path, 10 * (restart // 2 + 1))  # by every other attempt
+        assert end(tmp_path, 75, usr1=True, max_attempts=2).requeued
+    steps = [(attempt.begin_step, attempt.end_step) for attempt in read_attempts(tmp_path)]
+    assert steps == [(-1, 10), (10, 10), (10, 20), (20, 20), (20, 30), (30, 30)]
+
+
+def test_a_lost_attempt_is_closed_by_the_next(tmp_path: Path, fake_command: Callable[..., Path]) -> None:
+    """Its nodes are looked at: one that is down, or has started anew since, has failed it."""
+    begin(tmp_path)
+    checkpoint(tmp_path, 40)
+    fake_command("scontrol", prints=NODES)
+    begin(tmp_path, restart=1)
+    lost, running = read_attempts(tmp_path)
+    assert lost.has_ended
+    assert (lost.begin_step, lost.end_step, lost.exit_code) == (-1, 40, None)
+    assert lost.failed_nodes == ("node2", "node3")
+    assert lost.reason == "lost; failed nodes: node2, node3"
+    assert not running.has_ended
+    assert (running.restart, running.begin_step, running.nodes) == (1, 40, ["node1", "node2", "node3"])
+
+
+def test_failed_nodes_are_named_at_the_end(tmp_path: Path, fake_command: Callable[..., Path]) -> None:
+    begin(tmp_path)
+    fake_command("scontrol", prints=NODES)
+    ended = end(tmp_path, 1)
+    assert ended.failed_nodes == ("node2", "node3")
+    assert ended.reason == "failed (exit code 1); failed nodes: node2, node3"
+
+
+def test_lost_attempts_count_too(tmp_path: Path) -> None:
+    """A job that kills its node, and is requeued by Slurm, must not do so for ever."""
+    for restart in range(3):
+        begin(tmp_path, restart=restart)
+    with pytest.raises(LaunchError, match="giving up"):
+        begin(tmp_path, restart=3)
+    assert [attempt.has_ended for attempt in read_attempts(tmp_path)] == [True] * 3
+
+
+def test_a_scheduler_that_does_not_answer_ends_nothing(tmp_path: Path, fake_command: Callable[..., Path]) -> None:
+    fake_command("scontrol", exit_code=1)
+    begin(tmp_path)
+    assert end(tmp_path, 75, usr1=True).requeued
+
+
+def test_a_torn_line_costs_nothing_but_itself(tmp_path: Path) -> None:
+    begin(tmp_path)
+    end(tmp_path, 75, usr1=True)
+    path = tmp_path / "slurm" / "attempts.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: len(whole) // 3])  # killed while it wrote
+    begin(tmp_path, restart=1)
+    end(tmp_path, 0)
+    attempts = read_attempts(tmp_path)
+    assert [attempt.restart for attempt in attempts] == [0, 1]
+    assert [attempt.exit_code for attempt in attempts] == [75, 0]
+
+
+@pytest.mark.parametrize("line", ["[]", "null", "{}", '{"event": "end"}', '{"event": "end", "failed_nodes": 3}', "x"])
+def test_lines_that_are_not_ours_are_left_out(tmp_path: Path, line: str) -> None:
+    begin(tmp_path)
+    path = tmp_path / "slurm" / "attempts.jsonl"
+    path.write_text(line + "\n" + path.read_text())
+    assert len(read_attempts(tmp_path)) == 1
+
+
+def test_an_end_needs_a_beginning(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="no attempt has begun"):
+        end(tmp_path, 0)
+    begin(tmp_path)
+    end(tmp_path, 0)
+    with pytest.raises(LaunchError, match="no attempt has begun"):
+        end(tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("variables", "job_id"),
+    [
+        ({"SLURM_JOB_ID": "9"}, "9"),
+        ({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "12"}, "9_12"),
+        ({"SLURM_JOB_ID": "11", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "2"}, "9_2"),
+    ],
+)
+def test_a_task_of_an_array_is_named_by_array_and_number(variables: dict[str, str], job_id: str) -> None:
+    """The last task has the array's own number: `scontrol requeue 9` would mean all of them."""
+    assert current_job_id(variables) == job_id
+
+
+def test_outside_a_job_is_said(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="SLURM_JOB_ID is not set"):
+        begin_attempt(tmp_path, max_attempts=3, environment={})
+    assert not (tmp_path / "slurm").exists()
