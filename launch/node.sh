@@ -10,7 +10,9 @@ trap '' USR1
 
 # shellcheck disable=SC2154  # from the environment
 mkdir -p "$run_dir/logs"
-log=$(printf '%s/logs/rank-%05d.log' "$run_dir" "$SLURM_PROCID")
+# rank-00000.log belongs to the training, evaluate-rank-00000.log to another verb.
+name=$1-rank
+log=$(printf '%s/logs/%s-%05d.log' "$run_dir" "${name#train-}" "$SLURM_PROCID")
 # To the job's log and to the rank's own. `tee` sees the end of the output, whatever signals come before.
 exec > >(trap '' HUP INT TERM USR1 && exec tee -a "$log") 2>&1
 printf '==== %s job %s restart %s rank %s of %s on %s ====\n' "$(date -Is)" "$SLURM_JOB_ID" \

@@ -17,13 +17,20 @@ MAX_ATTEMPTS_WITHOUT_PROGRESS=3
 EXCLUDE_FAILED_NODES=no
 SITE_SETTINGS='PYTHON|CONTAINER|RANKS_PER_NODE|INTERFACE|SRUN_OPTIONS|CPU_BIND|MAX_ATTEMPTS_WITHOUT_PROGRESS'
 SITE_SETTINGS+='|EXCLUDE_FAILED_NODES'
+num_ranks= # until load_site
 
 # Scheduler commands name a task of an array like this; its plain number can be that of the whole array.
-this_job=$SLURM_JOB_ID
+this_job=${SLURM_JOB_ID:-}
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || this_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 
 # Read slurm/site.env, and derive the layout: num_ranks, ranks_per_node, and the threads of each.
 load_site() {
+    read_site
+    find_python
+    plan_ranks
+}
+
+read_site() {
     local site=${JMVAE_DIST_SITE:-$root/slurm/site.env}
     if [ -e "$site" ]; then
         bash -n "$site" || fail "$site is not sound (see above); compare it with slurm/site.example.env"
@@ -45,8 +52,17 @@ load_site() {
         fail "$site: MAX_ATTEMPTS_WITHOUT_PROGRESS='$MAX_ATTEMPTS_WITHOUT_PROGRESS' must be a positive number"
     [[ $EXCLUDE_FAILED_NODES =~ ^(yes|no)$ ]] ||
         fail "$site: EXCLUDE_FAILED_NODES='$EXCLUDE_FAILED_NODES' must be yes or no"
-    find_python
+}
+
+# For `jmvae-dist slurm render`, which runs this outside of a job: the settings, what is exported for sbatch, and
+# ranks_per_node, each with a NUL at its end. Modules may print what they like.
+print_site() {
+    local name
+    read_site >&2
     plan_ranks
+    for name in ${SITE_SETTINGS//|/ } ranks_per_node $(compgen -e SBATCH_); do
+        printf '%s=%s\0' "$name" "${!name}"
+    done
 }
 
 find_python() {
