@@ -54,13 +54,12 @@ read_site() {
         fail "$site: EXCLUDE_FAILED_NODES='$EXCLUDE_FAILED_NODES' must be yes or no"
 }
 
-# For `jmvae-dist slurm render`, which runs this outside of a job: the settings, what is exported for sbatch, and
-# ranks_per_node, each with a NUL at its end. Modules may print what they like.
+# For `jmvae-dist slurm render`, outside of a job: the settings, and what is exported for sbatch, each with a NUL at
+# its end. Modules may print what they like.
 print_site() {
     local name
     read_site >&2
-    plan_ranks
-    for name in ${SITE_SETTINGS//|/ } ranks_per_node $(compgen -e SBATCH_); do
+    for name in ${SITE_SETTINGS//|/ } $(compgen -e SBATCH_); do
         printf '%s=%s\0' "$name" "${!name}"
     done
 }

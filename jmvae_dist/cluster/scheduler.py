@@ -59,7 +59,7 @@ def find_jobs(job_ids: Sequence[str]) -> list[Job]:
     if not job_ids or not has_slurm():
         return []
     # Asked for numbers that it has forgotten, squeue fails altogether: ask for the user's jobs, and choose.
-    text = _run("squeue", "--me", "--array", "--noheader", f"--format={_SQUEUE_FIELDS}")
+    text = ask("squeue", "--me", "--array", "--noheader", f"--format={_SQUEUE_FIELDS}")
     rows = [[field.strip() for field in line.split("|", 8)] for line in text.splitlines()]
     jobs = [Job(*row) for row in rows if len(row) == len(fields(Job))]
     return [job for job in jobs if job.job_id in job_ids or job.job_id.partition("_")[0] in job_ids]
@@ -67,7 +67,7 @@ def find_jobs(job_ids: Sequence[str]) -> list[Job]:
 
 def job_fields(job_id: str) -> dict[str, str]:
     """What `scontrol show job` says of a job; empty if it does not answer."""
-    text = _run("scontrol", "show", "job", job_id, "--oneliner")
+    text = ask("scontrol", "show", "job", job_id, "--oneliner")
     return _parse_fields(text.splitlines()[0]) if text else {}
 
 
@@ -76,7 +76,7 @@ def find_failed_nodes(nodes: Sequence[str], since_s: float) -> tuple[str, ...]:
     if not nodes:
         return ()
     failed = []
-    for line in _run("scontrol", "show", "node", ",".join(nodes), "--oneliner").splitlines():
+    for line in ask("scontrol", "show", "node", ",".join(nodes), "--oneliner").splitlines():
         node = _parse_fields(line)
         if _FAILED_STATES.search(node.get("State", "")) or _time_s(node.get("SlurmdStartTime", "")) > since_s:
             failed.append(node.get("NodeName", "?"))
@@ -95,7 +95,7 @@ def _time_s(text: str) -> float:
         return 0.0
 
 
-def _run(*command: str) -> str:
+def ask(*command: str) -> str:
     """Output of a Slurm command; empty if it fails, since what it would add must not end a run."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False)

@@ -128,22 +128,27 @@ def iterate_records(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def last_recorded_step(path: str | Path) -> int:
-    """Highest `global_step` near the end of a `metrics.jsonl`, read in no time however long it is.
+    """Highest `global_step` near the end of a `metrics.jsonl`; 0 if there is no readable record there."""
+    return max((record["global_step"] for record in last_records(path)), default=0)
 
-    0 if there is no readable record there; whoever opens the record says what is wrong with it.
+
+def last_records(path: str | Path) -> list[dict[str, Any]]:
+    """Records near the end of a `metrics.jsonl`, oldest first, read in no time however long it is.
+
+    Empty if nothing readable is there; whoever opens the record says what is wrong with it.
     """
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
             lines = file.read().split(b"\n")
     except OSError:
-        return 0
-    highest = 0
+        return []
+    records = []
     for line in lines:
         # The first line may be the end of one, and the last torn.
         with contextlib.suppress(ValueError, RecursionError):
-            highest = max(highest, parse_record(line)["global_step"])
-    return highest
+            records.append(parse_record(line))
+    return records
 
 
 def parse_record(line: bytes) -> dict[str, Any]:

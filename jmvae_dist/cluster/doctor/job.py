@@ -28,7 +28,7 @@ from jmvae_dist.tracking.wandb import resolve_mode, server_url
 from jmvae_dist.training.setup import ResolvedRun, check_machine, resolve_run
 
 # float32 weights and AdamW's two moments.
-_BYTES_PER_PARAMETER = 12
+BYTES_PER_PARAMETER = 12
 # Bounds on what a preflight asks of a file system that others use too.
 _READ_BYTES = 64 * 2**20
 _READ_S = 10.0
@@ -288,7 +288,7 @@ def count_checkpoints(run: ResolvedRun) -> int:
 
 def _judge_space(gathered: Gathered) -> list[Row]:
     facts = gathered.facts[0]
-    each = facts["num_parameters"] * _BYTES_PER_PARAMETER
+    each = facts["num_parameters"] * BYTES_PER_PARAMETER
     total = each * facts["num_checkpoints"]
     needed = max(0, total - facts["present_bytes"])
     files = facts["files_per_checkpoint"] * facts["num_checkpoints"]
