@@ -21,7 +21,7 @@ class History:
 
     Attributes:
         checkpoint_step: Step that it would resume from.
-        step: Newest step in its record.
+        step: Newest step that is known, from record or checkpoint.
         total_steps: Length of the run, as of its last start.
         samples_per_step: Global batch size.
         samples_per_s: Median of the last records.
@@ -60,9 +60,10 @@ def read_history(run_dir: Path) -> History:
     ledger = summarize(read_attempts(run_dir))
     steps = _read_json(run_dir / "schedule.json").get("global_step")
     world_size = _read_json(run_dir / "environment.json").get("world_size")
+    checkpoint_step = max(0, newest_step(run_dir))
     return History(
-        checkpoint_step=max(0, newest_step(run_dir)),
-        step=0 if last is None else last["global_step"],
+        checkpoint_step=checkpoint_step,
+        step=max(checkpoint_step, last["global_step"]) if last else checkpoint_step,
         total_steps=steps[-1] if isinstance(steps, list) and steps and isinstance(steps[-1], int) else None,
         samples_per_step=None if not last or not last["global_step"] else last["samples_seen"] // last["global_step"],
         samples_per_s=statistics.median(speeds[-_SPEED_RECORDS:]) if speeds else None,

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 NAME_COLUMN = "name"
 SUMMARY_NAME = "sweep.tsv"
 _MAX_ERRORS = 20
+# A run may go on for longer than it was begun for.
+_MAY_GROW = {"training.steps", "training.epochs"}
 # What is printed of all metrics, and which of two values is better.
 _BEST: dict[str, Callable[[Iterable[float]], float]] = {
     "loss/total": min,
@@ -128,7 +130,7 @@ def check_row(table: Path, row: SweepRow) -> RunConfig:
     before = _saved_settings(row.run_dir)
     if before is not None and newest_step(row.run_dir) >= 0:
         current = to_plain(config)
-        for key in row.settings:
+        for key in row.settings.keys() - _MAY_GROW:
             if _look_up(before, key) != _look_up(current, key):
                 raise ConfigError(
                     f"{table}, row {row.number}: {row.run_dir} was trained with {key} {_look_up(before, key)}, the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> int:
         commands, "render", "check everything, and print the batch script that `submit` would submit", _render
     )
     _add_submit(commands, "submit", "check everything, and submit a training, or a sweep", _submit)
+    _add_status(commands)
     _add_sweep(commands)
     _add_begin(commands)
     _add_end(commands)
@@ -106,14 +108,10 @@ def _submit(options: argparse.Namespace) -> int:
     if options.evaluate is not None:
         evaluation_id = submit(evaluation_after(job, job_id, options.evaluate), job.folder)
         print(f"submitted job {evaluation_id}, which evaluates when job {job_id} is complete")
-    if job.rows:
-        print(f"follow it: squeue --job {job_id}; column -t {job.folder}/sweep.tsv")
-        print(
-            f"log of row 1: tail -F {job.folder}/slurm/{job_id}_1.out; cancel: scancel {job_id}, one row: {job_id}_1"
-        )
-    else:
-        print(f"follow it: jmvae-dist slurm status {job.folder}")
-        print(f"log: tail -F {job.folder}/slurm/{job_id}.out; stop with a checkpoint: scancel {job_id}")
+    folder = shlex.quote(str(job.folder))
+    print(f"follow it: jmvae-dist slurm status {folder}")
+    print(f"log: tail -F {folder}/slurm/{job_id}{'_1' if job.rows else ''}.out")
+    print(f"stop it for good: scancel {job_id}{f' (one row: scancel {job_id}_1)' if job.rows else ''}")
     return 0
 
 
@@ -123,6 +121,32 @@ def _check_evaluation(options: argparse.Namespace) -> None:
     if options.sweep is not None:
         raise ConfigError("--evaluate: not with --sweep; set evaluation.every_steps, or data.eval_manifest")
     Manifest.load(options.evaluate)
+
+
+# Status
+
+
+def _add_status(commands: Any) -> None:
+    summary = "where a run stands: queue, attempts, progress, time lost; for a sweep, a line for each run"
+    parser = commands.add_parser("status", help=summary, description=summary)
+    parser.add_argument("folder", metavar="RUN", type=Path, help="run directory, or the output_dir of a sweep")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_status)
+
+
+def _status(options: argparse.Namespace) -> int:
+    import json
+
+    from jmvae_dist.cluster.status import find_runs, format_overview, format_status, read_status
+
+    statuses = [read_status(run_dir) for run_dir in find_runs(options.folder)]
+    is_single = statuses[0].run_dir == options.folder
+    if options.json:
+        values = [status.to_json() for status in statuses]
+        print(json.dumps(values[0] if is_single else values, indent=2))
+    else:
+        print(format_status(statuses[0]) if is_single else format_overview(statuses))
+    return 0
 
 
 # Sweeps
