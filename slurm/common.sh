@@ -103,9 +103,11 @@ start_ranks() {
     # When the scheduler will ask for a stop, for the program's comparison with the time a checkpoint takes.
     JMVAE_DIST_STOP_LEAD_S=${JMVAE_DIST_STOP_LEAD_S:-$(scontrol write batch_script "$this_job" - 2>/dev/null |
         sed -n 's/^#SBATCH --signal=B:USR1@\([0-9]*\).*/\1/p' | head -n 1)}
-    # For the account of where the time went.
-    JMVAE_DIST_SUBMITTED_S=$(date +%s -d "$(scontrol show job "$this_job" | sed -n 's/.*SubmitTime=\([^ ]*\).*/\1/p')")
+    # When the job was submitted, or requeued: the run's ledger tells waiting from working.
+    JMVAE_DIST_SUBMITTED_S=$(scontrol show job "$this_job" 2>/dev/null |
+        sed -n 's/.*SubmitTime=\([0-9][^ ]*\).*/\1/p' | head -n 1 | date -f - +%s)
     export JMVAE_DIST_STOP_LEAD_S JMVAE_DIST_SUBMITTED_S
+    [ -n "$JMVAE_DIST_SUBMITTED_S" ] || unset JMVAE_DIST_SUBMITTED_S
     # shellcheck disable=SC2086
     exec srun --ntasks="$num_ranks" --ntasks-per-node="$ranks_per_node" \
         --cpus-per-task="$((SLURM_CPUS_ON_NODE / ranks_per_node))" --cpu-bind="$CPU_BIND" \

@@ -67,7 +67,7 @@ class Outcome:
     Attributes:
         state: complete, running, requeued, stopped, failed, lost, or `-` before its first attempt.
         step: Newest step in its record.
-        metrics: Newest value of every loss and every held-out metric.
+        metrics: Newest finite value of every loss and every held-out metric.
     """
 
     state: str
@@ -160,7 +160,8 @@ def read_outcome(row: SweepRow) -> Outcome:
     metrics: dict[str, float] = {}
     for record in records:
         for key, value in record.items():
-            if key.startswith(("loss/", "elbo", "eval/")) and isinstance(value, (int, float)):
+            is_number = isinstance(value, (int, float)) and math.isfinite(value)
+            if is_number and key.startswith(("loss/", "elbo", "eval/")):
                 metrics[key] = value
     step = max((record["global_step"] for record in records), default=0)
     return Outcome(_state(row.run_dir), step, metrics)
@@ -227,7 +228,7 @@ def print_summary(rows: Sequence[SweepRow], outcomes: Sequence[Outcome]) -> None
 
 
 def _format(value: float | None) -> str:
-    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else f"{value:.8g}"
+    return "" if value is None else f"{value:.8g}"
 
 
 def _one_line(cell: str) -> str:

@@ -1,0 +1,137 @@
+"""Batch scripts that are ready to submit, and what options of sbatch mean."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jmvae_dist.cluster.resources import Resources, parse_duration_s
+from jmvae_dist.cluster.script import (
+    BatchScript,
+    directives_of_variables,
+    format_directive,
+    parse_sbatch_options,
+    read_directives,
+)
+from jmvae_dist.errors import ConfigError
+from tests.conftest import ROOT
+
+TRAIN = ROOT / "slurm" / "train.sbatch"
+
+
+def test_header_is_completed_and_the_rest_kept() -> None:
+    own = {"time": "1:00", "signal": "B:USR1@60", "nodes": "2", "job-name": "a b"}
+    script = BatchScript(TRAIN, dict(own), ["--config", "my config.yaml"], {"JMVAE_DIST_ROOT": "/my root"})
+    text = script.render()
+    template = TRAIN.read_text()
+    assert text.endswith(template[template.index("set -uo pipefail") :])
+    lines = text.splitlines()
+    assert lines[0] == template.splitlines()[0]
+    # sbatch reads options up to the first command.
+    header = lines[: next(place for place, line in enumerate(lines) if not line.startswith("#"))]
+    assert [line for line in header if line.startswith("#SBATCH --signal")] == ["#SBATCH --signal=B:USR1@60"]
+    assert '#SBATCH --job-name="a b"' in header
+    assert {"#SBATCH --time=1:00", "#SBATCH --nodes=2", "#SBATCH --requeue", "#SBATCH --exclusive"} <= set(header)
+    assert lines[len(header)] == "export JMVAE_DIST_ROOT='/my root'"
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), min_size=1, max_size=4))
+def test_arguments_arrive_as_they_were_given(arguments: list[str]) -> None:
+    script = BatchScript(TRAIN, {}, arguments).render()
+    line = script[script.index("\nset -- ") + len("\nset -- ") : script.index("\nset -uo pipefail")]
+    assert shlex.split(line) == arguments
+
+
+def test_the_scripts_are_sound(tmp_path: Path) -> None:
+    for name in ("train", "sweep", "evaluate"):
+        path = tmp_path / f"{name}.sbatch"
+        path.write_text(BatchScript(ROOT / "slurm" / f"{name}.sbatch", {}, ["x"]).render())
+        subprocess.run(["bash", "-n", str(path)], check=True)
+        assert {"exclusive": None, "requeue": None}.items() <= read_directives(path).items()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "directives"),
+    [
+        (["--nodes", "4", "--exclusive", "--time=1:00"], {"nodes": "4", "exclusive": None, "time": "1:00"}),
+        (["-N4", "-t", "5", "-p=gpu"], {"nodes": "4", "time": "5", "partition": "gpu"}),
+        (["--gres=gpu:a100:2", "--comment=a=b c"], {"gres": "gpu:a100:2", "comment": "a=b c"}),
+        (["--nice=-5", "--no-requeue"], {"nice": "-5", "no-requeue": None}),
+        ([], {}),
+    ],
+)
+def test_options_of_sbatch(arguments: list[str], directives: dict[str, str | None]) -> None:
+    assert parse_sbatch_options(arguments) == directives
+
+
+@pytest.mark.parametrize("arguments", [["4"], ["--nodes", "4", "x"], ["-Z", "1"], ["--", "x"], ["--nodes=1", "-N2"]])
+def test_what_is_no_option_is_refused(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        parse_sbatch_options(arguments)
+
+
+def test_a_line_break_cannot_add_an_option() -> None:
+    with pytest.raises(ConfigError, match="line break"):
+        format_directive("comment", "x\n#SBATCH --time=9")
+
+
+def test_variables_of_a_site_become_options() -> None:
+    variables = {
+        "SBATCH_TIMELIMIT": "2:00:00",
+        "SBATCH_MEM_PER_NODE": "4G",
+        "SBATCH_GPUS_PER_NODE": "8",
+        "SBATCH_REQUEUE": "1",
+        "SBATCH_DEBUG": "1",
+        "SBATCH_TIME": "1",
+    }
+    directives, unknown = directives_of_variables(variables)
+    assert directives == {"time": "2:00:00", "mem": "4G", "gpus-per-node": "8", "requeue": None}
+    assert unknown == ["SBATCH_TIME"]
+
+
+@pytest.mark.parametrize(
+    ("directives", "resources"),
+    [
+        ({}, Resources(1, 1, None, 0)),
+        ({"nodes": "2-4", "ntasks-per-node": "3"}, Resources(2, 4, 3, 0)),
+        ({"nodes": "2", "gpus-per-node": "a100:8"}, Resources(2, 2, None, 8)),
+        ({"nodes": "2", "gres": "tmp:5,gpu:a100:4"}, Resources(2, 2, None, 4)),
+        ({"nodes": "2", "gres": "gpu"}, Resources(2, 2, None, 1)),
+        ({"nodes": "2", "gpus": "16"}, Resources(2, 2, None, 8)),
+        ({"nodes": "2", "gpus": "15"}, Resources(2, 2, None, None)),
+        ({"gpus": "16"}, Resources(None, None, None, None)),
+        ({"ntasks": "16"}, Resources(None, None, None, 0)),
+        ({"ntasks-per-node": "4", "gpus-per-task": "1"}, Resources(1, 1, 4, 4)),
+    ],
+)
+def test_resources(directives: dict[str, str | None], resources: Resources) -> None:
+    assert Resources.of(directives) == resources
+
+
+@pytest.mark.parametrize("directives", [{"nodes": "x"}, {"nodes": "0"}, {"nodes": "4-2"}, {"gpus-per-node": "many"}])
+def test_numbers_that_are_none_are_refused(directives: dict[str, str | None]) -> None:
+    with pytest.raises(ConfigError, match=f"--{next(iter(directives))}: "):
+        Resources.of(directives)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30", 1800),
+        ("1:30", 90),
+        ("2:00:01", 7201),
+        ("1-12", 129600),
+        ("1-12:30", 131400),
+        ("1-00:00:05", 86405),
+        ("UNLIMITED", None),
+        ("infinite", None),
+        ("", None),
+    ],
+)
+def test_durations_of_slurm(text: str, seconds: float | None) -> None:
+    assert parse_duration_s(text) == seconds
