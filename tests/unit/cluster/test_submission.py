@@ -225,7 +225,7 @@ def test_a_former_run_tells_the_speed(
     _, _, said = rendered(capsys, tmp_path, [*training, *steps])
     assert "is not known yet" in said
     _, _, said = rendered(capsys, tmp_path, ["--like", str(tmp_path / "former"), *training, *steps])
-    assert f"10 steps take about 1 min 40 s at the speed of {tmp_path}/former" in said
+    assert "10 steps take about 1 min 40 s at the speed of " in said
 
 
 def test_nodes_that_failed_can_be_avoided(
