@@ -121,12 +121,15 @@ repeat_usr1() {
     while sleep 5 && kill -USR1 "$step"; do :; done 2>/dev/null &
 }
 
-# A signal ends `wait` early: go on until the process is gone.
+# A signal ends `wait` early: go on until the process is gone. Its exit code may then still wait to be collected.
 wait_for() {
-    local code
+    local code=127 collected
     while kill -0 "$1" 2>/dev/null; do
         wait "$1"
         code=$?
     done
-    return "${code:-1}"
+    wait "$1" 2>/dev/null
+    collected=$?
+    [ "$collected" = 127 ] || code=$collected
+    return "$code"
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from jmvae_dist.cluster.attempts import newest_step
 from jmvae_dist.cluster.doctor.table import Row
 from jmvae_dist.cluster.history import History, read_history
-from jmvae_dist.cluster.scheduler import find_jobs
+from jmvae_dist.cluster.scheduler import choose_jobs, list_jobs
 from jmvae_dist.cluster.site import find_python_problem
 from jmvae_dist.cluster.submission import Job, ask_sbatch, submitted_jobs
 from jmvae_dist.cluster.sweep import check_rows
@@ -97,7 +97,7 @@ def _range(first: int | None, last: int | None) -> str:
 
 
 def _check_queue(job: Job) -> Row:
-    waiting = find_jobs(submitted_jobs(job.folder))
+    waiting = choose_jobs(list_jobs(), submitted_jobs(job.folder))
     if not waiting:
         return Row("queue", "", "pass", f"no job of {job.folder} is in the queue")
     first = waiting[0]

@@ -50,18 +50,17 @@ def has_slurm() -> bool:
     return shutil.which("squeue") is not None and shutil.which("scontrol") is not None
 
 
-def find_jobs(job_ids: Sequence[str]) -> list[Job]:
-    """Those of the jobs that are in the queue: waiting, running, or on their way out.
-
-    Args:
-        job_ids: Numbers; a task of an array as `12_3`, all of its tasks as `12`.
-    """
-    if not job_ids or not has_slurm():
+def list_jobs() -> list[Job]:
+    """The user's jobs that are in the queue: waiting, running, or on their way out; none without Slurm."""
+    if not has_slurm():
         return []
-    # Asked for numbers that it has forgotten, squeue fails altogether: ask for the user's jobs, and choose.
     text = ask("squeue", "--me", "--array", "--noheader", f"--format={_SQUEUE_FIELDS}")
     rows = [[field.strip() for field in line.split("|", 8)] for line in text.splitlines()]
-    jobs = [Job(*row) for row in rows if len(row) == len(fields(Job))]
+    return [Job(*row) for row in rows if len(row) == len(fields(Job))]
+
+
+def choose_jobs(jobs: Sequence[Job], job_ids: Sequence[str]) -> list[Job]:
+    """Those of `jobs` that are named: by number, a task of an array as `12_3`, all of its tasks as `12`."""
     return [job for job in jobs if job.job_id in job_ids or job.job_id.partition("_")[0] in job_ids]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from jmvae_dist.cluster import attempts as batch
 from jmvae_dist.cluster.history import History, read_history
 from jmvae_dist.cluster.resources import parse_duration_s
-from jmvae_dist.cluster.scheduler import Job, find_jobs, has_slurm
+from jmvae_dist.cluster.scheduler import Job, choose_jobs, has_slurm
 from jmvae_dist.cluster.submission import find_failed_nodes, submitted_jobs
 from jmvae_dist.cluster.text_table import format_columns
 from jmvae_dist.errors import EXIT_STOPPED, ConfigError
@@ -123,9 +123,9 @@ def _is_run(folder: Path) -> bool:
     return not is_sweep and any((folder / "slurm").glob("[0-9]*.sbatch"))
 
 
-def read_status(run_dir: Path) -> RunStatus:
-    """Ask the run directory and the queue."""
-    jobs = find_jobs(submitted_jobs(run_dir))
+def read_status(run_dir: Path, queue: list[Job]) -> RunStatus:
+    """What the run directory says, and the user's jobs in the queue (`scheduler.list_jobs`)."""
+    jobs = choose_jobs(queue, submitted_jobs(run_dir))
     history = read_history(run_dir)
     attempts = _merge(batch.read_attempts(run_dir), list(history.ledger.attempts))
     return RunStatus(

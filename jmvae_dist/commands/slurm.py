@@ -137,9 +137,11 @@ def _add_status(commands: Any) -> None:
 def _status(options: argparse.Namespace) -> int:
     import json
 
+    from jmvae_dist.cluster.scheduler import list_jobs
     from jmvae_dist.cluster.status import find_runs, format_overview, format_status, read_status
 
-    statuses = [read_status(run_dir) for run_dir in find_runs(options.folder)]
+    queue = list_jobs()
+    statuses = [read_status(run_dir, queue) for run_dir in find_runs(options.folder)]
     is_single = statuses[0].run_dir == options.folder
     if options.json:
         values = [status.to_json() for status in statuses]
