@@ -28,7 +28,7 @@ def note_steps(folder: Path) -> None:
         values = [batch.inputs[name].numpy() for name in sorted(batch.inputs)]
         samples = [zlib.crc32(b"".join(array[row].tobytes() for array in values)) for row in range(len(batch.rows))]
         entry = {"step": batch.global_step, "rows": batch.rows.tolist(), "samples": samples}
-        with (folder / f"rank-{os.environ['RANK']}.jsonl").open("a", encoding="utf-8") as file:
+        with (folder / f"rank-{os.environ['SLURM_PROCID']}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         time.sleep(float((folder / "pace").read_text()))
         return result
