@@ -231,7 +231,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _modality_row(modality: Modality) -> tuple[str, ...]:
-    shape = "x".join(str(size) for size in modality.shape) or "scalar"
+    shape = "x".join("?" if size is None else str(size) for size in modality.shape) or "scalar"
     return modality.name, modality.encoding, modality.dtype, shape, _transform(modality)
 
 

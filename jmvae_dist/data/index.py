@@ -2,7 +2,8 @@
 
 Little-endian binary: an 8-byte magic, version (u32), members per sample (u32), number of samples (u64); then
 one 12-byte record per member (offset u64, size u32), sample by sample, in the manifest's order of modalities.
-Offsets point at the member's content; its 512-byte tar header lies directly before.
+Offsets point at the member's content; its 512-byte tar header lies directly before. Offset and size 0 say that
+the sample has no such member.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def read_index(
         )
     records = np.frombuffer(content, RECORD_DTYPE, offset=_HEADER.size).reshape(num_samples, num_modalities)
     # Compared without adding, so that a hostile offset near 2**64 cannot wrap around.
-    outside = (records["offset"] < 512) | (records["offset"] > shard_num_bytes)
+    is_missing = (records["offset"] == 0) & (records["size"] == 0)
+    outside = ((records["offset"] < 512) & ~is_missing) | (records["offset"] > shard_num_bytes)
     outside |= records["size"] > np.uint64(shard_num_bytes) - np.minimum(records["offset"], shard_num_bytes)
     if outside.any():
         sample, modality = np.argwhere(outside)[0]

@@ -22,11 +22,14 @@ import numpy as np
 
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import index_num_bytes
+from jmvae_dist.data.tokenizers import TOKENIZERS
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import write_text_atomic
 
-FORMAT_VERSION = 1
-ENCODINGS = ("npy", "cls")
+# Version 1 knows `npy` and `cls` members named after their modality. Version 2 adds the other encodings and names,
+# and its fingerprint covers the indexes, which alone fix the order of samples in a tar that was not written here.
+FORMAT_VERSION = 2
+ENCODINGS = ("npy", "cls", "image", "text", "json")
 DTYPES = (
     "bool",
     "uint8",
@@ -45,10 +48,15 @@ MAX_MANIFEST_BYTES = 256 * 2**20
 MAX_SAMPLE_BYTES = 2**30
 MAX_CLASSES = 1_000_000
 MAX_DIMENSIONS = 8
+MAX_ALTERNATIVES = 8
 _MAX_NESTING = 4 + MAX_DIMENSIONS  # an offset is nested lists inside document, list and modality
 
 # The key ends at the first dot of a member's name, and USTAR names have 100 bytes.
 _MODALITY_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")
+# What follows the first dot of a name: printable ASCII, and never a folder.
+_MEMBER = re.compile(r"[A-Za-z0-9_+@=-]+(\.[A-Za-z0-9_+@=-]+)*")
+_MAX_MEMBER_CHARACTERS = 80
+_MAX_FIELD_CHARACTERS = 200
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
@@ -60,13 +68,24 @@ class Modality:
     """One modality of every sample.
 
     Attributes:
-        name: also the member extension in the tar: `<key>.<name>.npy` or `<key>.<name>.cls`.
-        dtype: numpy name of the stored dtype; `int64` for `cls`, whose class index is stored as text.
-        shape: shape of one decoded sample as the model sees it; `(num_classes,)` for `cls`.
-        encoding: `npy` (a numpy array) or `cls` (an ASCII class index, decoded to a one-hot vector).
+        name: how settings, metrics and messages call it.
+        dtype: numpy name of the decoded dtype: that of the array for `npy` and `json`, `uint8` for `image`, `int64`
+            for `cls` and `text`, whose class indices and token ids it is.
+        shape: shape of one sample as the model sees it without transforms of a run: `(num_classes,)` for `cls`,
+            `(length, vocabulary)` for `text`, (C, H, W) for `image`, where None for H and W says that they vary: a
+            run must then resize.
+        encoding: how the member holds it: `npy` (a numpy array), `cls` (an ASCII class index, which becomes a one-hot
+            vector), `image` (PNG or JPEG; C is 1 or 3), `text` (UTF-8, which becomes one-hot vectors of token ids) or
+            `json` (a number or nested lists of numbers).
         num_classes: for `cls` only.
-        offset, scale: the model sees float32 `(stored - offset) * scale`; a number, or nested lists of
-            `shape`.
+        offset, scale: the model sees float32 `(decoded - offset) * scale`; a number, or nested lists of `shape`. Not
+            for `cls` and `text`.
+        member: what follows `<key>.` in the member's name, where that is not `<name>.<encoding>`. Several, separated
+            by `|`, say that a sample may have any of them: `jpg|jpeg|png`.
+        length: number of tokens, for `text` only; longer texts are cut, shorter ones padded.
+        tokenizer: one of `TOKENIZERS`, for `text` only.
+        field: for `json` only: where in the document the numbers are, keys and list positions joined by dots; None:
+            they are the document.
 
     Raises:
         ValueError: an attribute is of the wrong type, out of range, or contradicts another.
@@ -74,11 +93,15 @@ class Modality:
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
     encoding: str = "npy"
     num_classes: int | None = None
     offset: NestedNumbers = 0.0
     scale: NestedNumbers = 1.0
+    member: str | None = None
+    length: int | None = None
+    tokenizer: str | None = None
+    field: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _MODALITY_NAME.fullmatch(self.name):
@@ -90,10 +113,70 @@ class Modality:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         self._check_shape()
+        self._check_member()
+        self._check_encoding()
+        self._check_transform()
+
+    def _check_shape(self) -> None:
+        if not isinstance(self.shape, tuple) or not all(_is_size(size) for size in self.shape):
+            raise ValueError(f"shape {self.shape!r} must be positive integers")
+        if None in self.shape and (self.encoding != "image" or None in self.shape[:1]):
+            raise ValueError(f"shape {list(self.shape)}: only height and width of encoding 'image' may vary")
+        if len(self.shape) > MAX_DIMENSIONS:
+            raise ValueError(f"shape {list(self.shape)} has more than {MAX_DIMENSIONS} dimensions")
+        if math.prod(size or 1 for size in self.shape) * max(4, np.dtype(self.dtype).itemsize) > MAX_SAMPLE_BYTES:
+            raise ValueError(f"shape {list(self.shape)} needs more than {MAX_SAMPLE_BYTES} bytes per sample")
+
+    def _check_member(self) -> None:
+        if self.member is None:
+            return
+        alternatives = self.member.split("|") if isinstance(self.member, str) else [""]
+        if len({name.lower() for name in alternatives}) != len(alternatives) or len(alternatives) > MAX_ALTERNATIVES:
+            raise ValueError(f"member {self.member!r} must be at most {MAX_ALTERNATIVES} different names")
+        for name in alternatives:
+            if not _MEMBER.fullmatch(name) or len(name) > _MAX_MEMBER_CHARACTERS:
+                raise ValueError(f"member {self.member!r} must be file extensions such as 'jpg' or 'seg.png'")
+
+    def _check_encoding(self) -> None:
+        for key, encoding in (("num_classes", "cls"), ("length", "text"), ("tokenizer", "text"), ("field", "json")):
+            if self.encoding != encoding and getattr(self, key) is not None:
+                raise ValueError(f"{key} belongs to encoding {encoding!r} only")
         if self.encoding == "cls":
             self._check_classes()
-        elif self.num_classes is not None:
-            raise ValueError("num_classes belongs to encoding 'cls' only")
+        elif self.encoding == "text":
+            self._check_text()
+        elif self.encoding == "image":
+            if self.dtype != "uint8" or len(self.shape) != 3 or self.shape[0] not in (1, 3):
+                raise ValueError("encoding 'image' needs dtype 'uint8' and shape [C, H, W] with C = 1 or 3")
+            if (self.shape[1] is None) != (self.shape[2] is None):
+                raise ValueError(f"shape {list(self.shape)}: height and width are both fixed or both null")
+        elif self.encoding == "json" and self.field is not None:
+            valid = isinstance(self.field, str) and 0 < len(self.field) <= _MAX_FIELD_CHARACTERS
+            if not valid or not self.field.isprintable() or "" in self.field.split("."):
+                raise ValueError(f"field {self.field!r} must be keys and list positions joined by dots")
+
+    def _check_classes(self) -> None:
+        if self.num_classes is None or not _is_integer(self.num_classes):
+            raise ValueError("encoding 'cls' needs an integer num_classes")
+        if not 1 <= self.num_classes <= MAX_CLASSES:
+            raise ValueError(f"num_classes {self.num_classes!r} must be between 1 and {MAX_CLASSES}")
+        if self.dtype != "int64" or self.shape != (self.num_classes,):
+            raise ValueError(f"encoding 'cls' needs dtype 'int64' and shape [{self.num_classes}]")
+
+    def _check_text(self) -> None:
+        if not _is_integer(self.length) or not isinstance(self.tokenizer, str):
+            raise ValueError("encoding 'text' needs an integer length and a tokenizer")
+        if self.tokenizer not in TOKENIZERS:
+            raise ValueError(f"tokenizer {self.tokenizer!r} is not one of {', '.join(TOKENIZERS)}")
+        shape = (self.length, TOKENIZERS[self.tokenizer].vocabulary)
+        if self.dtype != "int64" or self.shape != shape:
+            raise ValueError(f"encoding 'text' needs dtype 'int64' and shape {list(shape)}")
+
+    def _check_transform(self) -> None:
+        if self.encoding in ("cls", "text"):
+            if self.offset != 0 or self.scale != 1:
+                raise ValueError(f"encoding {self.encoding!r} takes no offset or scale")
+            return
         for key, value in (("offset", self.offset), ("scale", self.scale)):
             if not _is_number(value) and not (isinstance(value, list) and _nested_shape(value) == self.shape):
                 raise ValueError(f"{key} must be a finite number or nested lists of shape {list(self.shape)}")
@@ -104,33 +187,53 @@ class Modality:
         if not scale.all():
             raise ValueError(f"scale must not be 0 (as {self._compute_dtype}): every value would become 0")
 
-    def _check_shape(self) -> None:
-        if not isinstance(self.shape, tuple) or not all(_is_integer(size) and size >= 1 for size in self.shape):
-            raise ValueError(f"shape {self.shape!r} must be positive integers")
-        if len(self.shape) > MAX_DIMENSIONS:
-            raise ValueError(f"shape {list(self.shape)} has more than {MAX_DIMENSIONS} dimensions")
-        if math.prod(self.shape) * max(4, np.dtype(self.dtype).itemsize) > MAX_SAMPLE_BYTES:
-            raise ValueError(f"shape {list(self.shape)} needs more than {MAX_SAMPLE_BYTES} bytes per sample")
-
-    def _check_classes(self) -> None:
-        if self.num_classes is None or not _is_integer(self.num_classes):
-            raise ValueError("encoding 'cls' needs an integer num_classes")
-        if not 1 <= self.num_classes <= MAX_CLASSES:
-            raise ValueError(f"num_classes {self.num_classes!r} must be between 1 and {MAX_CLASSES}")
-        if self.dtype != "int64" or self.shape != (self.num_classes,):
-            raise ValueError(f"encoding 'cls' needs dtype 'int64' and shape [{self.num_classes}]")
-        if self.offset != 0 or self.scale != 1:
-            raise ValueError("encoding 'cls' takes no offset or scale")
+    @classmethod
+    def classes(cls, name: str, num_classes: int, member: str | None = None) -> Modality:
+        """A `cls` modality."""
+        return cls(name, "int64", (num_classes,), "cls", num_classes, member=member)
 
     @classmethod
-    def classes(cls, name: str, num_classes: int) -> Modality:
-        """A `cls` modality."""
-        return cls(name, "int64", (num_classes,), "cls", num_classes)
+    def image(
+        cls,
+        name: str,
+        shape: tuple[int | None, ...],
+        member: str | None = None,
+        offset: NestedNumbers = 0.0,
+        scale: NestedNumbers = 1.0,
+    ) -> Modality:
+        """An `image` modality of shape (C, H, W); None for H and W: they vary."""
+        return cls(name, "uint8", shape, "image", None, offset, scale, member)
+
+    @classmethod
+    def text(cls, name: str, length: int, member: str | None = None, tokenizer: str = "bytes") -> Modality:
+        """A `text` modality of `length` tokens.
+
+        Raises:
+            ValueError: there is no such tokenizer.
+        """
+        vocabulary = TOKENIZERS[tokenizer].vocabulary if tokenizer in TOKENIZERS else 1
+        return cls(name, "int64", (length, vocabulary), "text", member=member, length=length, tokenizer=tokenizer)
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """What may follow `<key>.` in the member's name; one of them does."""
+        return tuple(self.member.split("|")) if self.member is not None else (f"{self.name}.{self.encoding}",)
+
+    @property
+    def has_fixed_shape(self) -> bool:
+        """Whether all samples have one shape."""
+        return None not in self.shape
+
+    @property
+    def fixed_shape(self) -> tuple[int, ...]:
+        """The shape of a modality whose shape does not vary."""
+        assert self.has_fixed_shape
+        return tuple(size for size in self.shape if size is not None)
 
     @property
     def extension(self) -> str:
-        """What follows `<key>.` in the member's name."""
-        return f"{self.name}.{self.encoding}"
+        """What follows `<key>.` in the name of a member that is written; the first of `extensions`."""
+        return self.extensions[0]
 
     @property
     def class_digits(self) -> int:
@@ -140,20 +243,29 @@ class Modality:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the stored value of one sample, without headers."""
+        """Bytes of the decoded value of one sample, without headers; 0 where it varies."""
         if self.encoding == "cls":
             return self.class_digits
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        if not self.has_fixed_shape:
+            return 0
+        return math.prod(self.stored_shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of one decoded value: () for a class index, (length,) for token ids, else `shape`."""
+        if self.encoding == "cls":
+            return ()
+        if self.encoding == "text":
+            return self.fixed_shape[:1]
+        return self.fixed_shape
 
     def to_model(self, stored: np.ndarray) -> np.ndarray:
-        """What the model sees, float32 (B, *shape), of stored values (B, *shape) or class indices (B,).
+        """What the model sees, float32 (B, *shape), of decoded values (B, *stored_shape).
 
-        The arithmetic is in float32 where it holds every stored value exactly, in float64 otherwise.
+        The arithmetic is in float32 where it holds every decoded value exactly, in float64 otherwise.
         """
-        if self.encoding == "cls":
-            one_hot = np.zeros((len(stored), *self.shape), dtype=np.float32)
-            one_hot[np.arange(len(stored)), stored] = 1.0
-            return one_hot
+        if self.encoding in ("cls", "text"):
+            return one_hot(stored, self.fixed_shape[-1])
         values = stored.astype(self._compute_dtype)
         offset, scale = self._transform
         # What is beyond the float32 range becomes infinite here; writer and reader report it as not finite.
@@ -186,9 +298,15 @@ class Modality:
             "offset": self.offset,
             "scale": self.scale,
         }
-        if self.num_classes is not None:
-            record["num_classes"] = self.num_classes
+        for key in ("num_classes", "member", "length", "tokenizer", "field"):
+            if getattr(self, key) is not None:
+                record[key] = getattr(self, key)
         return record
+
+    @property
+    def format_version(self) -> int:
+        """The first version of the manifest that can describe this modality."""
+        return 1 if self.encoding in ("npy", "cls") and self.member is None else 2
 
 
 @dataclass(frozen=True)
@@ -226,8 +344,9 @@ class Manifest:
 
     Attributes:
         modalities: in the order in which the index lists the members of a sample.
-        fingerprint: sha256 over what determines content and order: the modalities, and number of samples and
-            sha256 of each shard in order. URLs are not part of it: a moved folder is the same data.
+        fingerprint: sha256 over what determines content and order: the modalities, number of samples and sha256 of
+            each shard in order, and from version 2 on the sha256 of each index. URLs are not part of it: a moved
+            folder is the same data.
         source: how the data was made; free JSON.
         path: the file it was loaded from; relative URLs are relative to its folder.
     """
@@ -239,7 +358,7 @@ class Manifest:
     fingerprint: str
     source: dict[str, Any] = field(default_factory=dict)
     path: Path = Path("manifest.json")
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
 
     @classmethod
     def create(
@@ -248,16 +367,29 @@ class Manifest:
         shards: Sequence[Shard],
         source: dict[str, Any],
         path: str | Path = "manifest.json",
+        format_version: int | None = None,
     ) -> Manifest:
-        """A manifest with its totals and fingerprint computed."""
+        """A manifest with its totals and fingerprint computed.
+
+        Args:
+            modalities: in the order of the indexes.
+            shards: in their order.
+            source: how the data was made; free JSON.
+            path: where it is or will be.
+            format_version: 2 for shards whose bytes do not fix the order of their samples (all but those written by
+                `write_shards`); None: the first one that can describe the modalities.
+        """
+        if format_version is None:
+            format_version = max(modality.format_version for modality in modalities)
         return cls(
             modalities=tuple(modalities),
             shards=tuple(shards),
             num_samples=sum(shard.num_samples for shard in shards),
             num_bytes=sum(shard.num_bytes for shard in shards),
-            fingerprint=_fingerprint(modalities, shards),
+            fingerprint=_fingerprint(modalities, shards, format_version),
             source=source,
             path=Path(path),
+            format_version=format_version,
         )
 
     @classmethod
@@ -346,13 +478,26 @@ class Manifest:
         return Path(unquote(location[1]))
 
 
-def _fingerprint(modalities: Sequence[Modality], shards: Sequence[Shard]) -> str:
-    content = {
+def one_hot(indices: np.ndarray, num_classes: int) -> np.ndarray:
+    """One-hot vectors, float32 (*shape, num_classes), of integers (*shape) below `num_classes`."""
+    vectors = np.zeros((indices.size, num_classes), dtype=np.float32)
+    vectors[np.arange(indices.size), indices.reshape(-1)] = 1.0
+    return vectors.reshape(*indices.shape, num_classes)
+
+
+def _fingerprint(modalities: Sequence[Modality], shards: Sequence[Shard], format_version: int) -> str:
+    content: dict[str, Any] = {
         "modalities": [modality.to_json() for modality in modalities],
         "shards": [[shard.sha256, shard.num_samples] for shard in shards],
     }
+    if format_version > 1:
+        content["format_version"] = format_version
+        content["indexes"] = [shard.index.sha256 for shard in shards]
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+_OPTIONAL_KEYS = frozenset({"num_classes", "member", "length", "tokenizer", "field"})
 
 
 class _ManifestParser:
@@ -366,9 +511,11 @@ class _ManifestParser:
 
     def parse(self, content: bytes) -> Manifest:
         record = self._decode(content)
-        version = record.get("format_version") if isinstance(record, dict) else None
-        if isinstance(record, dict) and version != FORMAT_VERSION:
-            self._fail("format_version", f"{_shown(version)} is not supported; this version reads {FORMAT_VERSION}")
+        version: Any = record.get("format_version") if isinstance(record, dict) else None
+        if isinstance(record, dict) and not (_is_integer(version) and 1 <= version <= FORMAT_VERSION):
+            self._fail(
+                "format_version", f"{_shown(version)} is not supported; this version reads 1 to {FORMAT_VERSION}"
+            )
         keys = {"format_version", "fingerprint", "num_samples", "num_bytes", "modalities", "source", "shards"}
         record = self._object(record, "", keys)
         modalities = self._modalities(record["modalities"])
@@ -376,7 +523,10 @@ class _ManifestParser:
         source = record["source"]
         if not isinstance(source, dict):
             self._fail("source", "must be an object")
-        manifest = Manifest.create(modalities, shards, source, self._path)
+        for number, modality in enumerate(modalities):
+            if modality.format_version > version:
+                self._fail(f"modalities[{number}]", f"needs format_version {modality.format_version}, not {version}")
+        manifest = Manifest.create(modalities, shards, source, self._path, version)
         for key in ("num_samples", "num_bytes"):
             stated = self._integer(record[key], key, minimum=1)
             if stated != getattr(manifest, key):
@@ -434,7 +584,7 @@ class _ManifestParser:
         modalities = []
         for number, entry in enumerate(self._list(value, "modalities")):
             key = f"modalities[{number}]"
-            entry = self._object(entry, key, required, optional=frozenset({"num_classes"}))
+            entry = self._object(entry, key, required, optional=_OPTIONAL_KEYS)
             if not isinstance(entry["shape"], list):
                 self._fail(f"{key}.shape", "must be a list")
             try:
@@ -497,6 +647,12 @@ def check_distinct_names(modalities: Sequence[Modality]) -> None:
                 f"two modalities have the same name {modality.name!r} (upper and lower case are not told apart)"
             )
         names.add(modality.name.lower())
+    members: dict[tuple[str, str | None], str] = {}
+    for modality in modalities:
+        for extension in modality.extensions:
+            other = members.setdefault((extension.lower(), modality.field), modality.name)
+            if other != modality.name:
+                raise ValueError(f"modalities {other!r} and {modality.name!r} are both the member {extension!r}")
 
 
 def printable(text: str) -> str:
@@ -529,6 +685,10 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or (_is_integer(value) and value >= 1)
 
 
 def _is_number(value: Any) -> bool:

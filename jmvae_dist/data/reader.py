@@ -199,8 +199,7 @@ class ShardReader:
 
     def _decode_each(self, index_B: np.ndarray, modality: str) -> np.ndarray:
         spec = self._modalities[modality]
-        sample_shape = () if spec.encoding == "cls" else spec.shape
-        stored = np.empty((len(index_B), *sample_shape), dtype=spec.dtype)
+        stored = np.empty((len(index_B), *spec.stored_shape), dtype=spec.dtype)
         for row, index in enumerate(index_B.tolist()):
             stored[row] = self._decode_one(index, modality)
         return stored
@@ -247,8 +246,7 @@ class ShardSet:
         """
         stored = {}
         for modality in modalities:
-            sample_shape = () if modality.encoding == "cls" else modality.shape
-            stored[modality.name] = np.empty((len(shard_B), *sample_shape), dtype=modality.dtype)
+            stored[modality.name] = np.empty((len(shard_B), *modality.stored_shape), dtype=modality.dtype)
         by_shard = np.argsort(shard_B, kind="stable")
         shard_numbers, first = np.unique(shard_B[by_shard], return_index=True)
         for shard_number, rows in zip(shard_numbers.tolist(), np.split(by_shard, first[1:]), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -125,7 +126,7 @@ def _check_layout(manifest: Manifest, number: int, reader: ShardReader) -> list[
 
 def _chunks(modalities: Sequence[Modality], num_samples: int) -> Iterator[np.ndarray]:
     """Sample numbers in chunks whose decoded values fit in some tens of megabytes."""
-    sample_bytes = sum(8 * int(np.prod(modality.shape)) for modality in modalities)
+    sample_bytes = sum(8 * math.prod(size or 1 for size in modality.shape) for modality in modalities)
     size = max(1, min(num_samples, _CHUNK_BYTES // sample_bytes))
     for start in range(0, num_samples, size):
         yield np.arange(start, min(start + size, num_samples), dtype=np.int64)

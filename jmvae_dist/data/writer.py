@@ -296,7 +296,7 @@ class _MemberEncoder:
 
 def _npy_header(modality: Modality) -> bytes:
     header = io.BytesIO()
-    example = np.empty(modality.shape, dtype=modality.dtype)
+    example = np.empty(modality.fixed_shape, dtype=modality.dtype)
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(example))
     return header.getvalue()
 

@@ -70,7 +70,7 @@ def resolve_run(config: RunConfig, world_size: int) -> ResolvedRun:
     if config.data.eval_manifest is not None:
         eval_manifest = _load_manifest("data.eval_manifest", config.data.eval_manifest)
     modalities = {modality.name: modality for modality in train_manifest.select(config.data.modalities)}
-    model_config = config.model.resolve({name: modality.shape for name, modality in modalities.items()})
+    model_config = config.model.resolve({name: modality.fixed_shape for name, modality in modalities.items()})
     assert model_config.input_dims is not None
     modalities = {name: modalities[name] for name in model_config.input_dims}
     if eval_manifest is not None:

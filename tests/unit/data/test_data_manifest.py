@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jmvae_dist.data.index import index_num_bytes
-from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard
+from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard, check_distinct_names
 from jmvae_dist.errors import ConfigError, DataError
 
 GOLDEN_FINGERPRINT = "55238bdcd5b38c99a8dfee5eeeab2b9f62f46e3c5604b45c8d6af52ceb22b34a"
@@ -89,7 +89,7 @@ def removed(*keys: str | int) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed("format_version", value=2), "format_version: 2 is not supported"),
+        (changed("format_version", value=3), "format_version: 3 is not supported"),
         (removed("fingerprint"), "fingerprint: is missing"),
         (changed("fingerprint", value="0" * 64), "fingerprint: does not match"),
         (changed("num_samples", value=8), "num_samples: says 8, but the shards add up to 7"),
@@ -210,3 +210,85 @@ def test_large_stored_values_are_centred_in_double_precision() -> None:
     """In float32, 2**30 + 1 and 2**30 are the same number."""
     modality = Modality("counter", "int64", (1,), offset=float(2**30))
     assert modality.to_model(np.array([[2**30 + 1]])).tolist() == [[1.0]]
+
+
+def shard_for(num_modalities: int, index_sha256: str = "b" * 64) -> Shard:
+    index = IndexFile("a.tar.index", 24 + 4 * num_modalities * 12, index_sha256)
+    return Shard("a.tar", 4, 4096, "a" * 64, index)
+
+
+NEW_KINDS = [
+    Modality.image("photo", (3, None, None), "jpg|jpeg|png", scale=1 / 255),
+    Modality.image("mask", (1, 32, 32), "seg.png"),
+    Modality.text("caption", 16, "txt"),
+    Modality.classes("label", 10, "cls"),
+    Modality("pose", "float32", (2, 3), "json", member="json", field="pose.0"),
+    Modality("score", "float64", (), "json", member="json", field="score"),
+]
+
+
+@pytest.mark.parametrize("modality", NEW_KINDS, ids=lambda modality: modality.name)
+def test_every_kind_of_modality_survives_a_file(tmp_path: Path, modality: Modality) -> None:
+    manifest = Manifest.create([modality], [shard_for(1)], {})
+    manifest.save(tmp_path / "manifest.json")
+    loaded = Manifest.load(tmp_path / "manifest.json")
+    assert loaded.format_version == 2
+    assert loaded.modalities == (modality,)
+
+
+def test_names_of_members() -> None:
+    photo, mask, *_ = NEW_KINDS
+    assert (photo.extension, photo.extensions) == ("jpg", ("jpg", "jpeg", "png"))
+    assert mask.extensions == ("seg.png",)
+    assert Modality("x", "float32", (2,)).extensions == ("x.npy",)
+    for member in ("", "../x", "a|a", "a|A", "a b", ".jpg", "jpg.", "a/b", "x" * 81):
+        with pytest.raises(ValueError, match="member"):
+            Modality.image("photo", (3, 8, 8), member)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "problem"),
+    [
+        ({"encoding": "image", "dtype": "float32", "shape": (3, 8, 8)}, "dtype 'uint8'"),
+        ({"encoding": "image", "dtype": "uint8", "shape": (4, 8, 8)}, "C = 1 or 3"),
+        ({"encoding": "image", "dtype": "uint8", "shape": (3, None, 8)}, "both fixed or both null"),
+        ({"encoding": "image", "dtype": "uint8", "shape": (None, 8, 8)}, "only height and width"),
+        ({"encoding": "npy", "dtype": "uint8", "shape": (3, None)}, "only height and width"),
+        ({"encoding": "text", "dtype": "int64", "shape": (4, 257)}, "needs an integer length"),
+        ({"encoding": "text", "dtype": "int64", "shape": (4, 256), "length": 4, "tokenizer": "bytes"}, "4, 257"),
+        (
+            {"encoding": "text", "dtype": "int64", "shape": (4, 9), "length": 4, "tokenizer": "os.system"},
+            "not one of",
+        ),
+        ({"encoding": "npy", "dtype": "int64", "shape": (4,), "tokenizer": "bytes"}, "belongs to encoding 'text'"),
+        ({"encoding": "json", "dtype": "int64", "shape": (4,), "field": "a..b"}, "joined by dots"),
+        ({"encoding": "npy", "dtype": "int64", "shape": (4,), "field": "a"}, "belongs to encoding 'json'"),
+    ],
+    ids=lambda value: value.get("encoding") if isinstance(value, dict) else value.replace(" ", "_"),
+)
+def test_contradictory_modalities_are_refused(attributes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Modality("x", **attributes)
+
+
+def test_the_order_of_a_foreign_tar_is_part_of_the_fingerprint() -> None:
+    """Its bytes do not fix the order: a new index of the same tar must not pass for the same data."""
+    modality = Modality("x", "float32", (2,))
+    one, other = (shard_for(1, digit * 64) for digit in "bc")
+    written = [Manifest.create([modality], [shard], {}).fingerprint for shard in (one, other)]
+    foreign = [Manifest.create([modality], [shard], {}, format_version=2).fingerprint for shard in (one, other)]
+    assert written[0] == written[1]
+    assert len({*written, *foreign}) == 3
+
+
+def test_version_1_has_none_of_the_new_kinds(tmp_path: Path) -> None:
+    record = Manifest.create([NEW_KINDS[2]], [shard_for(1)], {}).to_json() | {"format_version": 1}
+    (tmp_path / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match=r"modalities\[0\]: needs format_version 2"):
+        Manifest.load(tmp_path / "manifest.json")
+
+
+def test_two_modalities_of_one_member() -> None:
+    check_distinct_names(NEW_KINDS[4:])  # different fields of one JSON document
+    with pytest.raises(ValueError, match="both the member 'JPG'"):
+        check_distinct_names([NEW_KINDS[0], Modality.image("other", (3, 8, 8), "JPG")])
