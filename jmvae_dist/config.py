@@ -22,6 +22,16 @@ LIKELIHOOD_PARAMETERS: dict[str, dict[str, type]] = {
 }
 
 
+# Parameters of the transforms that `data.transforms` knows by name: type, and whether they must be given.
+TRANSFORM_PARAMETERS: dict[str, dict[str, tuple[str, bool]]] = {
+    "scale": {"offset": ("number", False), "scale": ("number", False)},
+    "resize": {"size": ("size", True), "resample": ("resample", False), "fit": ("fit", False)},
+    "binarize": {"threshold": ("number", False), "keyed": ("flag", False)},
+    "one_hot": {"num_classes": ("count", True)},
+}
+_MAX_IMAGE_SIDE = 2**15
+
+
 def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
     if not condition:
         raise ConfigError(f"{key}: {value!r} is not allowed; it must be {allowed}")
@@ -236,6 +246,59 @@ class ModelSection(JMVAEConfig):
         return JMVAEConfig(**{**values, "n_modalities": len(names), "input_dims": ordered})
 
 
+def _check_transform(key: str, entry: Any) -> None:
+    """Check one step of `data.transforms`, but for what depends on its modality."""
+    allowed = f"a step with a name ({', '.join(TRANSFORM_PARAMETERS)}) or a class_path"
+    _require(isinstance(entry, dict) and ("name" in entry) != ("class_path" in entry), key, entry, allowed)
+    if "class_path" in entry:
+        _check_user_class(key, entry, set())
+        return
+    known = list(TRANSFORM_PARAMETERS)
+    _require(entry["name"] in known, f"{key}.name", entry["name"], f"one of {known}")
+    parameters = TRANSFORM_PARAMETERS[entry["name"]]
+    for name, value in entry.items():
+        if name == "name":
+            continue
+        if name not in parameters:
+            raise ConfigError(f"{key}: {entry['name']} has no parameter {name!r}; it takes {', '.join(parameters)}")
+        _check_transform_parameter(f"{key}.{name}", value, parameters[name][0])
+    for name, (_, is_required) in parameters.items():
+        if is_required and name not in entry:
+            raise ConfigError(f"{key}: {entry['name']} needs {name}")
+    if entry["name"] == "binarize" and entry.get("keyed") and "threshold" in entry:
+        raise ConfigError(f"{key}: binarize takes a threshold or keyed: true, not both")
+
+
+def _check_transform_parameter(key: str, value: Any, kind: str) -> None:
+    sizes = isinstance(value, list) and len(value) == 2 and all(is_integer(side) for side in value)
+    checks = {
+        "number": (_is_finite(value), "a finite number"),
+        "flag": (isinstance(value, bool), "true or false"),
+        "count": (is_integer(value) and 1 <= value <= 1_000_000, "an integer from 1 to 1000000"),
+        "size": (
+            sizes and all(1 <= side <= _MAX_IMAGE_SIDE for side in value),
+            f"[height, width], each from 1 to {_MAX_IMAGE_SIDE}",
+        ),
+        "resample": (value in ("nearest", "bilinear", "bicubic", "lanczos"), "nearest, bilinear, bicubic or lanczos"),
+        "fit": (value in ("stretch", "crop"), "stretch or crop"),
+    }
+    is_valid, allowed = checks[kind]
+    _require(is_valid, key, value, allowed)
+
+
+def _check_user_class(key: str, settings: Any, more_keys: set[str]) -> None:
+    allowed = "a section with a class_path"
+    _require(isinstance(settings, dict) and "class_path" in settings, key, settings, allowed)
+    path = settings["class_path"]
+    valid = isinstance(path, str) and "." in path and all(part.isidentifier() for part in path.split("."))
+    _require(valid, f"{key}.class_path", path, "module.Class")
+    unknown = sorted(settings.keys() - {"class_path", "init_args"} - more_keys)
+    if unknown:
+        raise ConfigError(f"{key}: unknown key {unknown[0]!r}; allowed: class_path, init_args")
+    arguments = settings.get("init_args")
+    _require(arguments is None or isinstance(arguments, dict), f"{key}.init_args", arguments, "a dictionary, or null")
+
+
 @dataclass
 class DataSection:
     """Where samples come from and in which order.
@@ -248,7 +311,17 @@ class DataSection:
             number of processes. Default: its largest divisor up to 64. Part of the order: fixed for a run.
         shuffle_window: Samples that are shuffled together within a lane. Part of the order: fixed for a run.
         workers: Reader processes per rank; 0 reads in the training process.
+        decode_threads: Threads that decode images, texts and JSON in each process that reads; by default as many
+            as the CPUs that this process may use, and at most 8, or 1 beside reader processes. Arrays need none.
         verify: When a shard's sha256 is checked: at every opening, at the first one in each process, or never.
+        transforms: By modality, a list of steps between the stored value and the model: `{name: resize, size: [H,
+            W]}`, `{name: scale, offset: A, scale: S}`, `{name: binarize, threshold: T}` or `{name: binarize, keyed:
+            true}`, `{name: one_hot, num_classes: K}`, or `{class_path: ..., init_args: ...}` for a class of your own.
+        tokenizers: By text modality, `{class_path: ..., init_args: ..., length: ...}` of a tokenizer of your own.
+        on_bad_sample: What a sample does that cannot be read or that its likelihood cannot explain: stop ends the
+            run with an error; mask leaves it out of its batch, whose loss is then the mean over the others.
+        bad_sample_tolerance: With mask, the fraction of samples that may be bad for good.
+        bad_sample_burst: With mask, how many more bad samples than that the run bears before it stops.
         allow_order_change: Resume although data, seed, batch size, lanes or window differ from the
             checkpoint's: some samples of the current epoch are then seen twice and others not at all.
     """
@@ -259,7 +332,13 @@ class DataSection:
     lanes: int | None = None
     shuffle_window: int = 8192
     workers: int = 0
+    decode_threads: int | None = None
     verify: Literal["always", "first_use", "never"] = "first_use"
+    transforms: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    tokenizers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    on_bad_sample: Literal["stop", "mask"] = "stop"
+    bad_sample_tolerance: float = 0.001
+    bad_sample_burst: int = 100
     allow_order_change: bool = False
 
     def __post_init__(self) -> None:
@@ -267,6 +346,20 @@ class DataSection:
             _require(self.lanes >= 1, "data.lanes", self.lanes, "at least 1")
         _require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "at least 1")
         _require(self.workers >= 0, "data.workers", self.workers, "at least 0")
+        if self.decode_threads is not None:
+            _require(1 <= self.decode_threads <= 256, "data.decode_threads", self.decode_threads, "from 1 to 256")
+        valid = _is_finite(self.bad_sample_tolerance) and 0 <= self.bad_sample_tolerance < 1
+        _require(valid, "data.bad_sample_tolerance", self.bad_sample_tolerance, "at least 0 and below 1")
+        _require(self.bad_sample_burst >= 0, "data.bad_sample_burst", self.bad_sample_burst, "at least 0")
+        for modality, entries in self.transforms.items():
+            for number, entry in enumerate(entries):
+                _check_transform(f"data.transforms.{modality}[{number}]", entry)
+        for modality, settings in self.tokenizers.items():
+            _check_user_class(f"data.tokenizers.{modality}", settings, {"length"})
+            length = settings.get("length")
+            allowed = "an integer of at least 1, or null for the manifest's"
+            valid = length is None or (is_integer(length) and length >= 1)
+            _require(valid, f"data.tokenizers.{modality}.length", length, allowed)
         if self.modalities is not None:
             unique = len(set(self.modalities)) == len(self.modalities) >= 2
             _require(unique, "data.modalities", self.modalities, "at least two different modalities")

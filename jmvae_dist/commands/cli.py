@@ -20,6 +20,17 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """`--trust-class`: a checkpoint may name the user's own transforms, but not decide that they run."""
+    parser.add_argument(
+        "--trust-class",
+        action="append",
+        default=[],
+        metavar="MODULE.CLASS",
+        help="a transform or tokenizer of yours that the run was trained with and that may be imported; repeatable",
+    )
+
+
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """An `argparse` parser whose errors are `ConfigError`s; its subparsers behave alike."""
     return _Parser(prog=prog, description=description)

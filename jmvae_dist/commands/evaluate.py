@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jmvae_dist.commands.cli import check_writable, make_parser
+from jmvae_dist.commands.cli import add_trust_option, check_writable, make_parser
 from jmvae_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from jmvae_dist.data.manifest import Manifest
+    from jmvae_dist.data.views import View
     from jmvae_dist.distributed.runtime import Runtime
     from jmvae_dist.model import JMVAE
 
@@ -27,7 +29,7 @@ def main(arguments: list[str]) -> int:
     from jmvae_dist.data.manifest import Manifest
     from jmvae_dist.distributed.environment import detect_process
     from jmvae_dist.distributed.runtime import check_device, start_runtime
-    from jmvae_dist.training.setup import check_same_modalities
+    from jmvae_dist.training.setup import evaluation_views
     from jmvae_dist.training.state import write_json
 
     process = detect_process()
@@ -40,10 +42,10 @@ def main(arguments: list[str]) -> int:
         with collectives.together():
             manifest = Manifest.load(options.manifest)
             described = read_manifest(checkpoint)
-            check_same_modalities(described.modalities, manifest, "--manifest")
+            views = evaluation_views(described.modalities, manifest, "--manifest", trusted=options.trust_class)
             model = model_from_checkpoint(checkpoint, described).to(runtime.device)
             _check_metrics(options.metrics, model)
-        metrics = _evaluate(options, runtime, model, manifest, list(described.modalities))
+        metrics = _evaluate(options, runtime, model, manifest, views)
         if runtime.is_main:
             result = {
                 "global_step": described.global_step,
@@ -70,6 +72,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=256, help="samples per forward pass (default: 256)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_trust_option(parser)
     options = parser.parse_args(arguments)
     options.metrics = [name for name in options.metrics.split(",") if name]
     unknown = [name for name in options.metrics if name not in METRICS]
@@ -93,8 +96,9 @@ def _check_metrics(metrics: list[str], model: JMVAE) -> None:
 
 
 def _evaluate(
-    options: argparse.Namespace, runtime: Runtime, model: JMVAE, manifest: Manifest, modalities: list[str]
+    options: argparse.Namespace, runtime: Runtime, model: JMVAE, manifest: Manifest, views: Sequence[View]
 ) -> dict[str, float]:
+    from jmvae_dist.data.loader import decode_threads
     from jmvae_dist.evaluation.runner import evaluate_together
     from jmvae_dist.progress import progress
 
@@ -107,11 +111,12 @@ def _evaluate(
         metrics = evaluate_together(
             model,
             manifest,
-            modalities,
+            views,
             runtime.collectives,
             batch_size=options.batch_size,
             seed=options.seed,
             joint_nll_samples=options.joint_nll_samples if "joint_nll" in options.metrics else 0,
+            threads=decode_threads(None, workers=0),
             progress=advance,
         )
     groups = {key: _group_of(key) for key in metrics}

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jmvae_dist.commands.cli import make_parser
+from jmvae_dist.commands.cli import add_trust_option, make_parser
 from jmvae_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--manifest", type=Path, metavar="M", help="shards that hold the given modalities")
     parser.add_argument("--n", type=int, default=40, metavar="N", help="number of samples (default: 40)")
     parser.add_argument("--seed", type=int, default=0, help="of the latent noise (default: 0)")
+    add_trust_option(parser)
     options = parser.parse_args(arguments)
     if not 0 <= options.seed < 2**63:
         raise ConfigError(f"--seed: {options.seed} must be between 0 and 2^63 - 1")
@@ -102,15 +103,15 @@ def _sample_given(
     from jmvae_dist.data.manifest import Manifest
     from jmvae_dist.evaluation.figures import cross_modal_figure, reconstruction_figure
     from jmvae_dist.kernels.noise import Stream, normal_noise
-    from jmvae_dist.training.setup import check_same_modalities
+    from jmvae_dist.training.setup import evaluation_views
 
     manifest = Manifest.load(options.manifest)
     # Modalities that are not given are shown beside the generated ones where the manifest has them.
     available = {modality.name for modality in manifest.modalities}
     wanted = [name for name in model.modalities if name in given or name in available]
     expected = {name: described[name] for name in wanted}
-    check_same_modalities(expected, manifest, "--manifest")
-    loader = EvaluationLoader(manifest, rank=0, world_size=1, batch_size=options.n, modalities=wanted)
+    views = evaluation_views(expected, manifest, "--manifest", trusted=options.trust_class)
+    loader = EvaluationLoader(manifest, rank=0, world_size=1, batch_size=options.n, views=views)
     batch = next(iter(loader))
     if manifest.num_samples < options.n:
         print(f"--n: {options.manifest} has {manifest.num_samples} samples; all of them are used", file=sys.stderr)

@@ -8,12 +8,13 @@ Shape suffix: B samples of this rank's batch.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,9 +24,13 @@ from torch.utils.data import DataLoader, Dataset
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardSet, Verify, check_verify, open_files_limit
+from jmvae_dist.data.views import SampleKeys, View, make_views
 from jmvae_dist.errors import ConfigError, DataError
 
+OnBadSample = Literal["stop", "mask"]
+
 PREFETCH_BATCHES_PER_WORKER = 2
+_MOST_DECODE_THREADS = 8
 _SCHEDULER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -37,11 +42,14 @@ class Batch:
         inputs: modality name to finite float32 (B, *shape).
         rows: int64 (B,): rows of the global batch (training) or positions in the data set (evaluation).
         global_step: the training step, or the number of the batch on this rank (evaluation).
+        problems: of the samples that are masked, one message each. Their rows are left out of `inputs` and `rows`,
+            which is what a weight of zero comes to; the others keep their place, and what is keyed by it.
     """
 
     inputs: dict[str, Tensor]
     rows: Tensor
     global_step: int
+    problems: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -49,7 +57,14 @@ class Batch:
     def pin_memory(self) -> Batch:
         """A copy in page-locked memory (torch's DataLoader calls this)."""
         inputs = {name: values.pin_memory() for name, values in self.inputs.items()}
-        return Batch(inputs, self.rows.pin_memory(), self.global_step)
+        return Batch(inputs, self.rows.pin_memory(), self.global_step, self.problems)
+
+    def without(self, problems: dict[int, str]) -> Batch:
+        """The batch without the samples at the given positions of it, with what is wrong with them."""
+        kept = torch.ones(len(self), dtype=torch.bool)
+        kept[list(problems)] = False
+        inputs = {name: values[kept] for name, values in self.inputs.items()}
+        return Batch(inputs, self.rows[kept], self.global_step, (*self.problems, *problems.values()))
 
 
 class TrainLoader:
@@ -59,9 +74,11 @@ class TrainLoader:
         manifest: the data set.
         plan: the order; made from the same manifest.
         rank, world_size: this rank's place.
-        modalities: which, in which order (None: all of the manifest).
+        views: what the model sees of which modalities, in this order (None: of all, as they are).
         workers: worker processes; 0 reads in this process.
+        threads: threads that decode images, texts and JSON, in each process that reads.
         verify: when shards' sha256 are compared with the manifest (see `ShardReader`).
+        on_bad_sample: `stop` raises; `mask` leaves the sample out of its batch and says so in `Batch.problems`.
         pin_memory: copy batches to page-locked memory (only useful with a GPU).
 
     Raises:
@@ -75,9 +92,11 @@ class TrainLoader:
         *,
         rank: int,
         world_size: int,
-        modalities: Sequence[str] | None = None,
+        views: Sequence[View] | None = None,
         workers: int = 0,
+        threads: int = 1,
         verify: Verify = "first_use",
+        on_bad_sample: OnBadSample = "stop",
         pin_memory: bool = False,
     ) -> None:
         assert plan.shard_sizes == manifest.shard_sizes, "the plan was made for another manifest"
@@ -85,8 +104,9 @@ class TrainLoader:
         lanes = plan.lanes_of_rank(rank, world_size)
         self._workers = workers
         self._pin_memory = pin_memory
-        shards = ShardSet(manifest, verify, _shards_to_keep_open(plan, len(lanes)))
-        self._dataset = _TrainSteps(manifest, plan, lanes, modalities, shards)
+        shards = ShardSet(manifest, verify, _shards_to_keep_open(plan, len(lanes)), threads)
+        views = make_views(manifest.modalities) if views is None else views
+        self._dataset = _TrainSteps(plan, lanes, views, shards, on_bad_sample)
 
     def iterate(self, start_step: int, stop_step: int) -> Generator[Batch, None, None]:
         """The batches of steps start_step .. stop_step - 1, in order.
@@ -115,9 +135,11 @@ class EvaluationLoader:
         rank: int,
         world_size: int,
         batch_size: int,
-        modalities: Sequence[str] | None = None,
+        views: Sequence[View] | None = None,
         workers: int = 0,
+        threads: int = 1,
         verify: Verify = "first_use",
+        on_bad_sample: OnBadSample = "stop",
         pin_memory: bool = False,
     ) -> None:
         _check_loader_settings(workers, verify)
@@ -128,7 +150,9 @@ class EvaluationLoader:
         self._workers = workers
         self._pin_memory = pin_memory
         block = range(rank * manifest.num_samples // world_size, (rank + 1) * manifest.num_samples // world_size)
-        self._dataset = _EvaluationBatches(manifest, block, batch_size, modalities, ShardSet(manifest, verify, 2))
+        views = make_views(manifest.modalities) if views is None else views
+        shards = ShardSet(manifest, verify, 2, threads)
+        self._dataset = _EvaluationBatches(manifest, block, batch_size, views, shards, on_bad_sample)
 
     def __len__(self) -> int:
         """Number of batches of this rank."""
@@ -149,9 +173,10 @@ class _Failure:
 class _Batches(Dataset[Batch | _Failure]):
     """Map-style data set whose items are whole batches."""
 
-    def __init__(self, manifest: Manifest, modalities: Sequence[str] | None, shards: ShardSet) -> None:
-        self._modalities = manifest.select(modalities)
+    def __init__(self, views: Sequence[View], shards: ShardSet, on_bad_sample: OnBadSample) -> None:
+        self._views = views
         self._shards = shards
+        self._masks = on_bad_sample == "mask"
 
     def __getitem__(self, number: int) -> Batch | _Failure:
         try:
@@ -162,10 +187,18 @@ class _Batches(Dataset[Batch | _Failure]):
     def _load(self, number: int) -> Batch:
         raise NotImplementedError
 
-    def _batch(self, shard_B: np.ndarray, index_B: np.ndarray, rows: np.ndarray, global_step: int) -> Batch:
-        values = self._shards.gather(shard_B, index_B, self._modalities)
+    def _batch(
+        self, shard_B: np.ndarray, index_B: np.ndarray, rows: np.ndarray, global_step: int, keys: SampleKeys
+    ) -> Batch:
+        problems: dict[int, str] = {}
+        if self._masks:
+            values, problems = self._shards.gather_valid(shard_B, index_B, self._views, keys)
+        else:
+            values = self._shards.gather(shard_B, index_B, self._views, keys)
+        if problems:
+            rows = np.delete(rows, list(problems))
         inputs = {name: torch.from_numpy(values_B) for name, values_B in values.items()}
-        return Batch(inputs, torch.from_numpy(rows), global_step)
+        return Batch(inputs, torch.from_numpy(rows), global_step, tuple(problems.values()))
 
     def close(self) -> None:
         self._shards.close()
@@ -174,13 +207,13 @@ class _Batches(Dataset[Batch | _Failure]):
 class _TrainSteps(_Batches):
     def __init__(
         self,
-        manifest: Manifest,
         plan: SamplePlan,
         lanes: range,
-        modalities: Sequence[str] | None,
+        views: Sequence[View],
         shards: ShardSet,
+        on_bad_sample: OnBadSample,
     ) -> None:
-        super().__init__(manifest, modalities, shards)
+        super().__init__(views, shards, on_bad_sample)
         self._plan = plan
         self._lanes = lanes
 
@@ -190,7 +223,9 @@ class _TrainSteps(_Batches):
             self._lanes.start * self._plan.samples_per_lane,
             self._lanes.stop * self._plan.samples_per_lane,
         )
-        return self._batch(shard_B, index_B, np.arange(start, stop, dtype=np.int64), number)
+        rows = np.arange(start, stop, dtype=np.int64)
+        keys = SampleKeys(number * self._plan.global_batch_size + rows)
+        return self._batch(shard_B, index_B, rows, number, keys)
 
 
 class _EvaluationBatches(_Batches):
@@ -199,10 +234,11 @@ class _EvaluationBatches(_Batches):
         manifest: Manifest,
         block: range,
         batch_size: int,
-        modalities: Sequence[str] | None,
+        views: Sequence[View],
         shards: ShardSet,
+        on_bad_sample: OnBadSample,
     ) -> None:
-        super().__init__(manifest, modalities, shards)
+        super().__init__(views, shards, on_bad_sample)
         self._block = block
         self._batch_size = batch_size
         sizes = np.array(manifest.shard_sizes, dtype=np.int64)
@@ -215,7 +251,15 @@ class _EvaluationBatches(_Batches):
         part = self._block[number * self._batch_size : (number + 1) * self._batch_size]
         position_B = np.arange(part.start, part.stop, dtype=np.int64)
         shard_B = np.searchsorted(self._shard_starts, position_B, side="right") - 1
-        return self._batch(shard_B, position_B - self._shard_starts[shard_B], position_B, number)
+        index_B = position_B - self._shard_starts[shard_B]
+        return self._batch(shard_B, index_B, position_B, number, SampleKeys(position_B, is_training=False))
+
+
+def decode_threads(setting: int | None, workers: int) -> int:
+    """`data.decode_threads`, or its default."""
+    if setting is not None:
+        return setting
+    return 1 if workers > 0 else min(_MOST_DECODE_THREADS, len(os.sched_getaffinity(0)))
 
 
 def _iterate(dataset: _Batches, numbers: range, workers: int, pin_memory: bool) -> Generator[Batch, None, None]:

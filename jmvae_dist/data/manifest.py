@@ -178,7 +178,7 @@ class Modality:
                 raise ValueError(f"encoding {self.encoding!r} takes no offset or scale")
             return
         for key, value in (("offset", self.offset), ("scale", self.scale)):
-            if not _is_number(value) and not (isinstance(value, list) and _nested_shape(value) == self.shape):
+            if not _is_number(value) and not (isinstance(value, list) and nested_shape(value) == self.shape):
                 raise ValueError(f"{key} must be a finite number or nested lists of shape {list(self.shape)}")
         offset, scale = self._transform
         for key, numbers in (("offset", offset), ("scale", scale)):
@@ -223,6 +223,13 @@ class Modality:
     def has_fixed_shape(self) -> bool:
         """Whether all samples have one shape."""
         return None not in self.shape
+
+    @property
+    def fixed_channels(self) -> int:
+        """C of an `image`."""
+        assert self.encoding == "image"
+        assert self.shape[0] is not None
+        return self.shape[0]
 
     @property
     def fixed_shape(self) -> tuple[int, ...]:
@@ -541,7 +548,7 @@ class _ManifestParser:
     def _decode(self, content: bytes) -> Any:
         try:
             record = json.loads(
-                content.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant
+                content.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_refuse_constant
             )
         except (ValueError, RecursionError) as error:
             self._fail("", f"not valid JSON: {error}")
@@ -672,7 +679,8 @@ def _is_nested_deeper(value: Any, depth: int) -> bool:
     return depth == 0 or any(_is_nested_deeper(entry, depth - 1) for entry in entries)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON document; raises ValueError where it has a key twice (`object_pairs_hook`)."""
     record = dict(pairs)
     if len(record) != len(pairs):
         raise ValueError("an object has the same key twice")
@@ -700,13 +708,21 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _nested_shape(value: Any, max_dimensions: int = MAX_DIMENSIONS) -> tuple[int, ...] | None:
-    """Shape of nested lists of finite numbers; None if ragged, too deep, or anything else is inside."""
+def nested_shape(
+    value: Any, max_dimensions: int = MAX_DIMENSIONS, numbers: type[bool] | None = None
+) -> tuple[int, ...] | None:
+    """Shape of nested lists of finite numbers; None if ragged, too deep, or anything else is inside.
+
+    Args:
+        value: a JSON value.
+        max_dimensions: how deep the lists may be.
+        numbers: `bool`: true and false in place of numbers.
+    """
     if not isinstance(value, list):
-        return () if _is_number(value) else None
+        return () if (isinstance(value, bool) if numbers is bool else _is_number(value)) else None
     if max_dimensions == 0:
         return None
-    shapes = {_nested_shape(entry, max_dimensions - 1) for entry in value}
+    shapes = {nested_shape(entry, max_dimensions - 1, numbers) for entry in value}
     if len(shapes) != 1 or None in shapes:
         return None
     (inner,) = shapes

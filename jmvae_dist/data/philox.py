@@ -6,7 +6,8 @@ The order of training data must be the same today, after a library upgrade, and 
 
 Counter layout (four 32-bit words): element pair, window, epoch, purpose << 24 | lane. Purposes start at 0xF0,
 which keeps these counters apart from those of the latent noise, whose streams (the top 16 bits of the same
-word) are small numbers: the same seed never yields the same words for order and for noise.
+word) are small numbers: the same seed never yields the same words for order and for noise. Transforms of samples
+use (element group, position mod 2**32, position div 2**32, purpose << 24 | transform), with a key per modality.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ PURPOSE_SHARD_ORDER = 0xF0
 PURPOSE_WINDOW_ORDER = 0xF1
 PURPOSE_PACKING = 0xF2
 PURPOSE_SPLIT = 0xF3
+PURPOSE_TRAIN_TRANSFORM = 0xF4
+PURPOSE_EVALUATION_TRANSFORM = 0xF5
 
 MAX_EPOCH = 2**32
 MAX_WINDOWS = 2**32
@@ -32,20 +35,21 @@ _ROUNDS = 10
 
 
 def philox4x32(
-    counter_0: np.ndarray, counter_1: int, counter_2: int, counter_3: int, seed: int
+    counter_0: np.ndarray, counter_1: int | np.ndarray, counter_2: int | np.ndarray, counter_3: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Four 32-bit words per counter.
 
     Args:
-        counter_0: uint64 array of any shape with values below 2**32; the other three words are shared.
-        counter_1, counter_2, counter_3: below 2**32.
+        counter_0: uint64 array of any shape with values below 2**32.
+        counter_1, counter_2, counter_3: below 2**32; shared, or (the first two) uint64 arrays of that shape.
         seed: the 64-bit key, low word first.
 
     Returns:
         Four uint64 arrays shaped like `counter_0`, values below 2**32.
     """
     assert counter_0.dtype == np.uint64
-    assert all(0 <= word < 2**32 for word in (counter_1, counter_2, counter_3))
+    for word in (counter_1, counter_2, counter_3):
+        assert np.all(np.less(word, 2**32))
     assert 0 <= seed < 2**64
     c0 = counter_0
     c1, c2, c3 = (np.full_like(c0, word) for word in (counter_1, counter_2, counter_3))
@@ -79,3 +83,22 @@ def permutation(n: int, *, seed: int, purpose: int, epoch: int = 0, lane: int = 
     keys[:, 0] = word_1 << _SHIFT32 | word_0
     keys[:, 1] = word_3 << _SHIFT32 | word_2
     return np.argsort(keys.reshape(-1)[:n], kind="stable").astype(np.int64, copy=False)
+
+
+def uniform_words(num_elements: int, position_B: np.ndarray, *, seed: int, purpose: int, number: int) -> np.ndarray:
+    """Uniform 32-bit words for the elements of samples: uint64 (B, num_elements), values below 2**32.
+
+    Args:
+        num_elements: per sample.
+        position_B: int64 (B,), what a sample's words depend on besides the other arguments.
+        seed: the 64-bit key.
+        purpose: one of the purposes above.
+        number: of the user among those with the same key and purpose.
+    """
+    assert 0xF0 <= purpose <= 0xFF
+    assert 0 <= number < 2**24
+    groups = -(-num_elements // 4)
+    group_BG = np.broadcast_to(np.arange(groups, dtype=np.uint64), (len(position_B), groups))
+    position_BG = np.broadcast_to(position_B.astype(np.uint64)[:, None], group_BG.shape)
+    words = philox4x32(group_BG, position_BG & _MASK32, position_BG >> _SHIFT32, purpose << 24 | number, seed)
+    return np.stack(words, axis=-1).reshape(len(position_B), 4 * groups)[:, :num_elements]

@@ -2,8 +2,8 @@
 
 A shard is mapped into memory. Where all samples of a modality have one layout (same size, same distance, same
 npy header), which is how `jmvae-dist shards write` lays them out, the modality is a strided array over the
-tar itself and any set of samples is one gather. Otherwise each sample is decoded by its index entry. Both
-paths give the same values.
+tar itself and any set of samples is one gather. Otherwise each sample is decoded by its index entry, by several
+threads. Both paths give the same values.
 
 Shape suffixes: N samples of the shard, B samples asked for.
 """
@@ -11,20 +11,23 @@ Shape suffixes: N samples of the shard, B samples asked for.
 from __future__ import annotations
 
 import contextlib
-import io
 import mmap
 import os
+import re
 import resource
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import numpy as np
 
+from jmvae_dist.data.encodings import decode_member, parse_npy_header
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import read_index
 from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.data.views import SampleKeys, View
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import sha256_of
 
@@ -32,8 +35,10 @@ Verify = Literal["always", "first_use", "never"]
 
 DEFAULT_MAX_OPEN = 128
 _TAR_BLOCK_BYTES = 512
-_MAX_NPY_HEADER_BYTES = 4096
 _ASCII_ZERO = ord("0")
+
+# What webdataset calls the key: the path up to the first dot of the file's name.
+_KEY = re.compile(r"((?:.*/)?[^./]+)\.[^/]*$", re.DOTALL)
 
 # Files whose sha256 this process has checked. The identity includes inode and modification time, so a file
 # that is replaced while the process runs is checked again.
@@ -78,7 +83,9 @@ class ShardReader:
             self._map.close()
 
     def read(self, indices: Sequence[int] | np.ndarray, modality: str) -> np.ndarray:
-        """What the model sees of some samples: float32 (B, *shape), finite.
+        """What the model sees of some samples without transforms of a run: float32 (B, *shape), finite.
+
+        For modalities of a fixed shape.
 
         Raises:
             DataError: names shard, key, modality and cause.
@@ -91,7 +98,7 @@ class ShardReader:
         return values
 
     def read_stored(self, index_B: np.ndarray, modality: str) -> np.ndarray:
-        """Stored values (B, *shape) in the stored dtype; for `cls` the class indices, int64 (B,).
+        """Decoded values (B, *stored_shape) of the modality's dtype, for modalities of a fixed shape.
 
         Raises like `read`, except that values may be non-finite.
         """
@@ -114,12 +121,9 @@ class ShardReader:
     def key(self, index: int, modality: str) -> str:
         """The key of a sample, from the tar header before its member; for messages only, never a path."""
         offset = int(self._records_NM["offset"][index, self._columns[modality]])
-        header = self._map[offset - _TAR_BLOCK_BYTES : offset]
-        prefix, name = (
-            field.split(b"\0")[0].decode("ascii", "backslashreplace") for field in (header[345:500], header[:100])
-        )
-        full_name = f"{prefix}/{name}" if prefix else name
-        return full_name.removesuffix(f".{self._modalities[modality].extension}") or "unknown"
+        if offset == 0:  # the sample has no such member: another one knows the key as well
+            offset = int(self._records_NM["offset"][index].max())
+        return _key_in(self._map[max(0, offset - _TAR_BLOCK_BYTES) : offset], self._modalities[modality])
 
     def location(self, index: int, modality: str) -> tuple[int, int]:
         """Offset and size in bytes of a member's content in the tar."""
@@ -138,8 +142,12 @@ class ShardReader:
             index = int(index_B[np.argmax(outside)])
             raise DataError(f"{self.path}: sample {index} does not exist; the shard has {self.num_samples} samples")
 
-    def _member_bytes(self, index: int, modality: str) -> bytes:
+    def member_bytes(self, index: int, modality: str) -> bytes:
+        """The content of a member; raises DataError if the sample has none."""
         offset, size = self.location(index, modality)
+        if offset == 0:
+            names = " or ".join(repr(name) for name in self._modalities[modality].extensions)
+            self.fail(index, modality, f"the sample has no member {names}")
         return self._map[offset : offset + size]
 
     # Strided path
@@ -149,6 +157,9 @@ class ShardReader:
 
         `npy`: (N, *shape) in the stored dtype; `cls`: the ASCII digits, uint8 (N, digits).
         """
+        spec = self._modalities[modality]
+        if spec.encoding not in ("npy", "cls"):
+            return None
         offset_N, size_N = (self._records_NM[name][:, self._columns[modality]] for name in ("offset", "size"))
         stride = int(offset_N[1]) - int(offset_N[0]) if self.num_samples > 1 else 0
         # No product can wrap around unnoticed: the offsets it is compared with all lie inside the file.
@@ -160,7 +171,6 @@ class ShardReader:
             return None
         offset, size = int(offset_N[0]), int(size_N[0])
         member_N = np.ndarray((self.num_samples, size), np.uint8, self._map, offset, (stride, 1))
-        spec = self._modalities[modality]
         if spec.encoding == "cls":
             return member_N if 1 <= size <= spec.class_digits else None
         return self._open_strided_npy(member_N, modality, offset, stride)
@@ -171,7 +181,7 @@ class ShardReader:
             dtype, shape, fortran_order, header_bytes = parse_npy_header(bytes(member_N[0]))
         except DataError:
             return None
-        declared = (np.dtype(spec.dtype), spec.shape)
+        declared = (np.dtype(spec.dtype), spec.fixed_shape)
         if (dtype, shape) != declared or fortran_order:
             return None
         if member_N.shape[1] != header_bytes + spec.stored_bytes:
@@ -189,11 +199,8 @@ class ShardReader:
         class_B = digits_BD @ place_values
         num_classes = self._modalities[modality].num_classes
         bad_B = ((digits_BD < 0) | (digits_BD > 9)).any(axis=1) | (class_B >= num_classes)
-        if bad_B.any():
-            # The general path explains what is wrong with this one.
-            self._decode_one(int(index_B[np.argmax(bad_B)]), modality)
-            raise AssertionError("the strided and the general path disagree")
-        return class_B
+        # The general path knows what else may stand for a class index, and explains what is wrong.
+        return self._decode_each(index_B, modality) if bad_B.any() else class_B
 
     # General path
 
@@ -201,74 +208,215 @@ class ShardReader:
         spec = self._modalities[modality]
         stored = np.empty((len(index_B), *spec.stored_shape), dtype=spec.dtype)
         for row, index in enumerate(index_B.tolist()):
-            stored[row] = self._decode_one(index, modality)
+            stored[row] = self.decode(index, modality)
         return stored
 
-    def _decode_one(self, index: int, modality: str) -> np.ndarray | int:
-        content = self._member_bytes(index, modality)
+    def decode(self, index: int, modality: str) -> np.ndarray | int:
+        """The decoded value of one sample; raises like `read`."""
+        content = self.member_bytes(index, modality)
         try:
             return decode_member(content, self._modalities[modality])
         except DataError as error:
             self.fail(index, modality, str(error))
 
 
+class _Member(NamedTuple):
+    """A member to be decoded: row of the batch, its bytes, and where they came from."""
+
+    view: View
+    row: int
+    content: bytes
+
+
 class ShardSet:
     """Samples from any shards of a manifest; keeps the most recently used shards open.
 
     Can be pickled: the copy opens its own shards.
+
+    Args:
+        manifest: the data set.
+        verify: when to compare checksums; see `ShardReader`.
+        max_open: how many shards to keep open.
+        threads: how many decode members that are not strided arrays.
     """
 
-    def __init__(self, manifest: Manifest, verify: Verify = "first_use", max_open: int = DEFAULT_MAX_OPEN) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        verify: Verify = "first_use",
+        max_open: int = DEFAULT_MAX_OPEN,
+        threads: int = 1,
+    ) -> None:
         check_verify(verify)
         assert max_open >= 1
+        assert threads >= 1
         self._manifest = manifest
         self._verify: Verify = verify
         self._max_open = max_open
+        self._threads = threads
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._pool: ThreadPoolExecutor | None = None
+        # What is wrong with shards that could not be opened: a damaged one is not hashed again for every sample.
+        self._unsound: dict[int, str] = {}
 
     def reader(self, shard_number: int) -> ShardReader:
         """The open reader of a shard; valid until `max_open` other shards have been used."""
         if shard_number in self._open:
             self._open.move_to_end(shard_number)
             return self._open[shard_number]
+        if shard_number in self._unsound:
+            raise DataError(self._unsound[shard_number])
         while len(self._open) >= self._max_open:
             self._open.popitem(last=False)[1].close()
-        self._open[shard_number] = ShardReader(self._manifest, shard_number, self._verify)
+        try:
+            self._open[shard_number] = ShardReader(self._manifest, shard_number, self._verify)
+        except DataError as error:
+            self._unsound[shard_number] = str(error)
+            raise
         return self._open[shard_number]
 
     def gather(
-        self, shard_B: np.ndarray, index_B: np.ndarray, modalities: Sequence[Modality]
+        self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], keys: SampleKeys
     ) -> dict[str, np.ndarray]:
         """What the model sees of the given samples, in order: finite float32 (B, *shape) by modality.
 
         Raises:
             DataError: names shard, key, modality and cause.
         """
-        stored = {}
-        for modality in modalities:
-            stored[modality.name] = np.empty((len(shard_B), *modality.stored_shape), dtype=modality.dtype)
-        by_shard = np.argsort(shard_B, kind="stable")
-        shard_numbers, first = np.unique(shard_B[by_shard], return_index=True)
-        for shard_number, rows in zip(shard_numbers.tolist(), np.split(by_shard, first[1:]), strict=True):
-            reader = self.reader(shard_number)
-            for modality in modalities:
-                stored[modality.name][rows] = reader.read_stored(index_B[rows], modality.name)
-        values = {modality.name: modality.to_model(stored[modality.name]) for modality in modalities}
-        for name, values_B in values.items():
-            bad_row = first_non_finite_row(values_B)
-            if bad_row is not None:
-                self.reader(int(shard_B[bad_row])).fail(
-                    int(index_B[bad_row]), name, "value is not finite (NaN or infinite)"
-                )
-        return values
+        stored = {view.name: np.empty((len(shard_B), *view.stored_shape), view.dtype) for view in views}
+        members: list[_Member] = []
+        for shard_number, rows in _rows_by_shard(shard_B):
+            reader = self._reader_for(shard_number, int(index_B[rows[0]]), views[0].name)
+            for view in views:
+                if reader.is_strided(view.name):
+                    stored[view.name][rows] = reader.read_stored(index_B[rows], view.name)
+                    continue
+                for row in rows.tolist():
+                    members.append(_Member(view, row, reader.member_bytes(int(index_B[row]), view.name)))
+        for member, error in self._decode(members, stored):
+            self._fail(shard_B, index_B, member.row, member.view.name, str(error))
+        return {view.name: self._to_model(view, stored[view.name], shard_B, index_B, keys) for view in views}
+
+    def gather_valid(
+        self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], keys: SampleKeys
+    ) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+        """Like `gather`, without the samples that cannot be read, and what is wrong with those, by row.
+
+        Batches are halved until a bad sample is alone: sound batches, nearly all of them, pay nothing for it.
+        """
+        try:
+            return self.gather(shard_B, index_B, views, keys), {}
+        except DataError as error:
+            if len(shard_B) == 1:
+                return {view.name: np.empty((0, *view.shape), np.float32) for view in views}, {0: str(error)}
+        middle = len(shard_B) // 2
+        halves = [
+            self.gather_valid(shard_B[part], index_B[part], views, keys.take(part))
+            for part in (slice(None, middle), slice(middle, None))
+        ]
+        values = {view.name: np.concatenate([half[view.name] for half, _ in halves]) for view in views}
+        return values, halves[0][1] | {middle + row: problem for row, problem in halves[1][1].items()}
 
     def close(self) -> None:
         """Close all shards; using the set again opens them again."""
         while self._open:
             self._open.popitem()[1].close()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+        self._unsound.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict(), "_pool": None}
+
+    def _reader_for(self, shard_number: int, index: int, modality: str) -> ShardReader:
+        """The reader of a shard; if it cannot be opened, the error also names a sample that needs it."""
+        try:
+            return self.reader(shard_number)
+        except DataError as error:
+            key = _key_in_unsound(self._manifest, shard_number, index, modality)
+            raise DataError(f"{error} (needed for sample {index}, key {key!r}, modality {modality!r})") from None
+
+    def _fail(self, shard_B: np.ndarray, index_B: np.ndarray, row: int, modality: str, problem: str) -> NoReturn:
+        self.reader(int(shard_B[row])).fail(int(index_B[row]), modality, problem)
+
+    def _decode(self, members: list[_Member], stored: dict[str, np.ndarray]) -> Iterator[tuple[_Member, DataError]]:
+        """Decode members into their rows; yields those that cannot be, in order."""
+
+        def decode(member: _Member) -> DataError | None:
+            try:
+                stored[member.view.name][member.row] = member.view.decode(member.content)
+            except DataError as error:
+                return error
+            return None
+
+        if self._threads == 1 or len(members) < 2:
+            errors: Iterator[DataError | None] = map(decode, members)
+        else:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._threads, "decode")
+            errors = self._pool.map(decode, members)
+        for member, error in zip(members, errors, strict=True):
+            if error is not None:
+                yield member, error
+
+    def _to_model(
+        self, view: View, stored: np.ndarray, shard_B: np.ndarray, index_B: np.ndarray, keys: SampleKeys
+    ) -> np.ndarray:
+        try:
+            values = view.to_model(stored, keys)
+        except DataError:
+            for row in range(len(stored)):
+                part = slice(row, row + 1)
+                try:
+                    view.to_model(stored[part], keys.take(part))
+                except DataError as error:
+                    self._fail(shard_B, index_B, row, view.name, str(error))
+            raise
+        bad_row = first_non_finite_row(values)
+        if bad_row is not None:
+            self._fail(shard_B, index_B, bad_row, view.name, "value is not finite (NaN or infinite)")
+        return values
+
+
+def _rows_by_shard(shard_B: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Shard numbers, and which rows of the batch each one has."""
+    by_shard = np.argsort(shard_B, kind="stable")
+    shard_numbers, first = np.unique(shard_B[by_shard], return_index=True)
+    yield from zip(shard_numbers.tolist(), np.split(by_shard, first[1:]), strict=True)
+
+
+def _key_in(header: bytes, modality: Modality) -> str:
+    """The key in the tar header of a member; for messages only, never a path."""
+    prefix, name = (
+        field.split(b"\0")[0].decode("ascii", "backslashreplace") for field in (header[345:500], header[:100])
+    )
+    full_name = f"{prefix}/{name}" if prefix else name
+    for extension in modality.extensions:
+        if full_name.lower().endswith(f".{extension.lower()}"):
+            return full_name[: -len(extension) - 1]
+    match = _KEY.match(full_name)  # of another member of the sample
+    return match[1] if match else "unknown"
+
+
+def describe_sample(manifest: Manifest, shard_number: int, index: int, modality: str) -> str:
+    """Where a sample is, for messages: shard, number, key and modality, as `ShardReader.fail` names them."""
+    key = _key_in_unsound(manifest, shard_number, index, modality)
+    return f"{manifest.shard_path(shard_number)}: sample {index} (key {key!r}), modality {modality!r}"
+
+
+def _key_in_unsound(manifest: Manifest, shard_number: int, index: int, modality: str) -> str:
+    """The key of a sample of a shard that is not open or cannot be trusted, from what is there of it."""
+    shard, num_modalities = manifest.shards[shard_number], len(manifest.modalities)
+    column = [entry.name for entry in manifest.modalities].index(modality)
+    with contextlib.suppress(DataError, OSError):
+        path = manifest.index_path(shard_number)
+        records_NM = read_index(path, shard.num_samples, num_modalities, shard.num_bytes, None)
+        offset = int(records_NM["offset"][index, column]) or int(records_NM["offset"][index].max())
+        with open_regular(manifest.shard_path(shard_number)) as file:
+            file.seek(max(0, offset - _TAR_BLOCK_BYTES))
+            return _key_in(file.read(_TAR_BLOCK_BYTES), manifest.modalities[column])
+    return "unknown"
 
 
 def open_files_limit() -> int:
@@ -289,63 +437,6 @@ def first_non_finite_row(values: np.ndarray) -> int | None:
     if finite.all():
         return None
     return int(np.argmin(finite.reshape(len(values), -1).all(axis=1)))
-
-
-def decode_member(content: bytes, modality: Modality) -> np.ndarray | int:
-    """One member's bytes to the stored array (`npy`) or class index (`cls`).
-
-    Raises:
-        DataError: the content is not what the modality declares.
-    """
-    if modality.encoding == "cls":
-        return _decode_class(content, modality)
-    dtype, shape, fortran_order, header_bytes = parse_npy_header(content)
-    if dtype != np.dtype(modality.dtype):
-        raise DataError(f"stored dtype is {dtype.str}, the manifest says {np.dtype(modality.dtype).str}")
-    if shape != modality.shape:
-        raise DataError(f"stored shape is {list(shape)}, the manifest says {list(modality.shape)}")
-    if len(content) != header_bytes + modality.stored_bytes:
-        raise DataError(f"{len(content)} bytes, expected {header_bytes + modality.stored_bytes}")
-    return np.ndarray(shape, dtype, content, header_bytes, order="F" if fortran_order else "C")
-
-
-def parse_npy_header(content: bytes) -> tuple[np.dtype, tuple[int, ...], bool, int]:
-    """dtype, shape, Fortran order and length in bytes of an npy header (versions 1 and 2).
-
-    numpy's own parser reads the header as a literal, never as code; object dtypes, which would need pickle,
-    are refused.
-
-    Raises:
-        DataError: not a sound npy header.
-    """
-    file = io.BytesIO(content[: _MAX_NPY_HEADER_BYTES + 16])
-    try:
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            header = np.lib.format.read_array_header_1_0(file, max_header_size=_MAX_NPY_HEADER_BYTES)
-        elif version == (2, 0):
-            header = np.lib.format.read_array_header_2_0(file, max_header_size=_MAX_NPY_HEADER_BYTES)
-        else:
-            raise DataError(f"npy version {version} is not supported")
-    except DataError:
-        raise
-    except Exception as error:  # numpy raises ValueError, TypeError, SyntaxError, tokenize errors on damaged headers
-        raise DataError(f"not a valid npy array: {str(error)[:200]}") from None
-    shape, fortran_order, dtype = header
-    if dtype.hasobject:
-        raise DataError("holds Python objects, which are never loaded")
-    return dtype, shape, fortran_order, file.tell()
-
-
-def _decode_class(content: bytes, modality: Modality) -> int:
-    assert modality.num_classes is not None
-    if not 1 <= len(content) <= modality.class_digits or not content.isdigit():
-        shown = content[:20].decode("ascii", "backslashreplace")
-        raise DataError(f"{shown!r} is not a class index of at most {modality.class_digits} digits")
-    class_index = int(content)
-    if class_index >= modality.num_classes:
-        raise DataError(f"class index {class_index} is not below num_classes {modality.num_classes}")
-    return class_index
 
 
 def _map_shard(path: Path, num_bytes: int, sha256: str, verify: Verify) -> mmap.mmap:

@@ -118,9 +118,9 @@ def _check_layout(manifest: Manifest, number: int, reader: ShardReader) -> list[
             return [f"{path}: sample {index}: the index joins members of different keys: {sorted(keys)}"]
         (key,) = keys
         for modality in manifest.modalities:
-            name = f"{key}.{modality.extension}"
-            if found.get(name) != reader.location(index, modality.name):
-                return [f"{path}: sample {index}: the index does not lead to member {name!r}"]
+            names = [f"{key}.{extension}" for extension in modality.extensions]
+            if reader.location(index, modality.name) not in [found.get(name) for name in names]:
+                return [f"{path}: sample {index}: the index does not lead to member {' or '.join(map(repr, names))}"]
     return []
 
 
@@ -136,6 +136,9 @@ def _check_values(modalities: Sequence[Modality], reader: ShardReader, report: R
     problems = []
     for index_B in _chunks(modalities, reader.num_samples):
         for modality in modalities:
+            if not modality.has_fixed_shape:
+                problems += _check_one_by_one(modality, reader, index_B)
+                continue
             try:
                 reader.read(index_B, modality.name)
             except DataError:
@@ -148,7 +151,10 @@ def _check_one_by_one(modality: Modality, reader: ShardReader, index_B: np.ndarr
     problems = []
     for index in index_B.tolist():
         try:
-            reader.read([index], modality.name)
+            if modality.has_fixed_shape:
+                reader.read([index], modality.name)
+            else:
+                reader.decode(index, modality.name)
         except DataError as error:
             problems.append(str(error))
     return problems
@@ -167,9 +173,16 @@ def _check_webdataset(modalities: Sequence[Modality], reader: ShardReader) -> li
         with open(reader.path, "rb") as file:
             samples = group_by_keys(tar_file_expander([{"url": str(reader.path), "stream": file}]))
             for index_B in _chunks(modalities, reader.num_samples):
-                stored = {modality.name: reader.read_stored(index_B, modality.name) for modality in modalities}
+                stored = {
+                    modality.name: reader.read_stored(index_B, modality.name)
+                    for modality in modalities
+                    if modality.encoding in ("npy", "cls")
+                }
                 for row, sample in enumerate(islice(samples, len(index_B))):
                     values = {name: stored_B[row] for name, stored_B in stored.items()}
+                    for modality in modalities:
+                        if modality.name not in stored:
+                            values[modality.name] = reader.member_bytes(int(index_B[row]), modality.name)
                     problem = _compare(modalities, sample, values)
                     if problem is not None:
                         return [f"{reader.path}: sample {count} as plain webdataset reads it: {problem}"]
@@ -186,13 +199,15 @@ def _check_webdataset(modalities: Sequence[Modality], reader: ShardReader) -> li
 
 def _compare(modalities: Sequence[Modality], sample: dict[str, Any], values: dict[str, Any]) -> str | None:
     members = {name for name in sample if not name.startswith("__")}
-    expected = {modality.extension.lower() for modality in modalities}
-    if members != expected:
-        return f"members {sorted(members)}, expected {sorted(expected)}"
+    expected = {modality.name: _member_of(modality, members) for modality in modalities}
+    if members != set(expected.values()):
+        return f"members {sorted(members)}, expected {sorted(expected.values())}"
     for modality in modalities:
-        content = sample[modality.extension.lower()]
+        content = sample[expected[modality.name]]
         if modality.encoding == "cls":
             same = int(content) == values[modality.name]
+        elif modality.encoding != "npy":
+            same = content == values[modality.name]
         else:
             array = np.load(io.BytesIO(content), allow_pickle=False)
             same = array.dtype == values[modality.name].dtype and np.array_equal(
@@ -201,3 +216,9 @@ def _compare(modalities: Sequence[Modality], sample: dict[str, Any], values: dic
         if not same:
             return f"key {sample['__key__']!r}, modality {modality.name!r}: other values"
     return None
+
+
+def _member_of(modality: Modality, members: set[str]) -> str:
+    """The member of a sample that holds the modality, as webdataset calls it: in lower case."""
+    extensions = [extension.lower() for extension in modality.extensions]
+    return next((extension for extension in extensions if extension in members), extensions[0])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jmvae_dist.data.loader import EvaluationLoader
+from jmvae_dist.data.loader import EvaluationLoader, OnBadSample
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.reader import Verify
+from jmvae_dist.data.views import View
 from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.evaluation.evaluate import evaluate_batches, evaluation_mode, finalize
 from jmvae_dist.evaluation.figures import (
@@ -22,13 +23,15 @@ from jmvae_dist.model import JMVAE
 def evaluate_together(
     model: JMVAE,
     manifest: Manifest,
-    modalities: Sequence[str],
+    views: Sequence[View],
     collectives: Collectives,
     *,
     batch_size: int,
     seed: int,
     joint_nll_samples: int,
     verify: Verify = "first_use",
+    threads: int = 1,
+    on_bad_sample: OnBadSample = "stop",
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Metrics over every sample of `manifest` exactly once, split over all ranks; equal on every rank.
@@ -36,12 +39,14 @@ def evaluate_together(
     Args:
         model: The unwrapped model.
         manifest: Held-out shards.
-        modalities: The modalities to read.
+        views: What the model sees of the modalities to read.
         collectives: All ranks call this together.
         batch_size: Samples per forward pass on one rank.
         seed: Of the noise, which is keyed by it and by the sample's position: not by rank or batch size.
         joint_nll_samples: Importance samples per sample for the joint likelihood; 0 leaves it out.
         verify: When shards' sha256 are checked; see `config.DataSection`.
+        threads: Threads that decode images, texts and JSON.
+        on_bad_sample: `mask` leaves samples out that cannot be read, and counts them in `eval/masked_samples`.
         progress: Called after each batch of this rank with its number of samples.
 
     Returns:
@@ -55,19 +60,24 @@ def evaluate_together(
         rank=collectives.rank,
         world_size=collectives.world_size,
         batch_size=batch_size,
-        modalities=modalities,
+        views=views,
         verify=verify,
+        threads=threads,
+        on_bad_sample=on_bad_sample,
     )
     with collectives.together():
         sums = evaluate_batches(model, loader, seed=seed, joint_nll_samples=joint_nll_samples, progress=progress)
     total = sums.with_vector(collectives.sum(sums.vector().cpu()))
-    return {f"eval/{key}": value for key, value in finalize(total).items()}
+    metrics = {f"eval/{key}": value for key, value in finalize(total).items()}
+    if on_bad_sample == "mask":
+        metrics["eval/masked_samples"] = manifest.num_samples - metrics["eval/samples"]
+    return metrics
 
 
 def save_figures(
     model: JMVAE,
     manifest: Manifest,
-    modalities: Sequence[str],
+    views: Sequence[View],
     folder: Path,
     *,
     num_samples: int,
@@ -79,7 +89,7 @@ def save_figures(
     Args:
         model: The unwrapped model.
         manifest: Held-out shards; the first samples are shown.
-        modalities: The modalities to read.
+        views: What the model sees of the modalities to read.
         folder: Where the PNG files go; those of an earlier step are replaced.
         num_samples: Samples per figure.
         seed: Of the posterior's and the prior's samples.
@@ -88,9 +98,7 @@ def save_figures(
     Returns:
         Name -> path.
     """
-    loader = EvaluationLoader(
-        manifest, rank=0, world_size=1, batch_size=num_samples, modalities=modalities, verify=verify
-    )
+    loader = EvaluationLoader(manifest, rank=0, world_size=1, batch_size=num_samples, views=views, verify=verify)
     inputs = next(iter(loader)).inputs
     with evaluation_mode(model):
         figures = {"reconstruction": reconstruction_figure(model, inputs, max_samples=num_samples)}

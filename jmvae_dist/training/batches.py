@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Generator, Iterator
 
 from jmvae_dist.data.loader import Batch
+from jmvae_dist.data.reader import describe_sample
 from jmvae_dist.errors import DataError
 from jmvae_dist.model.inputs import check_values
 from jmvae_dist.model.likelihoods import Likelihood
 from jmvae_dist.training.setup import ResolvedRun
 
+logger = logging.getLogger(__name__)
+
 # A failure is announced after one step and known to all ranks after the next: the batch of the step after that is
 # the first one that must not be missing.
 _STEPS_AHEAD = 2
+
+
+# Bad samples that are logged one by one; then every so many.
+_LOGGED_SINGLY = 10
+_LOGGED_EVERY = 1000
 
 
 class CheckedBatches:
@@ -24,9 +33,13 @@ class CheckedBatches:
 
     Args:
         batches: From the loader.
-        run: The resolved run, to name the place of a bad sample.
+        run: The resolved run, to name the place of a bad sample, and what is to be done with it.
         likelihoods: By modality; each target must be in the support of its likelihood.
         lanes: The rank's lanes.
+
+    Attributes:
+        failure: What ends the run, once it is known.
+        last_problem: What was wrong with the sample of this rank that was masked last.
     """
 
     def __init__(
@@ -37,11 +50,13 @@ class CheckedBatches:
         lanes: range,
     ) -> None:
         self.failure: DataError | None = None
+        self.last_problem: str | None = None
         self._batches = batches
         self._run = run
         self._likelihoods = likelihoods
         self._lanes = lanes
         self._fetched: deque[Batch] = deque()
+        self._num_masked = 0
 
     def fetch_ahead(self) -> None:
         """Have the next batch and those of the two steps after it; a failure is kept in `failure`."""
@@ -50,10 +65,11 @@ class CheckedBatches:
                 batch = next(self._batches, None)
                 if batch is None:
                     return
-                self._check(batch)
+                batch = self._checked(batch)
             except DataError as error:
                 self.failure = error
                 return
+            self._report(batch)
             self._fetched.append(batch)
 
     def raise_failure(self) -> None:
@@ -72,21 +88,39 @@ class CheckedBatches:
         """End the loader's worker processes."""
         self._batches.close()
 
-    def _check(self, batch: Batch) -> None:
+    def _checked(self, batch: Batch) -> Batch:
+        """The batch, in which every value can be explained by its likelihood."""
         try:
             check_values(batch.inputs, self._likelihoods)
         except DataError:
-            self._raise_with_place(batch)
+            problems = self._find_problems(batch)
+            assert problems, "no sample of the batch fails the check that the batch failed"
+            if self._run.config.data.on_bad_sample == "stop":
+                raise DataError(next(iter(problems.values()))) from None
+            return batch.without(problems)
+        return batch
 
-    def _raise_with_place(self, batch: Batch) -> None:
-        """Find the first bad sample of a batch and name its shard."""
-        shard_B, index_B = self._run.plan.batch(batch.global_step, self._lanes)
-        for row in range(len(batch)):
-            try:
-                check_values(
-                    {name: values[row : row + 1] for name, values in batch.inputs.items()}, self._likelihoods
-                )
-            except DataError as error:
-                shard = self._run.train_manifest.shards[shard_B[row]]
-                raise DataError(f"{shard.url}, sample {index_B[row]}: {error}") from None
-        raise AssertionError("no sample of the batch fails the check that the batch failed")
+    def _find_problems(self, batch: Batch) -> dict[int, str]:
+        """What is wrong with which samples of a batch, by their place in it, with the place in the shards."""
+        plan = self._run.plan
+        shard_B, index_B = plan.batch(batch.global_step, self._lanes)
+        problems = {}
+        for place, row in enumerate(batch.rows.tolist()):
+            for name, values in batch.inputs.items():
+                try:
+                    check_values({name: values[place : place + 1]}, self._likelihoods)
+                except DataError as error:
+                    at = row - self._lanes.start * plan.samples_per_lane
+                    where = describe_sample(self._run.train_manifest, int(shard_B[at]), int(index_B[at]), name)
+                    problems[place] = f"{where}: {error}"
+                    break
+        return problems
+
+    def _report(self, batch: Batch) -> None:
+        for problem in batch.problems:
+            self._num_masked += 1
+            self.last_problem = problem
+            if self._num_masked <= _LOGGED_SINGLY or self._num_masked % _LOGGED_EVERY == 0:
+                logger.warning("masked sample %d of this rank: %s", self._num_masked, problem)
+            if self._num_masked == _LOGGED_SINGLY:
+                logger.warning("from now on only every %dth masked sample is shown", _LOGGED_EVERY)

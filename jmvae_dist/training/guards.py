@@ -50,12 +50,16 @@ class GuardReading:
 
     Args:
         skipped_steps: Steps dropped since the beginning of the run.
+        masked_samples: Samples masked since the beginning of the run, over all ranks.
+        masked_beyond: Masked samples beyond the fraction that is borne for good; what exceeds the run's patience.
         consecutive_skips: Longest row of dropped steps since the last reading.
         spiked_at: The first step, of those since the last reading, whose loss was a spike; None without one.
         loss_scale: Current loss scale; 1 without fp16.
     """
 
     skipped_steps: int
+    masked_samples: int
+    masked_beyond: float
     consecutive_skips: int
     spiked_at: int | None
     loss_scale: float
@@ -69,6 +73,7 @@ class StepGuard:
         precision: fp16 scales the loss.
         gradient_clip_norm: Largest norm of the gradient; None does not clip.
         global_batch_size: To turn summed losses into means.
+        mask_tolerance: Fraction of the samples that may be masked for good.
         device: Where losses and gradients live.
         is_partitioned: Whether gradients are split over ranks.
         world_size: Number of processes.
@@ -84,11 +89,13 @@ class StepGuard:
         device: torch.device,
         is_partitioned: bool,
         world_size: int,
+        mask_tolerance: float = 0.0,
     ) -> None:
         self._section = section
         self._scales_loss = precision == "fp16"
         self._clip_norm = gradient_clip_norm
         self._global_batch_size = global_batch_size
+        self._borne_per_step = mask_tolerance * global_batch_size
         self._device = device
         self._is_partitioned = is_partitioned
         self._world_size = world_size
@@ -107,6 +114,8 @@ class StepGuard:
         self._sound_in_a_row = scalar("sound_in_a_row", 0, torch.int64)
         self._skipped = scalar("skipped_steps", 0, torch.int64)
         self._skips_in_a_row = scalar("skips_in_a_row", 0, torch.int64)
+        self._masked = scalar("masked_samples", 0, torch.float64)
+        self._masked_beyond = scalar("masked_beyond", 0, torch.float64)
         # Not that of the checkpoint: a run that has been mended must get the chance to end its row.
         self._longest_row = torch.zeros_like(self._skips_in_a_row)
         self._spiked_at = scalar("spiked_at", -1, torch.int64)
@@ -123,46 +132,64 @@ class StepGuard:
             "sound_in_a_row": int(self._sound_in_a_row),
             "skipped_steps": int(self._skipped),
             "skips_in_a_row": int(self._skips_in_a_row),
+            "masked_samples": int(self._masked),
+            "masked_beyond": float(self._masked_beyond),
             # Not yet read: whoever goes on from here must act on it as this run will at its next record.
             "spiked_at": int(self._spiked_at),
             "loss_history": history,
         }
 
-    def judge(self, global_step: int, loss_sum: Tensor, gradients: list[Tensor], is_wanted: bool) -> Verdict:
+    def judge(
+        self, global_step: int, loss_sum: Tensor, num_valid: int, gradients: list[Tensor], is_wanted: bool
+    ) -> Verdict:
         """Judge a step whose gradients are complete; called by all ranks.
 
         Args:
             global_step: Steps finished before this one.
-            loss_sum: This rank's summed loss over its rows, without loss scale.
-            gradients: This rank's gradients (all of them, or its part), with loss scale.
+            loss_sum: This rank's summed loss over its valid rows, without loss scale.
+            num_valid: Number of these rows.
+            gradients: This rank's gradients (all of them, or its part), with loss scale; of the sum over all valid
+                rows, divided by the global batch size.
             is_wanted: False for a batch that is passed over: the step leaves no trace, whatever it is like.
         """
         squares = _sum_of_squares(gradients, self._device)
-        values = torch.stack([loss_sum.double(), squares])
+        valid = torch.full((), num_valid, dtype=torch.float64, device=self._device)
+        values = torch.stack([loss_sum.double(), valid, squares])
         if self._world_size > 1:
             # Gradients that every rank holds whole are equal everywhere already.
-            dist.all_reduce(values if self._is_partitioned else values[:1])
-        loss = values[0] / self._global_batch_size
-        grad_norm = values[1].sqrt().float() / self.loss_scale
-        factor = 1.0 / self.loss_scale
+            dist.all_reduce(values if self._is_partitioned else values[:2])
+        loss = values[0] / values[1]
+        # Infinite if no sample of the global batch is valid: that step is not sound, then.
+        mean_over_valid = (self._global_batch_size / values[1]).float()
+        grad_norm = values[2].sqrt().float() * mean_over_valid / self.loss_scale
+        factor = mean_over_valid / self.loss_scale
         if self._clip_norm is not None:
             factor = factor * (self._clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
         # Beyond this AdamW's second moments become infinite, and what they belong to never moves again.
-        is_finite = loss.isfinite() & values[1].float().isfinite()
+        is_finite = loss.isfinite() & values[2].float().isfinite()
         if not is_wanted:
             return Verdict(torch.zeros_like(is_finite), grad_norm, factor)
         is_spike = self._watch_for_spikes(global_step, loss, is_finite)
         drops_spikes = self._section.spike_action in ("skip", "rewind")
         is_sound = is_finite & ~is_spike if drops_spikes else is_finite
-        self._count(is_sound)
+        self._count(is_sound, self._global_batch_size - values[1])
         self._adapt_loss_scale(is_finite)
         return Verdict(is_sound, grad_norm, factor)
+
+    def forgive_masked(self) -> None:
+        """Empty the bucket of masked samples: who goes on after the run stopped for them has seen why."""
+        self._masked_beyond = torch.zeros_like(self._masked_beyond)
 
     def read(self) -> GuardReading:
         """The counters, and begin the next row; waits for the device."""
         spiked_at = int(self._spiked_at)
         reading = GuardReading(
-            int(self._skipped), int(self._longest_row), spiked_at if spiked_at >= 0 else None, float(self.loss_scale)
+            skipped_steps=int(self._skipped),
+            masked_samples=int(self._masked),
+            masked_beyond=float(self._masked_beyond),
+            consecutive_skips=int(self._longest_row),
+            spiked_at=spiked_at if spiked_at >= 0 else None,
+            loss_scale=float(self.loss_scale),
         )
         self._longest_row = self._skips_in_a_row.clone()
         self._spiked_at = torch.full_like(self._spiked_at, -1)
@@ -180,7 +207,10 @@ class StepGuard:
         self._spiked_at = torch.where(is_spike & (self._spiked_at < 0), global_step, self._spiked_at)
         return is_spike
 
-    def _count(self, is_sound: Tensor) -> None:
+    def _count(self, is_sound: Tensor, masked: Tensor) -> None:
+        self._masked = self._masked + masked
+        # A leaking bucket: a steady trickle of bad samples drains away, more than that fills it.
+        self._masked_beyond = (self._masked_beyond + masked - self._borne_per_step).clamp(min=0.0)
         self._skipped = self._skipped + (~is_sound)
         self._skips_in_a_row = torch.where(is_sound, 0, self._skips_in_a_row + 1)
         self._longest_row = torch.maximum(self._longest_row, self._skips_in_a_row)

@@ -15,7 +15,7 @@ import torch
 from jmvae_dist.checkpoint.layout import CheckpointManifest
 from jmvae_dist.checkpoint.manager import CheckpointManager
 from jmvae_dist.config_io import to_plain
-from jmvae_dist.data.loader import TrainLoader
+from jmvae_dist.data.loader import TrainLoader, decode_threads
 from jmvae_dist.data.plan import check_same_order
 from jmvae_dist.distributed.runtime import Runtime
 from jmvae_dist.errors import (
@@ -41,7 +41,7 @@ from jmvae_dist.training.meter import Meter
 from jmvae_dist.training.optimizer import make_optimizer
 from jmvae_dist.training.recorder import Recorder
 from jmvae_dist.training.requests import Requests
-from jmvae_dist.training.setup import ResolvedRun, check_same_model, describe_changes
+from jmvae_dist.training.setup import ResolvedRun, check_same_model, check_same_transforms, describe_changes
 from jmvae_dist.training.signals import StopSignals
 from jmvae_dist.training.state import describe_checkpoint, read_json, write_json, write_run_files
 from jmvae_dist.training.step import StepResult, TrainStep
@@ -93,6 +93,7 @@ class Trainer:
             device=runtime.device,
             is_partitioned=self.engine.is_partitioned,
             world_size=runtime.process.world_size,
+            mask_tolerance=run.config.data.bad_sample_tolerance,
         )
         self.passed_over: list[list[int]] = []
         self._has_warned_of_lead = False
@@ -174,7 +175,7 @@ class Trainer:
                 self.ledger.step_taken(self.global_step)
                 is_last = self.global_step == total_steps
                 if is_last or self._is_multiple_of(config.training.log_every_steps):
-                    self._record(result, meter)
+                    self._record(result, meter, batches.last_problem)
                 if not is_last and self._is_multiple_of(config.evaluation.every_steps):
                     self._evaluate_midway()
                 agreed = requests.poll(failure=batches.failure is not None, is_writing=self.checkpoints.is_writing)
@@ -234,6 +235,7 @@ class Trainer:
         current = self.run.plan.state(manifest.global_step, self.run.train_manifest.fingerprint)
         try:
             check_same_order(manifest.data_state, current)
+            check_same_transforms(manifest.modalities, self.run.describe_modalities())
         except ConfigError as error:
             if not self.run.config.data.allow_order_change:
                 raise
@@ -288,9 +290,11 @@ class Trainer:
                 self.run.plan,
                 rank=process.rank,
                 world_size=process.world_size,
-                modalities=list(self.run.modalities),
+                views=self.run.views,
                 workers=data.workers,
+                threads=decode_threads(data.decode_threads, data.workers),
                 verify=data.verify,
+                on_bad_sample=data.on_bad_sample,
                 pin_memory=self.runtime.device.type == "cuda",
             )
             lanes = self.run.plan.lanes_of_rank(process.rank, process.world_size)
@@ -307,12 +311,12 @@ class Trainer:
         """Seconds that the run has taken, over all its attempts up to the checkpoints they ended in."""
         return self._elapsed_before_s + time.monotonic() - self._started_s
 
-    def _record(self, result: StepResult, meter: Meter) -> None:
-        """Record the step just taken: means over the global batch, from all ranks' sums."""
+    def _record(self, result: StepResult, meter: Meter, last_problem: str | None) -> None:
+        """Record the step just taken: means over the valid samples of the global batch, from all ranks' sums."""
         keys = list(result.sums)
         local = torch.stack([result.sums[key].double() for key in keys]).cpu()
-        batch_size = self.run.config.training.global_batch_size
-        means = (self.runtime.collectives.sum(local) / batch_size).tolist()
+        total = self.runtime.collectives.sum(torch.cat([local, torch.tensor([result.num_valid]).double()]))
+        means = (total[:-1] / total[-1]).tolist()
         guards = self.guard.read()
         stall_s = self.checkpoints.take_stall_s()
         # Schedules are those with which the step was taken, i.e. at the number of steps finished before it.
@@ -328,12 +332,36 @@ class Trainer:
             "grad_norm": float(result.grad_norm),
             "guards/skipped_steps": guards.skipped_steps,
             **({"guards/loss_scale": guards.loss_scale} if self.run.config.training.precision == "fp16" else {}),
+            **({"data/masked_samples": guards.masked_samples} if self._masks_samples() else {}),
             **({} if stall_s is None else {"checkpoint/stall_s": stall_s}),
             **meter.read(),
             **self.ledger.metrics(),
         }
         self._write(record)
+        self._heed_masked(guards, last_problem)
         self._heed(guards)
+
+    def _masks_samples(self) -> bool:
+        return self.run.config.data.on_bad_sample == "mask"
+
+    def _heed_masked(self, guards: GuardReading, last_problem: str | None) -> None:
+        """Act on the number of masked samples; it is equal on all ranks.
+
+        Raises:
+            DataError: There are too many; a checkpoint is written.
+        """
+        data = self.run.config.data
+        if not self._masks_samples() or guards.masked_beyond <= data.bad_sample_burst:
+            return
+        self.guard.forgive_masked()
+        self._save_checkpoint(wait=True)
+        problems = [problem for problem in self.runtime.collectives.gather(last_problem) if problem is not None]
+        error = DataError(
+            f"step {self.global_step}: {guards.masked_samples} samples of the run were bad and masked, more than "
+            f"data.bad_sample_burst ({data.bad_sample_burst}) beyond a fraction of {data.bad_sample_tolerance:g} "
+            f"(data.bad_sample_tolerance); the last: {problems[0] if problems else 'before this start of the run'}"
+        )
+        raise mark_on_all_ranks(error)
 
     def _heed(self, guards: GuardReading) -> None:
         """Act on what the guards saw since the last record; it is equal on all ranks.
@@ -500,17 +528,20 @@ class Trainer:
     def _evaluate(self, joint_nll_samples: int, advance: Callable[[int], None] | None = None) -> dict[str, float]:
         assert self.run.eval_manifest is not None
         self._enter("evaluation", has_limit=False)
+        data = self.run.config.data
         with self.engine.evaluation_model() as model:
             assert isinstance(model, JMVAE)
             return evaluate_together(
                 model,
                 self.run.eval_manifest,
-                list(self.run.modalities),
+                self.run.eval_views,
                 self.runtime.collectives,
                 batch_size=self.run.config.evaluation.batch_size,
                 seed=self.run.config.training.seed,
                 joint_nll_samples=joint_nll_samples,
-                verify=self.run.config.data.verify,
+                verify=data.verify,
+                threads=decode_threads(data.decode_threads, workers=0),
+                on_bad_sample=data.on_bad_sample,
                 progress=advance,
             )
 
@@ -525,7 +556,7 @@ class Trainer:
                 paths = save_figures(
                     model,
                     self.run.eval_manifest,
-                    list(self.run.modalities),
+                    self.run.eval_views,
                     self.run.output_dir / "figures",
                     num_samples=self.run.config.evaluation.figure_samples,
                     seed=self.run.config.training.seed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from jmvae_dist.config import JMVAEConfig, RunConfig
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan, default_lanes
+from jmvae_dist.data.views import View, make_views
 from jmvae_dist.distributed.deepspeed_config import build_config
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.schedules import (
@@ -30,7 +32,8 @@ class ResolvedRun:
         config: As the user gave it.
         output_dir: The run directory.
         model_config: With the modalities and shapes of the data.
-        modalities: The modalities in use, in the model's order.
+        views: What the model sees of the modalities in use, in the model's order.
+        eval_views: The same of the held-out shards; none without them.
         train_manifest: Training shards.
         eval_manifest: Held-out shards, if any.
         plan: The order of samples.
@@ -43,7 +46,8 @@ class ResolvedRun:
     config: RunConfig
     output_dir: Path
     model_config: JMVAEConfig
-    modalities: dict[str, Modality]
+    views: tuple[View, ...]
+    eval_views: tuple[View, ...]
     train_manifest: Manifest
     eval_manifest: Manifest | None
     plan: SamplePlan
@@ -51,6 +55,15 @@ class ResolvedRun:
     annealing: AnnealingSchedule
     learning_rate: LearningRateSchedule
     deepspeed_config: dict[str, Any] | None
+
+    @property
+    def modalities(self) -> list[str]:
+        """Names of the modalities in use, in the model's order."""
+        return [view.name for view in self.views]
+
+    def describe_modalities(self) -> dict[str, Any]:
+        """What `evaluation_views` needs to see other data as this run does, as JSON values by name."""
+        return json.loads(json.dumps({view.name: view.to_json() for view in self.views}))
 
     def describe_model(self) -> dict[str, Any]:
         """What `load_model` needs to rebuild the model, as JSON values (lists in place of tuples)."""
@@ -69,13 +82,15 @@ def resolve_run(config: RunConfig, world_size: int) -> ResolvedRun:
     eval_manifest = None
     if config.data.eval_manifest is not None:
         eval_manifest = _load_manifest("data.eval_manifest", config.data.eval_manifest)
-    modalities = {modality.name: modality for modality in train_manifest.select(config.data.modalities)}
-    model_config = config.model.resolve({name: modality.fixed_shape for name, modality in modalities.items()})
+    selected = train_manifest.select(config.data.modalities)
+    views = {view.name: view for view in _make_views(config, selected)}
+    model_config = config.model.resolve({name: view.shape for name, view in views.items()})
     assert model_config.input_dims is not None
-    modalities = {name: modalities[name] for name in model_config.input_dims}
+    views = {name: views[name] for name in model_config.input_dims}
+    eval_views: tuple[View, ...] = ()
     if eval_manifest is not None:
-        expected = {name: modality.to_json() for name, modality in modalities.items()}
-        check_same_modalities(expected, eval_manifest, "data.eval_manifest")
+        expected = {name: view.to_json() for name, view in views.items()}
+        eval_views = evaluation_views(expected, eval_manifest, "data.eval_manifest")
         check_held_out(train_manifest, eval_manifest)
     plan = _make_plan(config, train_manifest, world_size)
     sizes = {"num_samples": train_manifest.num_samples, "global_batch_size": config.training.global_batch_size}
@@ -87,7 +102,8 @@ def resolve_run(config: RunConfig, world_size: int) -> ResolvedRun:
         config=config,
         output_dir=Path(config.output_dir).expanduser(),
         model_config=model_config,
-        modalities=modalities,
+        views=tuple(views.values()),
+        eval_views=eval_views,
         train_manifest=train_manifest,
         eval_manifest=eval_manifest,
         plan=plan,
@@ -122,27 +138,90 @@ def check_machine(config: RunConfig) -> None:
         find_kernels(config.model.kernels, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check_same_modalities(expected: dict[str, Any], manifest: Manifest, key: str) -> None:
-    """Refuse a manifest whose modalities are not decoded exactly as those the model was trained on.
+def _make_views(config: RunConfig, modalities: Sequence[Modality]) -> tuple[View, ...]:
+    data = config.data
+    return make_views(modalities, data.transforms, data.tokenizers, seed=config.training.seed)
+
+
+# What may differ between two data sets of the same meaning: how members are called, and, where a run resizes, how
+# large images are (the views' shapes are compared).
+_MAY_DIFFER = ("member", "shape")
+
+
+def evaluation_views(
+    expected: dict[str, Any], manifest: Manifest, key: str, trusted: Collection[str] | None = None
+) -> tuple[View, ...]:
+    """Other data as the model saw its training data: the same decoding, the same transforms.
 
     Args:
-        expected: The training data's modalities, `Modality.to_json()` by name.
+        expected: `ResolvedRun.describe_modalities` of the run, or of a checkpoint, in the order wanted.
         manifest: The other data.
         key: What to call it in the message.
+        trusted: Class paths that may be imported; None: all, which is for descriptions that the user's own
+            configuration has just made.
 
     Raises:
-        ConfigError: A modality is missing, or its type, shape or transform differs.
+        ConfigError: A modality is missing, its type, shape or transform differs, or a class is not trusted.
     """
-    available = {modality.name: modality.to_json() for modality in manifest.modalities}
+    available = {modality.name: modality for modality in manifest.modalities}
+    views = []
     for name, description in expected.items():
         if name not in available:
             raise ConfigError(f"{key}: modality {name!r} is missing; it has {list(available)}")
-        for attribute, value in description.items():
-            if available[name].get(attribute) != value:
-                raise ConfigError(
-                    f"{key}: modality {name!r} has {attribute} {available[name].get(attribute)!r}, but the training "
-                    f"data has {value!r}; write both from the same source"
-                )
+        modality = available[name]
+        found = modality.to_json()
+        for attribute in _stored_attributes(description).keys() | found.keys():
+            value, other = description.get(attribute), found.get(attribute)
+            if attribute not in _MAY_DIFFER and other != value:
+                raise _other_modality(key, name, attribute, other, value)
+        wishes = description.get("transforms", ()), description.get("run_tokenizer")
+        view = View(modality, *wishes, seed=description.get("transforms_seed", 0), trusted=trusted)
+        is_resized = any(entry.get("name") == "resize" for entry in wishes[0])
+        shape = description["shape"]
+        if list(modality.shape) != shape and not (is_resized and modality.shape[0] == shape[0]):
+            raise _other_modality(key, name, "shape", list(modality.shape), shape)
+        views.append(view)
+    return tuple(views)
+
+
+def _stored_attributes(description: dict[str, Any]) -> dict[str, Any]:
+    """The part of a view's description that is the manifest's."""
+    return {
+        key: value
+        for key, value in description.items()
+        if key not in ("transforms", "transforms_seed", "run_tokenizer")
+    }
+
+
+def _other_modality(key: str, name: str, attribute: str, found: Any, expected: Any) -> ConfigError:
+    return ConfigError(
+        f"{key}: modality {name!r} has {attribute} {found!r}, but the training data has {expected!r}; write both "
+        "from the same source"
+    )
+
+
+def check_same_transforms(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse to go on with weights that were trained on other inputs.
+
+    Args:
+        saved: `ResolvedRun.describe_modalities` of the checkpoint.
+        current: That of the run.
+
+    Raises:
+        ConfigError: Transforms or tokenizers differ; of the manifest's own entries its fingerprint tells.
+    """
+    settings = {"transforms": "data.transforms", "run_tokenizer": "data.tokenizers"}
+    differences = [
+        f"{setting}.{name} was {saved[name].get(key)}, is now {description.get(key)}"
+        for name, description in current.items()
+        for key, setting in settings.items()
+        if name in saved and saved[name].get(key) != description.get(key)
+    ]
+    if differences:
+        raise ConfigError(
+            f"the checkpoint's model saw its data otherwise: {'; '.join(differences)}; restore the settings, or "
+            "accept that with --data.allow_order_change true"
+        )
 
 
 def check_held_out(train_manifest: Manifest, eval_manifest: Manifest) -> None:

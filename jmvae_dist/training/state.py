@@ -127,7 +127,7 @@ def describe_checkpoint(
         world_size=runtime.process.world_size,
         versions=software_versions(),
         model=run.describe_model(),
-        modalities={name: modality.to_json() for name, modality in run.modalities.items()},
+        modalities=run.describe_modalities(),
         config=to_plain(run.config),
         data_state=run.plan.state(global_step, run.train_manifest.fingerprint),
         tracking={"wandb_run_id": wandb_run_id},

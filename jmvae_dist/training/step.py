@@ -25,11 +25,13 @@ class StepResult:
     """What a step leaves behind, as scalars on the device: nothing is read back to the host.
 
     Args:
-        sums: Sums over this rank's rows of every metric.
+        sums: Sums over this rank's valid rows of every metric.
+        num_valid: Number of these rows.
         grad_norm: L2 norm of the gradient of the mean loss over the global batch, before clipping.
     """
 
     sums: dict[str, Tensor]
+    num_valid: int
     grad_norm: Tensor
 
 
@@ -37,7 +39,9 @@ class TrainStep:
     """Takes optimizer steps on an engine.
 
     The gradient of the mean loss over the *global* batch is what the optimizer sees, for any split of the batch:
-    engines average gradients over ranks with equal weight, so a rank's summed loss is scaled by world_size / G.
+    engines average gradients over ranks with equal weight, so a rank's summed loss is scaled by world_size / G. If
+    samples are masked, the mean is over the V valid ones; V is known after the reduction that the guard needs anyway,
+    and its factor G / V (1 without masked samples, which changes no bit) goes into the gradients with the others.
 
     Args:
         run: The resolved run.
@@ -70,12 +74,12 @@ class TrainStep:
             group["lr"] = run.learning_rate(batch.global_step)
         sums = self._accumulate_gradients(batch, run.annealing(batch.global_step))
         gradients = engine.gradients()
-        verdict = self._guard.judge(batch.global_step, sums["loss/total"], gradients, is_wanted)
+        verdict = self._guard.judge(batch.global_step, sums["loss/total"], len(batch), gradients, is_wanted)
         for gradient in gradients:
             gradient.mul_(verdict.factor.to(gradient.device))
         engine.optimizer.is_sound = verdict.is_sound
         engine.step()
-        return StepResult(sums, verdict.grad_norm)
+        return StepResult(sums, len(batch), verdict.grad_norm)
 
     def _rehearse(self, batch: Batch) -> None:
         """Forward and backward without an update, before the first step of this process.

@@ -21,6 +21,7 @@ from jmvae_dist.cluster.doctor.table import Row
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.plan import default_lanes
 from jmvae_dist.data.reader import ShardSet
+from jmvae_dist.data.views import SampleKeys
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.model import JMVAE
 from jmvae_dist.progress import format_bytes, format_duration
@@ -177,10 +178,12 @@ def _gather_read_speed(context: Context) -> dict[str, Any]:
     """Read the first batches of this rank as training would, but without sha256, which reads whole shards."""
     run = context.run
     assert run is not None
-    manifest, modalities = run.train_manifest, tuple(run.modalities.values())
+    manifest, views = run.train_manifest, run.views
     plan = run.plan
     lanes = plan.lanes_of_rank(*context.legal_place(context.rank))
-    stored_bytes = sum(modality.stored_bytes for modality in modalities)
+    # Of pictures that differ in size only the shards tell how large they are.
+    sizes = [view.modality.stored_bytes or manifest.num_bytes // manifest.num_samples for view in views]
+    stored_bytes = max(1, sum(sizes))
     reader = ShardSet(manifest, "never")
     _drop_cached(run, lanes)
     samples, start_s = 0, time.monotonic()
@@ -189,7 +192,7 @@ def _gather_read_speed(context: Context) -> dict[str, Any]:
             shard_B, index_B = plan.batch(step, lanes)
             # A batch alone may exceed the bound.
             most = max(1, (_READ_BYTES - samples * stored_bytes) // stored_bytes)
-            reader.gather(shard_B[:most], index_B[:most], modalities)
+            reader.gather(shard_B[:most], index_B[:most], views, SampleKeys(index_B[:most]))
             samples += min(len(shard_B), most)
             if samples * stored_bytes >= _READ_BYTES or time.monotonic() - start_s > _READ_S:
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import resource
 from pathlib import Path
@@ -333,7 +334,7 @@ def _gather_shared_memory(context: Context) -> dict[str, Any]:
 def prefetched_bytes(run: ResolvedRun, rank: int, world_size: int) -> int:
     """Bytes of batches that a rank's worker processes hold in shared memory: made ahead, and in use by the rank."""
     start, stop = run.plan.rows_of_rank(rank, world_size)
-    values = sum(int(torch.Size(modality.shape).numel()) for modality in run.modalities.values())
+    values = sum(math.prod(view.shape) for view in run.views)
     batches = run.config.data.workers * PREFETCH_BATCHES_PER_WORKER + 1
     return batches * (stop - start) * values * torch.float32.itemsize
 

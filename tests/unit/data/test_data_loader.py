@@ -19,6 +19,7 @@ from jmvae_dist.data.loader import Batch, EvaluationLoader, TrainLoader
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardReader, Verify
+from jmvae_dist.data.views import make_views
 from jmvae_dist.errors import ConfigError, DataError
 
 MakeManifest = Callable[..., Manifest]
@@ -98,10 +99,10 @@ def test_starting_in_the_middle(example_manifest: MakeManifest) -> None:
 def test_modalities_are_selected_in_the_given_order(example_manifest: MakeManifest) -> None:
     manifest = example_manifest()
     plan = SamplePlan(manifest.shard_sizes, 12, 4, 8, seed=5)
-    loader = TrainLoader(manifest, plan, rank=0, world_size=1, modalities=["label"])
+    loader = TrainLoader(manifest, plan, rank=0, world_size=1, views=make_views(manifest.select(["label"])))
     assert list(next(loader.iterate(0, 1)).inputs) == ["label"]
     with pytest.raises(ConfigError, match="no modality 'labels'"):
-        TrainLoader(manifest, plan, rank=0, world_size=1, modalities=["labels"])
+        manifest.select(["labels"])
 
 
 def count_open_files() -> int:

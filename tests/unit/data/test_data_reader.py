@@ -14,9 +14,11 @@ from data_examples import npy_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jmvae_dist.data.encodings import decode_member, parse_npy_header
 from jmvae_dist.data.index import RECORD_DTYPE, index_bytes, read_index
 from jmvae_dist.data.manifest import Manifest, Modality
-from jmvae_dist.data.reader import ShardReader, ShardSet, decode_member, parse_npy_header
+from jmvae_dist.data.reader import ShardReader, ShardSet
+from jmvae_dist.data.views import SampleKeys, make_views
 from jmvae_dist.errors import ConfigError, DataError
 
 MakeManifest = Callable[..., Manifest]
@@ -79,7 +81,7 @@ def test_gather_is_in_row_order(example_manifest: MakeManifest, data: st.DataObj
     chosen = data.draw(st.lists(st.sampled_from(places), min_size=1, max_size=30))
     shards = ShardSet(manifest, max_open=data.draw(st.integers(1, 5)))
     shard_B, index_B = (np.array(column) for column in zip(*chosen, strict=True))
-    values = shards.gather(shard_B, index_B, manifest.modalities)
+    values = shards.gather(shard_B, index_B, make_views(manifest.modalities), SampleKeys(index_B))
     for row, (shard, index) in enumerate(chosen):
         number = int(shards.reader(shard).key(index, "label").split("-")[-1])
         assert values["image"][row].tolist() == image(number).tolist()
@@ -100,9 +102,9 @@ def test_no_more_than_max_open_files_are_open(example_manifest: MakeManifest) ->
 def test_a_shard_set_can_be_sent_to_another_process(example_manifest: MakeManifest) -> None:
     manifest = example_manifest()
     shards = ShardSet(manifest)
-    place = np.array([1]), np.array([2])
-    expected = shards.gather(*place, manifest.modalities)
-    received = pickle.loads(pickle.dumps(shards)).gather(*place, manifest.modalities)
+    wanted = np.array([1]), np.array([2]), make_views(manifest.modalities), SampleKeys(np.array([2]))
+    expected = shards.gather(*wanted)
+    received = pickle.loads(pickle.dumps(shards)).gather(*wanted)
     assert np.array_equal(expected["image"], received["image"])
 
 
@@ -141,8 +143,9 @@ def test_a_bad_sample_is_named(foreign_manifest: MakeManifest, kind: str) -> Non
     reader = ShardReader(manifest, 0)
     assert len(reader.read([0, 1, 2, 4, 5], name)) == 5
     shards = ShardSet(manifest)
-    everything = np.zeros(6, dtype=np.int64), np.arange(6)
-    for read in (lambda: reader.read(range(6), name), lambda: shards.gather(*everything, manifest.modalities)):
+    index_B = np.arange(6)
+    everything = np.zeros(6, dtype=np.int64), index_B, make_views(manifest.modalities), SampleKeys(index_B)
+    for read in (lambda: reader.read(range(6), name), lambda: shards.gather(*everything)):
         with pytest.raises(DataError, match=message) as caught:
             read()
         for part in ("shard-000000.tar", "sample 3", "'foreign-003'", f"modality '{name}'"):

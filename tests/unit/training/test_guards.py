@@ -18,7 +18,9 @@ from jmvae_dist.training.optimizer import GuardedAdamW
 NAN, INF = float("nan"), float("inf")
 
 
-def make_guard(precision: str = "fp32", clip: float | None = None, **section: Any) -> StepGuard:
+def make_guard(
+    precision: str = "fp32", clip: float | None = None, mask_tolerance: float = 0.0, **section: Any
+) -> StepGuard:
     return StepGuard(
         GuardsSection(**section),
         precision=precision,
@@ -27,13 +29,14 @@ def make_guard(precision: str = "fp32", clip: float | None = None, **section: An
         device=torch.device("cpu"),
         is_partitioned=False,
         world_size=1,
+        mask_tolerance=mask_tolerance,
     )
 
 
 def judge(guard: StepGuard, loss: float, *gradients: list[float], step: int = 0, is_wanted: bool = True) -> Verdict:
     """Judge a mean loss and gradients as the engine would hand them over, with the loss scale in them."""
     tensors = [torch.tensor(values) * guard.loss_scale for values in gradients or ([0.0],)]
-    return guard.judge(step, torch.tensor(loss * 10), tensors, is_wanted)
+    return guard.judge(step, torch.tensor(loss * 10), 10, tensors, is_wanted)
 
 
 def test_clipping_is_that_of_torch() -> None:
@@ -52,7 +55,7 @@ def test_the_norm_does_not_depend_on_how_the_gradient_is_cut(cuts: list[int], sc
     gradient = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * scale
     bounds = [0, *sorted(cuts), 1000]
     pieces = [gradient[start:stop] for start, stop in itertools.pairwise(bounds)]
-    norms = [make_guard(clip=1.0).judge(0, torch.tensor(1.0), tensors, True) for tensors in ([gradient], pieces)]
+    norms = [make_guard(clip=1.0).judge(0, torch.tensor(1.0), 10, tensors, True) for tensors in ([gradient], pieces)]
     assert torch.equal(norms[0].grad_norm, norms[1].grad_norm)
     assert torch.equal(norms[0].factor, norms[1].factor)
 
@@ -163,6 +166,29 @@ def test_a_spike_between_a_record_and_a_checkpoint_is_not_forgotten() -> None:
     guard.read()
     resumed.load_state(guard.state())
     assert resumed.read().spiked_at is None
+
+
+def test_the_mean_is_over_the_valid_samples() -> None:
+    guard = make_guard()
+    verdict = guard.judge(0, torch.tensor(8.0), 8, [torch.tensor([3.0, 4.0])], True)
+    assert float(verdict.factor) == 10 / 8
+    assert float(verdict.grad_norm) == 5.0 * 10 / 8
+    assert not bool(guard.judge(1, torch.tensor(0.0), 0, [torch.zeros(2)], True).is_sound)
+    assert guard.read().masked_samples == 2 + 10
+
+
+def test_a_trickle_of_masked_samples_drains_away_and_a_burst_does_not() -> None:
+    guard, tolerant = make_guard(), make_guard(mask_tolerance=0.1)
+    for step in range(50):
+        for each in (guard, tolerant):
+            each.judge(step, torch.tensor(1.0), 10 - 2 * (step % 2), [torch.ones(1)], True)
+    assert guard.read().masked_beyond == 50
+    assert tolerant.read().masked_beyond <= 1
+    resumed = make_guard()
+    resumed.load_state(json.loads(json.dumps(guard.state())))
+    assert (resumed.read().masked_samples, resumed.read().masked_beyond) == (50, 50)
+    resumed.forgive_masked()
+    assert (resumed.read().masked_samples, resumed.read().masked_beyond) == (50, 0)
 
 
 @pytest.mark.parametrize("fused", [False, True])

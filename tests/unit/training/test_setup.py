@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jmvae_dist.config_io import parse_run_config
@@ -11,7 +12,9 @@ from jmvae_dist.errors import ConfigError
 from jmvae_dist.training.setup import (
     ResolvedRun,
     check_same_model,
+    check_same_transforms,
     describe_changes,
+    evaluation_views,
     num_micro_batches,
     resolve_run,
     summarize,
@@ -76,3 +79,36 @@ def test_changes_are_described_by_key() -> None:
         "b.c [1, 2] -> [1]",
         "e None -> 5",
     ]
+
+
+def test_the_model_sees_the_transformed_shape(digits: Path) -> None:
+    one_hot = "{label: [{class_path: tests.unit.training.test_setup.Halve}], image: [{name: binarize, keyed: true}]}"
+    run = resolve(digits, "--data.transforms", one_hot, "--training.seed", "5")
+    assert run.model_config.input_dims == {"image": (1, 8, 8), "label": (5,)}
+    described = run.describe_modalities()
+    assert described["image"]["transforms"] == [{"name": "binarize", "keyed": True}]
+    assert described["image"]["transforms_seed"] == 5
+    # As another process would, from a checkpoint: the same views, but no code that the user does not name.
+    with pytest.raises(ConfigError, match=r"--trust-class tests\.unit\.training\.test_setup\.Halve"):
+        evaluation_views(described, run.train_manifest, "--manifest", trusted=[])
+    trusted = ["tests.unit.training.test_setup.Halve"]
+    views = evaluation_views(described, run.train_manifest, "--manifest", trusted=trusted)
+    assert [view.to_json() for view in views] == list(described.values())
+
+
+def test_other_transforms_are_another_run(digits: Path) -> None:
+    plain = resolve(digits).describe_modalities()
+    binary = resolve(digits, "--data.transforms", "{image: [{name: binarize}]}").describe_modalities()
+    check_same_transforms(plain, plain)
+    with pytest.raises(ConfigError, match=r"data\.transforms\.image was None, is now \[\{'name': 'binarize'\}\]"):
+        check_same_transforms(plain, binary)
+
+
+class Halve:
+    """Keeps every second value."""
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape[:-1], shape[-1] // 2)
+
+    def __call__(self, values: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return values[..., ::2]

@@ -1,0 +1,84 @@
+"""Bad samples in real runs: one error on all ranks, or left out of the loss at their own position and counted."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.plan import SamplePlan
+from jmvae_dist.data.reader import ShardReader
+from tests.conftest import Run, assert_losses_agree, assert_same_tensors
+
+STEPS = 24  # one epoch has 22.5
+BAD_SHARD, BAD_INDEX = 2, 17
+SETTINGS = [
+    *("--training.steps", str(STEPS), "--training.log_every_steps", "1", "--checkpoint.every_steps", "8"),
+    *("--data.verify", "never", "--schedule.learning_rate.shape", "constant"),
+]
+
+
+@pytest.fixture
+def spoiled(digits: Path, tmp_path: Path) -> Path:
+    """The digits, with a label that is no number; only its decoder can tell, for no checksum is compared."""
+    shutil.copytree(digits / "train", tmp_path / "data" / "train")
+    manifest = Manifest.load(tmp_path / "data" / "train" / "manifest.json")
+    reader = ShardReader(manifest, BAD_SHARD)
+    offset, _ = reader.location(BAD_INDEX, "label")
+    reader.close()
+    with open(manifest.shard_path(BAD_SHARD), "r+b") as file:
+        file.seek(offset)
+        file.write(b"x")
+    return tmp_path / "data"
+
+
+def bad_steps(folder: Path) -> list[int]:
+    """Steps, counted from 1, whose batch has the bad sample."""
+    plan = SamplePlan(Manifest.load(folder / "train" / "manifest.json").shard_sizes, 64, 64, 8192, seed=0)
+    found = []
+    for step in range(STEPS):
+        shard_B, index_B = plan.batch(step)
+        if ((shard_B == BAD_SHARD) & (index_B == BAD_INDEX)).any():
+            found.append(step + 1)
+    return found
+
+
+def test_a_bad_sample_stops_all_ranks_with_one_error(spoiled: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", spoiled, SETTINGS)
+    output = run.train(2, expect=1)
+    assert f"shard-{BAD_SHARD:06d}.tar: sample {BAD_INDEX} (key 'digits-train-" in output
+    assert "modality 'label': 'x' is not a class index" in output
+    saved = max(int(path.name.removeprefix("step-")) for path in (run.output_dir / "checkpoints").glob("step-*"))
+    assert saved == bad_steps(spoiled)[0] - 1
+
+
+def test_masked_samples_are_left_out_counted_and_tolerated_so_far(spoiled: Path, tmp_path: Path) -> None:
+    mask = ("--data.on_bad_sample", "mask", "--data.bad_sample_tolerance", "0")
+    alone = Run(tmp_path / "alone", spoiled, [*SETTINGS, *mask])
+    assert "masked sample 1 of this rank" in alone.train(1)
+    masked = [record["data/masked_samples"] for record in alone.records()]
+    assert masked == [sum(bad <= step for bad in bad_steps(spoiled)) for step in range(1, STEPS + 1)]
+    assert masked[-1] >= 1
+
+    first = bad_steps(spoiled)[0]
+    elastic = Run(tmp_path / "elastic", spoiled, [*SETTINGS, *mask])
+    output = elastic.train(2, "--data.bad_sample_burst", "0", expect=1)
+    assert f"step {first}: 1 samples of the run were bad and masked" in output
+    assert "'x' is not a class index" in output
+    assert elastic.checkpoint(first).is_dir()
+    elastic.train(1, "--data.workers", "1", "--training.micro_batch_size", "24")
+    # Sums in another order, but the same samples and the same divisor: 63 valid ones of 64 weigh more each.
+    assert_losses_agree(alone, elastic, 2e-5, STEPS)
+    assert [record["data/masked_samples"] for record in elastic.records()] == masked
+
+
+def test_to_mask_changes_no_bit_of_a_run_without_bad_samples(digits: Path, tmp_path: Path) -> None:
+    runs = [
+        Run(tmp_path / policy, digits, [*SETTINGS, "--data.on_bad_sample", policy, "--training.steps", "6"])
+        for policy in ("stop", "mask")
+    ]
+    for run in runs:
+        run.train(1)
+    assert_same_tensors(runs[0].tensors(6), runs[1].tensors(6))

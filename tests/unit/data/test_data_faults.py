@@ -1,0 +1,209 @@
+"""Every fault of a shard, an index or a member: one error that names it, or a masked sample at its own position."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_examples import npy_bytes
+from PIL import Image
+
+from jmvae_dist.data.index import RECORD_DTYPE, index_bytes
+from jmvae_dist.data.loader import Batch, EvaluationLoader, TrainLoader
+from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard
+from jmvae_dist.data.plan import SamplePlan
+from jmvae_dist.data.reader import Verify
+from jmvae_dist.errors import DataError
+
+MODALITIES = (
+    Modality.image("photo", (3, 4, 4), "jpg|png"),
+    Modality("x", "float32", (3,), member="npy"),
+    Modality.classes("label", 9, "cls"),
+    Modality.text("caption", 4, "txt"),
+    Modality("score", "float32", (), "json", member="json"),
+)
+SHARDS, SIZE = 3, 4
+BAD_SHARD, BAD_INDEX = 1, 2
+BAD_KEY = f"s{BAD_SHARD}/{BAD_INDEX:03d}"
+Members = dict[str, bytes]
+
+
+def members(number: int) -> Members:
+    picture = io.BytesIO()
+    Image.fromarray(np.full((4, 4, 3), number, np.uint8)).save(picture, "PNG")
+    return {
+        "png": picture.getvalue(),
+        "npy": npy_bytes(np.full(3, number, np.float32)),
+        "cls": str(number % 9).encode(),
+        "txt": f"{number}".encode(),
+        "json": f"{number}.5".encode(),
+    }
+
+
+def write(folder: Path, change: Callable[[Members], None] = lambda sample: None) -> Manifest:
+    """Three shards as others might write them; `change` spoils one sample before it is packed."""
+    folder.mkdir()
+    shards = []
+    for number in range(SHARDS):
+        path = folder / f"data-{number}.tar"
+        records = np.zeros((SIZE, len(MODALITIES)), RECORD_DTYPE)
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for index in range(SIZE):
+                sample = members(number * SIZE + index)
+                if (number, index) == (BAD_SHARD, BAD_INDEX):
+                    change(sample)
+                for extension, content in sample.items():
+                    info = tarfile.TarInfo(f"s{number}/{index:03d}.{extension}")
+                    info.size = len(content)
+                    column = next(c for c, modality in enumerate(MODALITIES) if extension in modality.extensions)
+                    records[index, column] = (tar.offset + 512, len(content))
+                    tar.addfile(info, io.BytesIO(content))
+        index_content, content = index_bytes(records), path.read_bytes()
+        (folder / f"{path.name}.index").write_bytes(index_content)
+        index_file = IndexFile(f"{path.name}.index", len(index_content), hashlib.sha256(index_content).hexdigest())
+        shards.append(Shard(path.name, SIZE, len(content), hashlib.sha256(content).hexdigest(), index_file))
+    Manifest.create(MODALITIES, shards, {}, format_version=2).save(folder / "manifest.json")
+    return Manifest.load(folder / "manifest.json")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """How to spoil a sample or its finished shard, and what the error says."""
+
+    modality: str
+    cause: str
+    change: Callable[[Members], None] = lambda sample: None
+    damage: Callable[[Path], None] = lambda path: None
+    verify: Verify = "first_use"
+    is_whole_shard: bool = False
+    key: str = BAD_KEY
+
+
+def replaced(extension: str, content: bytes) -> Callable[[Members], None]:
+    return lambda sample: sample.update({extension: content})
+
+
+def flipped(position: int) -> Callable[[Path], None]:
+    def flip(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[position] ^= 1
+        path.write_bytes(content)
+
+    return flip
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: -20 * 512])
+
+
+def html(path: Path) -> None:
+    path.write_bytes(b"<html>not found</html>")
+
+
+def html_of_the_same_size(path: Path) -> None:
+    path.write_bytes(b"<html>not found</html>".ljust(path.stat().st_size))
+
+
+def whole(cause: str, damage: Callable[[Path], None], verify: Verify, key: str = r"s1/\d{3}") -> Fault:
+    return Fault("photo", cause, damage=damage, verify=verify, is_whole_shard=True, key=key)
+
+
+FAULTS = {
+    "cut_on_a_block": whole("the shard was truncated", cut, "never"),
+    "flipped_header_byte": whole("sha256 differs", flipped(3), "first_use"),
+    "flipped_data_byte": whole("sha256 differs", flipped(600), "always"),
+    "zero_length": whole("0 bytes, .* truncated", lambda path: path.write_bytes(b"") and None, "never", "unknown"),
+    "html": whole("22 bytes, .* truncated", html, "first_use", "unknown"),
+    "html_of_the_same_size": Fault(
+        "label",
+        "' ' is not a class index",
+        damage=html_of_the_same_size,
+        verify="never",
+        is_whole_shard=True,
+        key="unknown",
+    ),
+    "missing_shard": whole("cannot read shard: No such file", Path.unlink, "first_use", "unknown"),
+    "missing_index": whole(
+        "cannot read index: No such file",
+        lambda path: path.with_name(f"{path.name}.index").unlink(),
+        "first_use",
+        "unknown",
+    ),
+    "missing_member": Fault("x", "the sample has no member 'npy'", lambda sample: sample.pop("npy") and None),
+    "missing_first_member": Fault("photo", "no member 'jpg' or 'png'", lambda sample: sample.pop("png") and None),
+    "dtype": Fault("x", "stored dtype is <f8", replaced("npy", npy_bytes(np.zeros(3)))),
+    "shape": Fault("x", r"stored shape is \[4\]", replaced("npy", npy_bytes(np.zeros(4, np.float32)))),
+    "nan": Fault("x", "not finite", replaced("npy", npy_bytes(np.full(3, np.nan, np.float32)))),
+    "bad_image": Fault("photo", "not a sound PNG or JPEG", replaced("png", members(0)["png"][:50])),
+    "class": Fault("label", "class index 9 is not below", replaced("cls", b"9")),
+    "text": Fault("caption", "not UTF-8", replaced("txt", b"\xff\xfe")),
+    "json": Fault("score", "not valid JSON", replaced("json", b"{")),
+}
+
+
+def damaged(folder: Path, fault: Fault) -> Manifest:
+    manifest = write(folder, fault.change)
+    fault.damage(folder / f"data-{BAD_SHARD}.tar")
+    return manifest
+
+
+def batches(manifest: Manifest, verify: Verify, policy: str, threads: int = 1) -> list[Batch]:
+    plan = SamplePlan(manifest.shard_sizes, global_batch_size=6, lanes=2, shuffle_window=5, seed=1)
+    loader = TrainLoader(manifest, plan, rank=0, world_size=1, verify=verify, threads=threads, on_bad_sample=policy)
+    return list(loader.iterate(0, 4))
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_ends_in_one_error_that_names_it(tmp_path: Path, kind: str) -> None:
+    fault = FAULTS[kind]
+    manifest = damaged(tmp_path / "data", fault)
+    with pytest.raises(DataError, match=fault.cause) as caught:
+        batches(manifest, fault.verify, "stop")
+    message = str(caught.value)
+    assert f"data-{BAD_SHARD}.tar" in message
+    assert f"modality '{fault.modality}'" in message
+    assert re.search(f"key '{fault.key}'", message)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_is_masked_at_its_own_position(tmp_path: Path, kind: str) -> None:
+    fault = FAULTS[kind]
+    sound = batches(write(tmp_path / "sound"), "never", "stop")
+    masked = batches(damaged(tmp_path / "data", fault), fault.verify, "mask", threads=2)
+    lost = range(BAD_SHARD * SIZE, (BAD_SHARD + 1) * SIZE) if fault.is_whole_shard else [BAD_SHARD * SIZE + BAD_INDEX]
+    assert sum(len(batch.problems) for batch in masked) == 2 * len(lost)  # two epochs
+    for batch, expected in zip(masked, sound, strict=True):
+        kept = ~torch.isin(expected.inputs["score"], torch.tensor(lost) + 0.5)
+        assert len(batch) + len(batch.problems) == len(expected)
+        assert torch.equal(batch.rows, expected.rows[kept])
+        for name, values in expected.inputs.items():
+            assert torch.equal(batch.inputs[name], values[kept])
+        for problem in batch.problems:
+            assert f"data-{BAD_SHARD}.tar" in problem
+
+
+def test_evaluation_masks_alike(tmp_path: Path) -> None:
+    manifest = damaged(tmp_path / "data", FAULTS["nan"])
+    loader = EvaluationLoader(manifest, rank=0, world_size=1, batch_size=5, on_bad_sample="mask")
+    rows = torch.cat([batch.rows for batch in loader]).tolist()
+    assert rows == [row for row in range(SHARDS * SIZE) if row != BAD_SHARD * SIZE + BAD_INDEX]
+
+
+def test_a_batch_of_nothing_but_bad_samples(tmp_path: Path) -> None:
+    manifest = write(tmp_path / "data")
+    for number in range(SHARDS):
+        (tmp_path / "data" / f"data-{number}.tar").write_bytes(b"")
+    for batch in batches(manifest, "first_use", "mask"):
+        assert len(batch) == 0
+        assert len(batch.problems) == 6
+        assert {name: tuple(values.shape) for name, values in batch.inputs.items()} == {
+            modality.name: (0, *modality.fixed_shape) for modality in MODALITIES
+        }
