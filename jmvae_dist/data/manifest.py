@@ -7,11 +7,13 @@ and order of the data. Nothing read from it is trusted before it is checked, and
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +51,8 @@ MAX_SAMPLE_BYTES = 2**30
 MAX_CLASSES = 1_000_000
 MAX_DIMENSIONS = 8
 MAX_ALTERNATIVES = 8
+_MAX_COUNT = 2**62
+_MAX_URL_CHARACTERS = 4096
 _MAX_NESTING = 4 + MAX_DIMENSIONS  # an offset is nested lists inside document, list and modality
 
 # The key ends at the first dot of a member's name, and USTAR names have 100 bytes.
@@ -316,7 +320,7 @@ class Modality:
         return 1 if self.encoding in ("npy", "cls") and self.member is None else 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class IndexFile:
     """The sidecar index of a shard."""
 
@@ -325,7 +329,7 @@ class IndexFile:
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One tar file."""
 
@@ -421,7 +425,8 @@ class Manifest:
             raise ConfigError(f"cannot read manifest {path}: {error.strerror}") from None
         if len(content) > MAX_MANIFEST_BYTES:
             raise DataError(f"{path}: a manifest has at most {MAX_MANIFEST_BYTES} bytes")
-        return _ManifestParser(path).parse(content)
+        with _collector_paused():
+            return _ManifestParser(path).parse(content)
 
     def save(self, path: str | Path) -> None:
         """Write atomically and durably: the file at `path` is either the old one or all of the new one."""
@@ -485,6 +490,18 @@ class Manifest:
         return Path(unquote(location[1]))
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without looking for reference cycles: a large manifest makes a million objects, none of them in one."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def one_hot(indices: np.ndarray, num_classes: int) -> np.ndarray:
     """One-hot vectors, float32 (*shape, num_classes), of integers (*shape) below `num_classes`."""
     vectors = np.zeros((indices.size, num_classes), dtype=np.float32)
@@ -504,6 +521,8 @@ def _fingerprint(modalities: Sequence[Modality], shards: Sequence[Shard], format
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
+_SHARD_KEYS = {"url", "num_samples", "num_bytes", "sha256", "index"}
+_INDEX_KEYS = {"url", "num_bytes", "sha256"}
 _OPTIONAL_KEYS = frozenset({"num_classes", "member", "length", "tokenizer", "field"})
 
 
@@ -540,10 +559,15 @@ class _ManifestParser:
                 self._fail(key, f"says {stated}, but the shards add up to {getattr(manifest, key)}")
         if record["fingerprint"] != manifest.fingerprint:
             self._fail("fingerprint", "does not match the modalities and shards listed: the file was altered")
-        for shard_number in range(len(shards)):
-            manifest.shard_path(shard_number)
-            manifest.index_path(shard_number)
+        self._check_locations(manifest)
         return manifest
+
+    def _check_locations(self, manifest: Manifest) -> None:
+        for shard_number, shard in enumerate(manifest.shards):
+            # Most are plain paths, in which there is nothing to check.
+            if ":" in shard.url or ":" in shard.index.url:
+                manifest.shard_path(shard_number)
+                manifest.index_path(shard_number)
 
     def _decode(self, content: bytes) -> Any:
         try:
@@ -552,9 +576,16 @@ class _ManifestParser:
             )
         except (ValueError, RecursionError) as error:
             self._fail("", f"not valid JSON: {error}")
-        if _is_nested_deeper(record, _MAX_NESTING):
-            self._fail("", f"lists and objects are nested more than {_MAX_NESTING} deep")
+        # The list of shards is looked at where it is read, once: it may have hundreds of thousands of entries.
+        others = (
+            {key: value for key, value in record.items() if key != "shards"} if isinstance(record, dict) else record
+        )
+        self._check_nesting(others)
         return record
+
+    def _check_nesting(self, value: Any) -> None:
+        if _is_nested_deeper(value, _MAX_NESTING):
+            self._fail("", f"lists and objects are nested more than {_MAX_NESTING} deep")
 
     def _object(self, value: Any, key: str, keys: set[str], optional: frozenset[str] = frozenset()) -> Any:
         if not isinstance(value, dict):
@@ -572,7 +603,7 @@ class _ManifestParser:
         return value
 
     def _integer(self, value: Any, key: str, minimum: int) -> int:
-        if not _is_integer(value) or not minimum <= value < 2**62:
+        if not _is_integer(value) or not minimum <= value < _MAX_COUNT:
             self._fail(key, f"{_shown(value)} must be an integer of at least {minimum}")
         return value
 
@@ -582,8 +613,10 @@ class _ManifestParser:
         return value
 
     def _url(self, value: Any, key: str) -> str:
-        if not isinstance(value, str) or not value or len(value) > 4096 or not value.isprintable():
-            self._fail(key, f"{_shown(value)} must be a path or URL of 1 to 4096 printable characters")
+        if not isinstance(value, str) or not value or len(value) > _MAX_URL_CHARACTERS or not value.isprintable():
+            self._fail(
+                key, f"{_shown(value)} must be a path or URL of 1 to {_MAX_URL_CHARACTERS} printable characters"
+            )
         return value
 
     def _modalities(self, value: Any) -> list[Modality]:
@@ -605,10 +638,23 @@ class _ManifestParser:
         return modalities
 
     def _shards(self, value: Any, num_modalities: int) -> list[Shard]:
+        entries = self._list(value, "shards")
+        shards = _sound_shards(entries, num_modalities)
+        if shards is None:
+            self._check_nesting({"shards": entries})
+            shards = self._shards_one_by_one(entries, num_modalities)
+        urls = [shard.url for shard in shards]
+        if len(set(urls)) != len(urls):
+            repeated = next(url for url in urls if urls.count(url) > 1)
+            self._fail("shards", f"{repeated!r} is listed twice: its samples would be seen twice per epoch")
+        return shards
+
+    def _shards_one_by_one(self, entries: list[Any], num_modalities: int) -> list[Shard]:
+        """The shards, checked one value after another so that the first that is wrong can be named."""
         shards = []
-        for number, entry in enumerate(self._list(value, "shards")):
+        for number, entry in enumerate(entries):
             key = f"shards[{number}]"
-            entry = self._object(entry, key, {"url", "num_samples", "num_bytes", "sha256", "index"})
+            entry = self._object(entry, key, _SHARD_KEYS)
             num_samples = self._integer(entry["num_samples"], f"{key}.num_samples", minimum=1)
             shards.append(
                 Shard(
@@ -619,14 +665,10 @@ class _ManifestParser:
                     index=self._index(entry["index"], f"{key}.index", num_samples, num_modalities),
                 )
             )
-        urls = [shard.url for shard in shards]
-        if len(set(urls)) != len(urls):
-            repeated = next(url for url in urls if urls.count(url) > 1)
-            self._fail("shards", f"{repeated!r} is listed twice: its samples would be seen twice per epoch")
         return shards
 
     def _index(self, value: Any, key: str, num_samples: int, num_modalities: int) -> IndexFile:
-        entry = self._object(value, key, {"url", "num_bytes", "sha256"})
+        entry = self._object(value, key, _INDEX_KEYS)
         index = IndexFile(
             url=self._url(entry["url"], f"{key}.url"),
             num_bytes=self._integer(entry["num_bytes"], f"{key}.num_bytes", minimum=1),
@@ -640,6 +682,55 @@ class _ManifestParser:
                 f"{expected_bytes}",
             )
         return index
+
+
+def _sound_shards(entries: list[Any], num_modalities: int) -> list[Shard] | None:
+    """The shards if nothing at all is wrong with them, else None: whole columns are checked at a time.
+
+    A manifest of 100,000 shards is read at every start of every process of a run.
+    """
+    if set(map(type, entries)) != {dict} or any(entry.keys() != _SHARD_KEYS for entry in entries):
+        return None
+    indexes = [entry["index"] for entry in entries]
+    if set(map(type, indexes)) != {dict} or any(index.keys() != _INDEX_KEYS for index in indexes):
+        return None
+    for records in (entries, indexes):
+        if not _are_urls([record["url"] for record in records]):
+            return None
+        if not _are_digests([record["sha256"] for record in records]):
+            return None
+        if not _are_counts([record["num_bytes"] for record in records]):
+            return None
+    num_samples = [entry["num_samples"] for entry in entries]
+    if not _are_counts(num_samples):
+        return None
+    if any(
+        index["num_bytes"] != index_num_bytes(samples, num_modalities)
+        for samples, index in zip(num_samples, indexes, strict=True)
+    ):
+        return None
+    return [
+        Shard(entry["url"], entry["num_samples"], entry["num_bytes"], entry["sha256"], IndexFile(**entry["index"]))
+        for entry in entries
+    ]
+
+
+def _are_urls(values: list[Any]) -> bool:
+    if set(map(type, values)) != {str}:
+        return False
+    lengths = set(map(len, values))
+    return min(lengths) >= 1 and max(lengths) <= _MAX_URL_CHARACTERS and "".join(values).isprintable()
+
+
+def _are_digests(values: list[Any]) -> bool:
+    if set(map(type, values)) != {str} or set(map(len, values)) != {64}:
+        return False
+    joined = "".join(values)
+    return joined.isascii() and not joined.encode("ascii").translate(None, b"0123456789abcdef")
+
+
+def _are_counts(values: list[Any]) -> bool:
+    return set(map(type, values)) == {int} and min(values) >= 1 and max(values) < _MAX_COUNT
 
 
 def check_distinct_names(modalities: Sequence[Modality]) -> None:

@@ -299,9 +299,11 @@ def _check_settings(global_batch_size: int, lanes: int, shuffle_window: int, see
 def _checked_shard_sizes(shard_sizes: Sequence[int]) -> np.ndarray:
     if len(shard_sizes) == 0:
         raise DataError("the manifest lists no shards: there is nothing to train on")
-    for number, size in enumerate(shard_sizes):
-        if size < 1:
-            raise DataError(f"shard {number} has {size} samples; every shard needs at least one")
-    if sum(int(size) for size in shard_sizes) >= _SAMPLES_SEEN_LIMIT:
+    smallest = min(shard_sizes)
+    if smallest < 1:
+        number = list(shard_sizes).index(smallest)
+        raise DataError(f"shard {number} has {smallest} samples; every shard needs at least one")
+    # Python's integers cannot wrap around, whatever a manifest says.
+    if sum(map(int, shard_sizes)) >= _SAMPLES_SEEN_LIMIT:
         raise DataError("the manifest lists more samples than an order can count (2**62)")
     return np.array(shard_sizes, dtype=np.int64)
