@@ -102,15 +102,20 @@ class ShardReader:
 
         Raises like `read`, except that values may be non-finite.
         """
+        values = self.read_strided(index_B, modality)
+        return self._decode_each(index_B, modality) if values is None else values
+
+    def read_strided(self, index_B: np.ndarray, modality: str) -> np.ndarray | None:
+        """Like `read_stored`; None if the modality is not one strided array."""
         self._check_indices(index_B)
         if modality not in self._strided:
             self._strided[modality] = self._open_strided(modality)
-        view = self._strided[modality]
-        if view is None:
-            return self._decode_each(index_B, modality)
+        array = self._strided[modality]
+        if array is None:
+            return None
         if self._modalities[modality].encoding == "npy":
-            return view[index_B]
-        return self._parse_classes(view[index_B], index_B, modality)
+            return array[index_B]
+        return self._parse_classes(array[index_B], index_B, modality)
 
     def is_strided(self, modality: str) -> bool:
         """Whether the modality is read as one strided array."""
@@ -286,13 +291,15 @@ class ShardSet:
         stored = {view.name: np.empty((len(shard_B), *view.stored_shape), view.dtype) for view in views}
         members: list[_Member] = []
         for shard_number, rows in _rows_by_shard(shard_B):
-            reader = self._reader_for(shard_number, int(index_B[rows[0]]), views[0].name)
+            wanted = index_B[rows]
+            reader = self._reader_for(shard_number, wanted, views[0].name)
             for view in views:
-                if reader.is_strided(view.name):
-                    stored[view.name][rows] = reader.read_stored(index_B[rows], view.name)
+                values = reader.read_strided(wanted, view.name)
+                if values is not None:
+                    stored[view.name][rows] = values
                     continue
-                for row in rows.tolist():
-                    members.append(_Member(view, row, reader.member_bytes(int(index_B[row]), view.name)))
+                for row, index in zip(rows.tolist(), wanted.tolist(), strict=True):
+                    members.append(_Member(view, row, reader.member_bytes(index, view.name)))
         for member, error in self._decode(members, stored):
             self._fail(shard_B, index_B, member.row, member.view.name, str(error))
         return {view.name: self._to_model(view, stored[view.name], shard_B, index_B, keys) for view in views}
@@ -329,36 +336,35 @@ class ShardSet:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict(), "_pool": None}
 
-    def _reader_for(self, shard_number: int, index: int, modality: str) -> ShardReader:
+    def _reader_for(self, shard_number: int, index_B: np.ndarray, modality: str) -> ShardReader:
         """The reader of a shard; if it cannot be opened, the error also names a sample that needs it."""
         try:
             return self.reader(shard_number)
         except DataError as error:
+            index = int(index_B[0])
             key = _key_in_unsound(self._manifest, shard_number, index, modality)
             raise DataError(f"{error} (needed for sample {index}, key {key!r}, modality {modality!r})") from None
 
     def _fail(self, shard_B: np.ndarray, index_B: np.ndarray, row: int, modality: str, problem: str) -> NoReturn:
         self.reader(int(shard_B[row])).fail(int(index_B[row]), modality, problem)
 
-    def _decode(self, members: list[_Member], stored: dict[str, np.ndarray]) -> Iterator[tuple[_Member, DataError]]:
-        """Decode members into their rows; yields those that cannot be, in order."""
-
-        def decode(member: _Member) -> DataError | None:
-            try:
-                stored[member.view.name][member.row] = member.view.decode(member.content)
-            except DataError as error:
-                return error
-            return None
-
-        if self._threads == 1 or len(members) < 2:
-            errors: Iterator[DataError | None] = map(decode, members)
-        else:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._threads, "decode")
-            errors = self._pool.map(decode, members)
-        for member, error in zip(members, errors, strict=True):
-            if error is not None:
-                yield member, error
+    def _decode(self, members: list[_Member], stored: dict[str, np.ndarray]) -> list[tuple[_Member, DataError]]:
+        """Decode members into their rows; returns those that cannot be."""
+        # Pillow decodes beside the interpreter; the others would only take turns.
+        images = [member for member in members if member.view.modality.encoding == "image"]
+        if self._threads == 1 or len(images) < 2:
+            return _decode_members(members, stored)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, "decode")
+        # Several parts per thread, since pictures differ in size.
+        size = -(-len(images) // (4 * self._threads))
+        parts = [images[start : start + size] for start in range(0, len(images), size)]
+        others = [member for member in members if member.view.modality.encoding != "image"]
+        waiting = [self._pool.submit(_decode_members, part, stored) for part in parts]
+        failed = _decode_members(others, stored)
+        for future in waiting:
+            failed += future.result()
+        return failed
 
     def _to_model(
         self, view: View, stored: np.ndarray, shard_B: np.ndarray, index_B: np.ndarray, keys: SampleKeys
@@ -377,6 +383,16 @@ class ShardSet:
         if bad_row is not None:
             self._fail(shard_B, index_B, bad_row, view.name, "value is not finite (NaN or infinite)")
         return values
+
+
+def _decode_members(members: Sequence[_Member], stored: dict[str, np.ndarray]) -> list[tuple[_Member, DataError]]:
+    failed = []
+    for member in members:
+        try:
+            stored[member.view.name][member.row] = member.view.decode(member.content)
+        except DataError as error:
+            failed.append((member, error))
+    return failed
 
 
 def _rows_by_shard(shard_B: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
