@@ -300,12 +300,68 @@ def _check_user_class(key: str, settings: Any, more_keys: set[str]) -> None:
 
 
 @dataclass
+class CacheSection:
+    """Copies of remote shards on a disk of the node, shared by all its processes and runs.
+
+    Args:
+        dir: Directory of the copies, on a local disk, such as `$TMPDIR/jmvae-cache`; null: none are made, and only
+            the samples that are needed are read, with Range requests.
+        max_bytes: Most bytes that the copies take; the least recently used ones make room. null: what the disk has.
+        prefetch_shards: Shards per lane that are downloaded before the lane comes to them; 0: none.
+    """
+
+    dir: str | None = None
+    max_bytes: int | None = None
+    prefetch_shards: int = 2
+
+    def __post_init__(self) -> None:
+        if self.dir is not None:
+            _require(bool(self.dir.strip()), "data.cache.dir", self.dir, "the path of a directory, or null")
+        if self.max_bytes is not None:
+            _require(self.max_bytes >= 1, "data.cache.max_bytes", self.max_bytes, "at least 1, or null")
+            _require(self.dir is not None, "data.cache.max_bytes", self.max_bytes, "null without data.cache.dir")
+        valid = 0 <= self.prefetch_shards <= 1000
+        _require(valid, "data.cache.prefetch_shards", self.prefetch_shards, "between 0 and 1000")
+
+
+@dataclass
+class RemoteSection:
+    """How patient reading over the network is.
+
+    Args:
+        connect_timeout_s: Longest wait for a connection.
+        stall_timeout_s: A transfer that brings next to nothing for this long is started again where it stopped.
+        attempts: Attempts in a row that may fail without bringing at least 1 MiB before the run stops.
+        backoff_s: Longest pause before the second attempt; doubles with each further one, up to 30 s.
+        connections: Requests at the same time, per process.
+    """
+
+    connect_timeout_s: float = 10.0
+    stall_timeout_s: float = 20.0
+    attempts: int = 5
+    backoff_s: float = 1.0
+    connections: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("connect_timeout_s", "stall_timeout_s"):
+            value = getattr(self, name)
+            valid = _is_finite(value) and 0 < value <= 86400
+            _require(valid, f"data.remote.{name}", value, "greater than 0 and at most a day")
+        valid = _is_finite(self.backoff_s) and 0 <= self.backoff_s <= 30
+        _require(valid, "data.remote.backoff_s", self.backoff_s, "between 0 and 30")
+        for name, most in (("attempts", 100), ("connections", 64)):
+            value = getattr(self, name)
+            _require(1 <= value <= most, f"data.remote.{name}", value, f"between 1 and {most}")
+
+
+@dataclass
 class DataSection:
     """Where samples come from and in which order.
 
     Args:
-        train_manifest: `manifest.json` of the training shards.
-        eval_manifest: `manifest.json` of held-out shards; without it nothing is evaluated during training.
+        train_manifest: `manifest.json` of the training shards, a path or URL.
+        eval_manifest: `manifest.json` of held-out shards, a path or URL; without it nothing is evaluated during
+            training.
         modalities: The modalities to use, in this order; all of the manifest by default.
         lanes: Number of lanes C that cut an epoch; a divisor of `training.global_batch_size` and at least the
             number of processes. Default: its largest divisor up to 64. Part of the order: fixed for a run.
@@ -314,6 +370,8 @@ class DataSection:
         decode_threads: Threads that decode images, texts and JSON in each process that reads; by default as many
             as the CPUs that this process may use, and at most 8, or 1 beside reader processes. Arrays need none.
         verify: When a shard's sha256 is checked: at every opening, at the first one in each process, or never.
+        cache: Copies of remote shards.
+        remote: Timeouts and retries of remote shards.
         transforms: By modality, a list of steps between the stored value and the model: `{name: resize, size: [H,
             W]}`, `{name: scale, offset: A, scale: S}`, `{name: binarize, threshold: T}` or `{name: binarize, keyed:
             true}`, `{name: one_hot, num_classes: K}`, or `{class_path: ..., init_args: ...}` for a class of your own.
@@ -334,6 +392,8 @@ class DataSection:
     workers: int = 0
     decode_threads: int | None = None
     verify: Literal["always", "first_use", "never"] = "first_use"
+    cache: CacheSection = field(default_factory=CacheSection)
+    remote: RemoteSection = field(default_factory=RemoteSection)
     transforms: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     tokenizers: dict[str, dict[str, Any]] = field(default_factory=dict)
     on_bad_sample: Literal["stop", "mask"] = "stop"

@@ -21,6 +21,10 @@ class DataError(ValueError):
     """A shard, index, manifest or batch is not what it claims to be (exit code 1)."""
 
 
+class UnreachableError(DataError):
+    """Data cannot be had here and now, which says nothing against the data (exit code 1)."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, verified or resumed from (exit code 1)."""
 
