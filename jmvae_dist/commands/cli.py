@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from jmvae_dist.config import CacheSection
 from jmvae_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jmvae_dist.data.store import RemoteAccess
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,3 +49,15 @@ def check_writable(option: str, path: Path) -> None:
     folder = path.resolve().parent
     if path.is_dir() or not os.access(folder, os.W_OK):
         raise ConfigError(f"{option}: {path} cannot be written; {folder} must be a writable directory")
+
+
+def add_cache_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--cache-dir`, for manifests whose shards are at URLs."""
+    parser.add_argument("--cache-dir", metavar="DIR", help="keep copies of remote shards there (data.cache.dir)")
+
+
+def remote_access(options: argparse.Namespace) -> RemoteAccess:
+    """What `--cache-dir` says."""
+    from jmvae_dist.data.store import RemoteAccess
+
+    return RemoteAccess(CacheSection(dir=options.cache_dir))

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jmvae_dist.commands.cli import add_trust_option, check_writable, make_parser
+from jmvae_dist.commands.cli import add_cache_option, add_trust_option, check_writable, make_parser, remote_access
 from jmvae_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> int:
     from jmvae_dist.checkpoint.export import model_from_checkpoint
     from jmvae_dist.checkpoint.layout import find_intact, read_manifest
     from jmvae_dist.data.manifest import Manifest
+    from jmvae_dist.data.urls import shown
     from jmvae_dist.distributed.environment import detect_process
     from jmvae_dist.distributed.runtime import check_device, start_runtime
     from jmvae_dist.training.setup import evaluation_views
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> int:
             result = {
                 "global_step": described.global_step,
                 "checkpoint": str(checkpoint),
-                "manifest": str(options.manifest),
+                "manifest": shown(manifest.path),
                 "num_samples": manifest.num_samples,
                 "seed": options.seed,
                 "joint_nll_samples": options.joint_nll_samples if "joint_nll" in options.metrics else 0,
@@ -65,7 +66,8 @@ def main(arguments: list[str]) -> int:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = make_parser("jmvae-dist evaluate", "Metrics of a run or checkpoint on held-out shards.")
     parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
-    parser.add_argument("--manifest", type=Path, required=True, help="held-out shards")
+    parser.add_argument("--manifest", required=True, help="held-out shards: path or URL of a manifest.json")
+    add_cache_option(parser)
     parser.add_argument("--metrics", default=",".join(METRICS), help=f"from {','.join(METRICS)} (default: all)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result there")
     parser.add_argument("--joint-nll-samples", type=int, default=1000, metavar="K", help="default: 1000")
@@ -115,6 +117,7 @@ def _evaluate(
             runtime.collectives,
             batch_size=options.batch_size,
             seed=options.seed,
+            access=remote_access(options),
             joint_nll_samples=options.joint_nll_samples if "joint_nll" in options.metrics else 0,
             threads=decode_threads(None, workers=0),
             progress=advance,

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jmvae_dist.commands.cli import add_trust_option, make_parser
+from jmvae_dist.commands.cli import add_cache_option, add_trust_option, make_parser, remote_access
 from jmvae_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="or an export of one")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--given", metavar="MODALITIES", help="comma-separated; default: sample the prior")
-    parser.add_argument("--manifest", type=Path, metavar="M", help="shards that hold the given modalities")
+    parser.add_argument("--manifest", metavar="M", help="shards that hold the given modalities: path or URL")
+    add_cache_option(parser)
     parser.add_argument("--n", type=int, default=40, metavar="N", help="number of samples (default: 40)")
     parser.add_argument("--seed", type=int, default=0, help="of the latent noise (default: 0)")
     add_trust_option(parser)
@@ -111,7 +112,8 @@ def _sample_given(
     wanted = [name for name in model.modalities if name in given or name in available]
     expected = {name: described[name] for name in wanted}
     views = evaluation_views(expected, manifest, "--manifest", trusted=options.trust_class)
-    loader = EvaluationLoader(manifest, rank=0, world_size=1, batch_size=options.n, views=views)
+    access = remote_access(options)
+    loader = EvaluationLoader(manifest, rank=0, world_size=1, batch_size=options.n, views=views, access=access)
     batch = next(iter(loader))
     if manifest.num_samples < options.n:
         print(f"--n: {options.manifest} has {manifest.num_samples} samples; all of them are used", file=sys.stderr)

@@ -8,9 +8,10 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-from jmvae_dist.commands.cli import make_parser
+from jmvae_dist.commands.cli import add_cache_option, make_parser, remote_access
 from jmvae_dist.data.manifest import Manifest, Modality, printable
 from jmvae_dist.data.sources.base import SPLITS, Source
+from jmvae_dist.data.urls import shown
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.progress import format_bytes
 
@@ -36,10 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     write = verbs.add_parser("write", help="write a source as tar shards with indexes and a manifest")
     _add_sources(write)
     show = verbs.add_parser("show", help="print what a manifest describes")
-    show.add_argument("manifest", type=Path, help="path of a manifest.json")
+    show.add_argument("manifest", help="path or URL of a manifest.json")
     show.set_defaults(run=_show)
     verify = verbs.add_parser("verify", help="check every byte and every sample; exit code 1 if anything is wrong")
-    verify.add_argument("manifest", type=Path, help="path of a manifest.json")
+    verify.add_argument("manifest", help="path or URL of a manifest.json")
+    add_cache_option(verify)
     verify.add_argument("--workers", type=_positive, help="processes (default: the available CPUs)")
     verify.set_defaults(run=_verify)
     return parser
@@ -210,7 +212,7 @@ def _show(arguments: argparse.Namespace) -> int:
     sizes = manifest.shard_sizes
     per_shard = f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
     facts = {
-        "manifest": str(manifest.path),
+        "manifest": shown(manifest.path),
         "samples": f"{manifest.num_samples:,}",
         "shards": f"{len(manifest.shards):,} of {per_shard} samples",
         "size": f"{format_bytes(manifest.num_bytes)} ({manifest.num_bytes:,} bytes)",
@@ -255,12 +257,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     from jmvae_dist.data.verify import verify_shards
 
     manifest = Manifest.load(arguments.manifest)
-    problems = verify_shards(manifest, arguments.workers)
+    problems = verify_shards(manifest, arguments.workers, remote_access(arguments))
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
         noun = "problem" if len(problems) == 1 else "problems"
-        print(f"{manifest.path}: {len(problems)} {noun}", file=sys.stderr)
+        print(f"{shown(manifest.path)}: {len(problems)} {noun}", file=sys.stderr)
         return 1
-    print(f"{manifest.path}: {manifest.num_samples:,} samples in {len(manifest.shards):,} shards are sound")
+    print(f"{shown(manifest.path)}: {manifest.num_samples:,} samples in {len(manifest.shards):,} shards are sound")
     return 0

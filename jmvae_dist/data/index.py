@@ -42,18 +42,10 @@ def index_num_bytes(num_samples: int, num_modalities: int) -> int:
 def read_index(
     path: str | Path, num_samples: int, num_modalities: int, shard_num_bytes: int, sha256: str | None
 ) -> np.ndarray:
-    """Read and check an index file.
-
-    Args:
-        path: the index file.
-        num_samples, num_modalities, shard_num_bytes: what the manifest says of the shard.
-        sha256: checked unless None.
-
-    Returns:
-        Read-only records of shape (num_samples, num_modalities), fields `offset` and `size`, without a copy.
+    """Read and check an index file; arguments, result and errors are those of `parse_index`.
 
     Raises:
-        DataError: the file is missing, damaged, of another shape, or points outside its shard.
+        DataError: the file cannot be read, besides.
     """
     expected_bytes = index_num_bytes(num_samples, num_modalities)
     try:
@@ -66,6 +58,26 @@ def read_index(
     if len(content) != expected_bytes:
         size = f"only {num_bytes}" if num_bytes < expected_bytes else "more"
         raise DataError(f"{path}: index should have {expected_bytes} bytes but has {size}; copy it again")
+    return parse_index(content, path, num_samples, num_modalities, shard_num_bytes, sha256)
+
+
+def parse_index(
+    content: bytes, path: str | Path, num_samples: int, num_modalities: int, shard_num_bytes: int, sha256: str | None
+) -> np.ndarray:
+    """Check the content of an index file, which has the right length.
+
+    Args:
+        content: `index_num_bytes(num_samples, num_modalities)` bytes.
+        path: the index file, for messages.
+        num_samples, num_modalities, shard_num_bytes: what the manifest says of the shard.
+        sha256: checked unless None.
+
+    Returns:
+        Read-only records of shape (num_samples, num_modalities), fields `offset` and `size`, without a copy.
+
+    Raises:
+        DataError: it is damaged, of another shape, or points outside its shard.
+    """
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(f"{path}: index does not have the sha256 of the manifest: it is damaged or was replaced")
     magic, version, modalities, samples = _HEADER.unpack_from(content)

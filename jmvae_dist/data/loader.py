@@ -8,6 +8,8 @@ Shape suffix: B samples of this rank's batch.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
 import signal
 import threading
@@ -23,7 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.plan import SamplePlan
-from jmvae_dist.data.reader import ShardSet, Verify, check_verify, open_files_limit
+from jmvae_dist.data.prefetch import Prefetcher
+from jmvae_dist.data.reader import ShardSet, open_files_limit
+from jmvae_dist.data.store import RemoteAccess, Verify, check_verify, shard_files
 from jmvae_dist.data.views import SampleKeys, View, make_views
 from jmvae_dist.errors import ConfigError, DataError
 
@@ -80,6 +84,7 @@ class TrainLoader:
         verify: when shards' sha256 are compared with the manifest (see `ShardReader`).
         on_bad_sample: `stop` raises; `mask` leaves the sample out of its batch and says so in `Batch.problems`.
         pin_memory: copy batches to page-locked memory (only useful with a GPU).
+        access: how remote shards are read.
 
     Raises:
         ConfigError: a setting is out of range, or there are more ranks than lanes.
@@ -98,13 +103,18 @@ class TrainLoader:
         verify: Verify = "first_use",
         on_bad_sample: OnBadSample = "stop",
         pin_memory: bool = False,
+        access: RemoteAccess | None = None,
     ) -> None:
         assert plan.shard_sizes == manifest.shard_sizes, "the plan was made for another manifest"
         _check_loader_settings(workers, verify)
         lanes = plan.lanes_of_rank(rank, world_size)
         self._workers = workers
         self._pin_memory = pin_memory
-        shards = ShardSet(manifest, verify, _shards_to_keep_open(plan, len(lanes)), threads)
+        self._manifest = manifest
+        self._plan = plan
+        self._lanes = lanes
+        self._access = access or RemoteAccess()
+        shards = ShardSet(manifest, verify, _shards_to_keep_open(plan, len(lanes)), threads, self._access)
         views = make_views(manifest.modalities) if views is None else views
         self._dataset = _TrainSteps(plan, lanes, views, shards, on_bad_sample)
 
@@ -117,7 +127,13 @@ class TrainLoader:
             DataError: a sample cannot be read, or a worker process died.
         """
         assert 0 <= start_step <= stop_step
-        return _iterate(self._dataset, range(start_step, stop_step), self._workers, self._pin_memory)
+        prefetcher = None
+        if self._manifest.has_remote_shards and start_step < stop_step:
+            # A copy, because a plan remembers what it computed last, and threads will ask this one.
+            upcoming = copy.deepcopy(self._plan).upcoming_shards(start_step, self._lanes)
+            needed = itertools.takewhile(lambda item: item[0] < stop_step, upcoming)
+            prefetcher = _make_prefetcher(self._manifest, self._access, start_step, needed, len(self._lanes))
+        return _iterate(self._dataset, range(start_step, stop_step), self._workers, self._pin_memory, prefetcher)
 
 
 class EvaluationLoader:
@@ -141,17 +157,20 @@ class EvaluationLoader:
         verify: Verify = "first_use",
         on_bad_sample: OnBadSample = "stop",
         pin_memory: bool = False,
+        access: RemoteAccess | None = None,
     ) -> None:
         _check_loader_settings(workers, verify)
         if batch_size < 1:
             raise ConfigError(f"evaluation batch size must be at least 1, not {batch_size}")
         if world_size < 1 or not 0 <= rank < world_size:
             raise ConfigError(f"rank {rank} of world size {world_size} does not exist")
+        self._manifest = manifest
+        self._access = access or RemoteAccess()
         self._workers = workers
         self._pin_memory = pin_memory
         block = range(rank * manifest.num_samples // world_size, (rank + 1) * manifest.num_samples // world_size)
         views = make_views(manifest.modalities) if views is None else views
-        shards = ShardSet(manifest, verify, 2, threads)
+        shards = ShardSet(manifest, verify, 2, threads, self._access)
         self._dataset = _EvaluationBatches(manifest, block, batch_size, views, shards, on_bad_sample)
 
     def __len__(self) -> int:
@@ -160,7 +179,10 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """The rank's batches; raises and closes like `TrainLoader.iterate`."""
-        return _iterate(self._dataset, range(len(self._dataset)), self._workers, self._pin_memory)
+        prefetcher = None
+        if self._manifest.has_remote_shards:
+            prefetcher = _make_prefetcher(self._manifest, self._access, 0, self._dataset.upcoming_shards(), 1)
+        return _iterate(self._dataset, range(len(self._dataset)), self._workers, self._pin_memory, prefetcher)
 
 
 @dataclass
@@ -241,11 +263,19 @@ class _EvaluationBatches(_Batches):
         super().__init__(views, shards, on_bad_sample)
         self._block = block
         self._batch_size = batch_size
-        sizes = np.array(manifest.shard_sizes, dtype=np.int64)
-        self._shard_starts = np.cumsum(sizes) - sizes
+        self._sizes = np.array(manifest.shard_sizes, dtype=np.int64)
+        self._shard_starts = np.cumsum(self._sizes) - self._sizes
 
     def __len__(self) -> int:
         return -(-len(self._block) // self._batch_size)
+
+    def upcoming_shards(self) -> Iterator[tuple[int, int]]:
+        """(First batch that needs it, shard number) in order."""
+        for shard_number in range(len(self._shard_starts)):
+            first = max(self._block.start, int(self._shard_starts[shard_number]))
+            stop = min(self._block.stop, int(self._shard_starts[shard_number]) + int(self._sizes[shard_number]))
+            if first < stop:
+                yield (first - self._block.start) // self._batch_size, shard_number
 
     def _load(self, number: int) -> Batch:
         part = self._block[number * self._batch_size : (number + 1) * self._batch_size]
@@ -262,7 +292,25 @@ def decode_threads(setting: int | None, workers: int) -> int:
     return 1 if workers > 0 else min(_MOST_DECODE_THREADS, len(os.sched_getaffinity(0)))
 
 
-def _iterate(dataset: _Batches, numbers: range, workers: int, pin_memory: bool) -> Generator[Batch, None, None]:
+def _make_prefetcher(
+    manifest: Manifest, access: RemoteAccess, first_step: int, upcoming: Iterator[tuple[int, int]], num_lanes: int
+) -> Prefetcher | None:
+    """What downloads `upcoming`, (first step that needs it, shard number), ahead of use; None without a cache."""
+    cache = access.open_cache()
+    if cache is None or access.cache.prefetch_shards == 0:
+        return None
+    return Prefetcher(
+        ((step, shard_number, shard_files(manifest, shard_number)) for step, shard_number in upcoming),
+        cache,
+        first_step=first_step,
+        shards_ahead=access.cache.prefetch_shards * num_lanes,
+        connections=access.remote.connections,
+    )
+
+
+def _iterate(
+    dataset: _Batches, numbers: range, workers: int, pin_memory: bool, prefetcher: Prefetcher | None = None
+) -> Generator[Batch, None, None]:
     if not numbers:
         return
     loader: DataLoader[Batch | _Failure] = DataLoader(
@@ -277,12 +325,19 @@ def _iterate(dataset: _Batches, numbers: range, workers: int, pin_memory: bool) 
     with _signals_left_to_the_rank(), _child_signal_kept():
         batches = iter(loader)
     try:
-        for _ in numbers:
+        # After the workers have been forked: they would inherit its locks in whatever state they are.
+        if prefetcher is not None:
+            prefetcher.start()
+        for number in numbers:
+            if prefetcher is not None:
+                prefetcher.advance(number)
             batch = _next_batch(batches, workers)
             if isinstance(batch, _Failure):
                 raise DataError(batch.message)
             yield batch
     finally:
+        if prefetcher is not None:
+            prefetcher.stop()
         _shut_down(batches)
         dataset.close()
 

@@ -18,13 +18,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import unquote
 
 import numpy as np
 
+from jmvae_dist.config import RemoteSection
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import index_num_bytes
 from jmvae_dist.data.tokenizers import TOKENIZERS
+from jmvae_dist.data.transfer import RemoteFile
+from jmvae_dist.data.urls import Location, is_remote, resolve, shown
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import write_text_atomic
 
@@ -62,7 +64,6 @@ _MEMBER = re.compile(r"[A-Za-z0-9_+@=-]+(\.[A-Za-z0-9_+@=-]+)*")
 _MAX_MEMBER_CHARACTERS = 80
 _MAX_FIELD_CHARACTERS = 200
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 NestedNumbers = float | list["NestedNumbers"]
 
@@ -359,7 +360,7 @@ class Manifest:
             each shard in order, and from version 2 on the sha256 of each index. URLs are not part of it: a moved
             folder is the same data.
         source: how the data was made; free JSON.
-        path: the file it was loaded from; relative URLs are relative to its folder.
+        path: the file or URL it was loaded from; relative URLs are relative to its folder.
     """
 
     modalities: tuple[Modality, ...]
@@ -368,7 +369,7 @@ class Manifest:
     num_bytes: int
     fingerprint: str
     source: dict[str, Any] = field(default_factory=dict)
-    path: Path = Path("manifest.json")
+    path: Location = Path("manifest.json")
     format_version: int = 1
 
     @classmethod
@@ -377,7 +378,7 @@ class Manifest:
         modalities: Sequence[Modality],
         shards: Sequence[Shard],
         source: dict[str, Any],
-        path: str | Path = "manifest.json",
+        path: Location = Path("manifest.json"),
         format_version: int | None = None,
     ) -> Manifest:
         """A manifest with its totals and fingerprint computed.
@@ -386,7 +387,7 @@ class Manifest:
             modalities: in the order of the indexes.
             shards: in their order.
             source: how the data was made; free JSON.
-            path: where it is or will be.
+            path: where it is or will be; a str may be a URL.
             format_version: 2 for shards whose bytes do not fix the order of their samples (all but those written by
                 `write_shards`); None: the first one that can describe the modalities.
         """
@@ -399,19 +400,26 @@ class Manifest:
             num_bytes=sum(shard.num_bytes for shard in shards),
             fingerprint=_fingerprint(modalities, shards, format_version),
             source=source,
-            path=Path(path),
+            path=_location(path),
             format_version=format_version,
         )
 
     @classmethod
-    def load(cls, path: str | Path) -> Manifest:
+    def load(cls, path: Location, remote: RemoteSection | None = None) -> Manifest:
         """Read and check a manifest.
+
+        Args:
+            path: a file, or as str a URL.
+            remote: timeouts and retries, for a URL.
 
         Raises:
             ConfigError: there is no such file, or it is a folder or a pipe.
-            DataError: the file is not a sound manifest; the message names file and key.
+            DataError: the file is not a sound manifest; the message names file and key. A URL cannot be read.
         """
-        path = Path(path)
+        path = _location(path)
+        if isinstance(path, str):
+            content = RemoteFile(path, None, "manifest", remote or RemoteSection()).read_whole(MAX_MANIFEST_BYTES)
+            return _ManifestParser(path).parse(content)
         try:
             with open_regular(path) as file:
                 content = file.read(MAX_MANIFEST_BYTES + 1)
@@ -459,35 +467,54 @@ class Manifest:
         known = {modality.name: modality for modality in self.modalities}
         for name in names:
             if name not in known:
-                raise ConfigError(f"data.modalities: {self.path} has no modality {name!r}; it has {', '.join(known)}")
+                raise ConfigError(
+                    f"data.modalities: {shown(self.path)} has no modality {name!r}; it has {', '.join(known)}"
+                )
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"data.modalities must name each modality once and at least one, not {list(names)}")
         return tuple(known[name] for name in names)
 
-    def shard_path(self, shard_number: int) -> Path:
-        """The tar file of a shard.
+    def shard_location(self, shard_number: int) -> Location:
+        """The tar file of a shard: a path, or a URL as str.
 
         Raises:
-            DataError: the URL has a scheme other than `file`.
+            DataError: the URL is malformed or has a scheme that is not opened.
         """
-        return self._local_path(self.shards[shard_number].url, f"shards[{shard_number}].url")
+        return self._resolve(self.shards[shard_number].url, f"shards[{shard_number}].url")
+
+    def index_location(self, shard_number: int) -> Location:
+        """The index file of a shard; raises like `shard_location`."""
+        return self._resolve(self.shards[shard_number].index.url, f"shards[{shard_number}].index.url")
+
+    def shard_path(self, shard_number: int) -> Path:
+        """The tar file of a local shard; raises DataError if it is at a URL."""
+        return self._local(self.shard_location(shard_number))
 
     def index_path(self, shard_number: int) -> Path:
-        """The index file of a shard; raises like `shard_path`."""
-        return self._local_path(self.shards[shard_number].index.url, f"shards[{shard_number}].index.url")
+        """The index file of a local shard; raises like `shard_path`."""
+        return self._local(self.index_location(shard_number))
 
-    def _local_path(self, url: str, key: str) -> Path:
-        scheme = _SCHEME.match(url)
-        if scheme is None:
-            return self.path.parent / url
-        if scheme[1].lower() != "file":
-            raise DataError(
-                f"{self.path}: {key}: scheme {scheme[1]!r} of {url!r} is not supported; use a path or file://"
-            )
-        location = re.fullmatch(r"file://(?:localhost)?(/.*)", url, flags=re.IGNORECASE)
-        if location is None:
-            raise DataError(f"{self.path}: {key}: {url!r} must have the form file:///absolute/path")
-        return Path(unquote(location[1]))
+    @cached_property
+    def has_remote_shards(self) -> bool:
+        """Whether some shard or index is at a URL."""
+        if not isinstance(self.path, Path):
+            return True
+        return any(is_remote(shard.url) or is_remote(shard.index.url) for shard in self.shards)
+
+    def _local(self, location: Location) -> Path:
+        if not isinstance(location, Path):
+            raise DataError(f"{shown(location)} is not a local file")
+        return location
+
+    def _resolve(self, url: str, key: str) -> Location:
+        try:
+            return resolve(self.path, url)
+        except ValueError as error:
+            raise DataError(f"{shown(self.path)}: {key}: {error}") from None
+
+
+def _location(path: Location) -> Location:
+    return path if isinstance(path, str) and is_remote(path) else Path(path)
 
 
 @contextmanager
@@ -529,8 +556,9 @@ _OPTIONAL_KEYS = frozenset({"num_classes", "member", "length", "tokenizer", "fie
 class _ManifestParser:
     """Turns the bytes of a manifest into a `Manifest`, naming file and key of whatever is wrong."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Location) -> None:
+        self._location = path
+        self._path = shown(path)
 
     def _fail(self, key: str, problem: str) -> NoReturn:
         raise DataError(f"{self._path}: {printable(key)}: {problem}" if key else f"{self._path}: {problem}")
@@ -552,7 +580,7 @@ class _ManifestParser:
         for number, modality in enumerate(modalities):
             if modality.format_version > version:
                 self._fail(f"modalities[{number}]", f"needs format_version {modality.format_version}, not {version}")
-        manifest = Manifest.create(modalities, shards, source, self._path, version)
+        manifest = Manifest.create(modalities, shards, source, self._location, version)
         for key in ("num_samples", "num_bytes"):
             stated = self._integer(record[key], key, minimum=1)
             if stated != getattr(manifest, key):
@@ -563,11 +591,12 @@ class _ManifestParser:
         return manifest
 
     def _check_locations(self, manifest: Manifest) -> None:
+        is_local = isinstance(self._location, Path)
         for shard_number, shard in enumerate(manifest.shards):
             # Most are plain paths, in which there is nothing to check.
-            if ":" in shard.url or ":" in shard.index.url:
-                manifest.shard_path(shard_number)
-                manifest.index_path(shard_number)
+            if not is_local or ":" in shard.url or ":" in shard.index.url:
+                manifest.shard_location(shard_number)
+                manifest.index_location(shard_number)
 
     def _decode(self, content: bytes) -> Any:
         try:
@@ -646,7 +675,7 @@ class _ManifestParser:
         urls = [shard.url for shard in shards]
         if len(set(urls)) != len(urls):
             repeated = next(url for url in urls if urls.count(url) > 1)
-            self._fail("shards", f"{repeated!r} is listed twice: its samples would be seen twice per epoch")
+            self._fail("shards", f"{shown(repeated)!r} is listed twice: its samples would be seen twice per epoch")
         return shards
 
     def _shards_one_by_one(self, entries: list[Any], num_modalities: int) -> list[Shard]:

@@ -22,8 +22,9 @@ Shape suffixes: L lanes asked for, B = L * b rows asked for.
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -237,6 +238,30 @@ class SamplePlan:
         if len(self._epoch_orders) > _CACHED_EPOCHS:
             self._epoch_orders.popitem(last=False)
         return self._epoch_orders[epoch]
+
+    def upcoming_shards(self, global_step: int, lanes: range) -> Iterator[tuple[int, int]]:
+        """What some lanes will read, from a step on and without end: (first step that may need it, shard number).
+
+        In the order of the steps. A lane may need any sample of a window as soon as the window begins. A shard comes
+        again for every lane and every epoch that reads it.
+        """
+        return heapq.merge(*(self._upcoming_shards_of_lane(global_step, lane) for lane in lanes))
+
+    def _upcoming_shards_of_lane(self, global_step: int, lane: int) -> Iterator[tuple[int, int]]:
+        b, n, c = self.samples_per_lane, self.num_samples, self.lanes
+        stream = global_step * b
+        first_epoch = ((stream + 1) * c - lane - 1) // n
+        for epoch in range(first_epoch, MAX_EPOCH - 1):
+            epoch_start = (epoch * n + lane) // c  # in the lane's stream
+            start, stop = self.lane_interval(epoch, lane)
+            # Where the lane is now: what lies before the current window is done with.
+            done = max(0, stream - epoch_start) // self.shuffle_window * self.shuffle_window
+            order, starts = self._epoch_order(epoch)
+            place = int(np.searchsorted(starts, start + done, side="right")) - 1
+            while place < len(order) and starts[place] < stop:
+                offset = max(0, int(starts[place]) - start) // self.shuffle_window * self.shuffle_window
+                yield max(global_step, (epoch_start + offset) // b), int(order[place])
+                place += 1
 
     # Checkpoints
 

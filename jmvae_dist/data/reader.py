@@ -11,15 +11,12 @@ Shape suffixes: N samples of the shard, B samples asked for.
 from __future__ import annotations
 
 import contextlib
-import mmap
-import os
 import re
 import resource
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -27,22 +24,16 @@ from jmvae_dist.data.encodings import decode_member, parse_npy_header
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import read_index
 from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.data.store import TAR_BLOCK_BYTES, RangedShard, RemoteAccess, ShardBytes, ShardStore, Verify
+from jmvae_dist.data.urls import shown
 from jmvae_dist.data.views import SampleKeys, View
-from jmvae_dist.errors import ConfigError, DataError
-from jmvae_dist.files import sha256_of
-
-Verify = Literal["always", "first_use", "never"]
+from jmvae_dist.errors import DataError, UnreachableError
 
 DEFAULT_MAX_OPEN = 128
-_TAR_BLOCK_BYTES = 512
 _ASCII_ZERO = ord("0")
 
 # What webdataset calls the key: the path up to the first dot of the file's name.
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.[^/]*$", re.DOTALL)
-
-# Files whose sha256 this process has checked. The identity includes inode and modification time, so a file
-# that is replaced while the process runs is checked again.
-_checked_files: set[tuple[int, int, int, int, str]] = set()
 
 
 class ShardReader:
@@ -53,34 +44,31 @@ class ShardReader:
         shard_number: which of its shards.
         verify: when to compare the sha256 of shard and index with the manifest: `always` (each opening),
             `first_use` (once per process) or `never` (sizes only).
+        content: the opened shard; opened here without it.
 
     Raises:
         DataError: the shard or its index is missing, truncated, damaged, or not what the manifest says.
     """
 
-    def __init__(self, manifest: Manifest, shard_number: int, verify: Verify = "first_use") -> None:
-        check_verify(verify)
-        shard = manifest.shards[shard_number]
-        self.path = manifest.shard_path(shard_number)
-        self.num_samples = shard.num_samples
+    def __init__(
+        self,
+        manifest: Manifest,
+        shard_number: int,
+        verify: Verify = "first_use",
+        content: ShardBytes | None = None,
+    ) -> None:
+        self.content = content or ShardStore(manifest, verify).open(shard_number)
+        self.path = self.content.name
+        self.num_samples = manifest.shards[shard_number].num_samples
         self._modalities = {modality.name: modality for modality in manifest.modalities}
         self._columns = {modality.name: column for column, modality in enumerate(manifest.modalities)}
-        self._map = _map_shard(self.path, shard.num_bytes, shard.sha256, verify)
-        self._records_NM = read_index(
-            manifest.index_path(shard_number),
-            shard.num_samples,
-            len(manifest.modalities),
-            shard.num_bytes,
-            None if verify == "never" else shard.index.sha256,
-        )
+        self._records_NM = self.content.records_NM
         self._strided: dict[str, np.ndarray | None] = {}
 
     def close(self) -> None:
         """Release the mapping; the reader cannot be used afterwards."""
         self._strided.clear()
-        # A traceback may still refer to a view; the mapping then goes when the view does.
-        with contextlib.suppress(BufferError):
-            self._map.close()
+        self.content.close()
 
     def read(self, indices: Sequence[int] | np.ndarray, modality: str) -> np.ndarray:
         """What the model sees of some samples without transforms of a run: float32 (B, *shape), finite.
@@ -128,7 +116,15 @@ class ShardReader:
         offset = int(self._records_NM["offset"][index, self._columns[modality]])
         if offset == 0:  # the sample has no such member: another one knows the key as well
             offset = int(self._records_NM["offset"][index].max())
-        return _key_in(self._map[max(0, offset - _TAR_BLOCK_BYTES) : offset], self._modalities[modality])
+        if offset == 0:
+            return "unknown"
+        return _key_in(self.content.read(offset - TAR_BLOCK_BYTES, TAR_BLOCK_BYTES), self._modalities[modality])
+
+    def members(self, index_B: np.ndarray, modalities: Sequence[str]) -> np.ndarray:
+        """The index records (B, len(modalities)) of some samples."""
+        self._check_indices(index_B)
+        columns = np.array([self._columns[modality] for modality in modalities])
+        return self._records_NM[index_B[:, None], columns]
 
     def location(self, index: int, modality: str) -> tuple[int, int]:
         """Offset and size in bytes of a member's content in the tar."""
@@ -153,7 +149,12 @@ class ShardReader:
         if offset == 0:
             names = " or ".join(repr(name) for name in self._modalities[modality].extensions)
             self.fail(index, modality, f"the sample has no member {names}")
-        return self._map[offset : offset + size]
+        try:
+            return self.content.read_member(offset, size)
+        except UnreachableError:
+            raise
+        except DataError as error:
+            self.fail(index, modality, str(error))
 
     # Strided path
 
@@ -163,7 +164,7 @@ class ShardReader:
         `npy`: (N, *shape) in the stored dtype; `cls`: the ASCII digits, uint8 (N, digits).
         """
         spec = self._modalities[modality]
-        if spec.encoding not in ("npy", "cls"):
+        if self.content.buffer is None or spec.encoding not in ("npy", "cls"):
             return None
         offset_N, size_N = (self._records_NM[name][:, self._columns[modality]] for name in ("offset", "size"))
         stride = int(offset_N[1]) - int(offset_N[0]) if self.num_samples > 1 else 0
@@ -175,7 +176,7 @@ class ShardReader:
         if not evenly_spaced or np.any(size_N != size_N[0]):
             return None
         offset, size = int(offset_N[0]), int(size_N[0])
-        member_N = np.ndarray((self.num_samples, size), np.uint8, self._map, offset, (stride, 1))
+        member_N = np.ndarray((self.num_samples, size), np.uint8, self.content.buffer, offset, (stride, 1))
         if spec.encoding == "cls":
             return member_N if 1 <= size <= spec.class_digits else None
         return self._open_strided_npy(member_N, modality, offset, stride)
@@ -195,7 +196,7 @@ class ShardReader:
             return None
         inner_strides = np.empty(shape, dtype).strides
         return np.ndarray(
-            (self.num_samples, *shape), dtype, self._map, offset + header_bytes, (stride, *inner_strides)
+            (self.num_samples, *shape), dtype, self.content.buffer, offset + header_bytes, (stride, *inner_strides)
         )
 
     def _parse_classes(self, ascii_BD: np.ndarray, index_B: np.ndarray, modality: str) -> np.ndarray:
@@ -243,6 +244,7 @@ class ShardSet:
         verify: when to compare checksums; see `ShardReader`.
         max_open: how many shards to keep open.
         threads: how many decode members that are not strided arrays.
+        access: how remote shards are read.
     """
 
     def __init__(
@@ -251,14 +253,15 @@ class ShardSet:
         verify: Verify = "first_use",
         max_open: int = DEFAULT_MAX_OPEN,
         threads: int = 1,
+        access: RemoteAccess | None = None,
     ) -> None:
-        check_verify(verify)
         assert max_open >= 1
         assert threads >= 1
         self._manifest = manifest
         self._verify: Verify = verify
         self._max_open = max_open
         self._threads = threads
+        self._store = ShardStore(manifest, verify, access)
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
         self._pool: ThreadPoolExecutor | None = None
         # What is wrong with shards that could not be opened: a damaged one is not hashed again for every sample.
@@ -271,14 +274,50 @@ class ShardSet:
             return self._open[shard_number]
         if shard_number in self._unsound:
             raise DataError(self._unsound[shard_number])
-        while len(self._open) >= self._max_open:
-            self._open.popitem(last=False)[1].close()
         try:
-            self._open[shard_number] = ShardReader(self._manifest, shard_number, self._verify)
+            content = self._store.open(shard_number, self._close_oldest)
+        except UnreachableError:
+            raise
         except DataError as error:
             self._unsound[shard_number] = str(error)
             raise
+        return self._add(shard_number, content)
+
+    def _add(self, shard_number: int, content: ShardBytes) -> ShardReader:
+        while len(self._open) >= self._max_open:
+            self._close_oldest()
+        self._open[shard_number] = ShardReader(self._manifest, shard_number, self._verify, content)
         return self._open[shard_number]
+
+    def _close_oldest(self) -> bool:
+        """Close the least recently used shard; False if none is open."""
+        if not self._open:
+            return False
+        self._open.popitem(last=False)[1].close()
+        return True
+
+    def _load(self, index_by_shard: dict[int, np.ndarray], modalities: Sequence[str]) -> None:
+        """Bring the members of a batch that lie on a server, with several requests at a time."""
+        if not self._store.reads_ranges:
+            return
+        missing = [number for number in index_by_shard if self._store.is_ranged(number) and number not in self._open]
+        # Those that are open and needed must not be closed for the missing ones.
+        for number in index_by_shard.keys() & self._open.keys():
+            self._open.move_to_end(number)
+        for number, content in self._store.open_ranged(missing).items():
+            self._add(number, content)
+        requests = []
+        for number, index_B in index_by_shard.items():
+            reader = self._open.get(number)
+            if reader is not None and isinstance(reader.content, RangedShard):
+                requests.append((reader.content, reader.members(index_B, modalities)))
+        self._store.load(requests)
+
+    def _make_room_for_others(self, in_use: set[int]) -> None:
+        """Close what the last batch did not need, if a process of the node waits for room in the cache."""
+        if self._store.cache is not None and self._store.cache.is_room_asked_for():
+            for number in self._open.keys() - in_use:
+                self._open.pop(number).close()
 
     def gather(
         self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], keys: SampleKeys
@@ -290,16 +329,21 @@ class ShardSet:
         """
         stored = {view.name: np.empty((len(shard_B), *view.stored_shape), view.dtype) for view in views}
         members: list[_Member] = []
-        for shard_number, rows in _rows_by_shard(shard_B):
-            wanted = index_B[rows]
-            reader = self._reader_for(shard_number, wanted, views[0].name)
-            for view in views:
-                values = reader.read_strided(wanted, view.name)
-                if values is not None:
-                    stored[view.name][rows] = values
-                    continue
-                for row, index in zip(rows.tolist(), wanted.tolist(), strict=True):
-                    members.append(_Member(view, row, reader.member_bytes(index, view.name)))
+        parts = list(_rows_by_shard(shard_B))
+        for start in range(0, len(parts), self._max_open):
+            part = parts[start : start + self._max_open]
+            self._load({shard_number: index_B[rows] for shard_number, rows in part}, [view.name for view in views])
+            for shard_number, rows in part:
+                wanted = index_B[rows]
+                reader = self._reader_for(shard_number, wanted, views[0].name)
+                for view in views:
+                    values = reader.read_strided(wanted, view.name)
+                    if values is not None:
+                        stored[view.name][rows] = values
+                        continue
+                    for row, index in zip(rows.tolist(), wanted.tolist(), strict=True):
+                        members.append(_Member(view, row, reader.member_bytes(index, view.name)))
+        self._make_room_for_others({shard_number for shard_number, _ in parts})
         for member, error in self._decode(members, stored):
             self._fail(shard_B, index_B, member.row, member.view.name, str(error))
         return {view.name: self._to_model(view, stored[view.name], shard_B, index_B, keys) for view in views}
@@ -313,6 +357,8 @@ class ShardSet:
         """
         try:
             return self.gather(shard_B, index_B, views, keys), {}
+        except UnreachableError:
+            raise  # the samples may be sound
         except DataError as error:
             if len(shard_B) == 1:
                 return {view.name: np.empty((0, *view.shape), np.float32) for view in views}, {0: str(error)}
@@ -326,8 +372,9 @@ class ShardSet:
 
     def close(self) -> None:
         """Close all shards; using the set again opens them again."""
-        while self._open:
-            self._open.popitem()[1].close()
+        while self._close_oldest():
+            pass
+        self._store.close()
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -340,6 +387,8 @@ class ShardSet:
         """The reader of a shard; if it cannot be opened, the error also names a sample that needs it."""
         try:
             return self.reader(shard_number)
+        except UnreachableError:
+            raise
         except DataError as error:
             index = int(index_B[0])
             key = _key_in_unsound(self._manifest, shard_number, index, modality)
@@ -418,7 +467,7 @@ def _key_in(header: bytes, modality: Modality) -> str:
 def describe_sample(manifest: Manifest, shard_number: int, index: int, modality: str) -> str:
     """Where a sample is, for messages: shard, number, key and modality, as `ShardReader.fail` names them."""
     key = _key_in_unsound(manifest, shard_number, index, modality)
-    return f"{manifest.shard_path(shard_number)}: sample {index} (key {key!r}), modality {modality!r}"
+    return f"{shown(manifest.shard_location(shard_number))}: sample {index} (key {key!r}), modality {modality!r}"
 
 
 def _key_in_unsound(manifest: Manifest, shard_number: int, index: int, modality: str) -> str:
@@ -430,8 +479,8 @@ def _key_in_unsound(manifest: Manifest, shard_number: int, index: int, modality:
         records_NM = read_index(path, shard.num_samples, num_modalities, shard.num_bytes, None)
         offset = int(records_NM["offset"][index, column]) or int(records_NM["offset"][index].max())
         with open_regular(manifest.shard_path(shard_number)) as file:
-            file.seek(max(0, offset - _TAR_BLOCK_BYTES))
-            return _key_in(file.read(_TAR_BLOCK_BYTES), manifest.modalities[column])
+            file.seek(max(0, offset - TAR_BLOCK_BYTES))
+            return _key_in(file.read(TAR_BLOCK_BYTES), manifest.modalities[column])
     return "unknown"
 
 
@@ -441,39 +490,9 @@ def open_files_limit() -> int:
     return 2**16 if soft_limit == resource.RLIM_INFINITY else max(8, soft_limit // 2)
 
 
-def check_verify(verify: str) -> None:
-    """Raise ConfigError unless `verify` is one of always, first_use, never."""
-    if verify not in get_args(Verify):
-        raise ConfigError(f"data.verify must be one of {', '.join(get_args(Verify))}, not {verify!r}")
-
-
 def first_non_finite_row(values: np.ndarray) -> int | None:
     """The first row of (B, ...) that holds a NaN or an infinity, or None."""
     finite = np.isfinite(values)
     if finite.all():
         return None
     return int(np.argmin(finite.reshape(len(values), -1).all(axis=1)))
-
-
-def _map_shard(path: Path, num_bytes: int, sha256: str, verify: Verify) -> mmap.mmap:
-    """Map a shard read-only after checking its size and, as `verify` says, its sha256."""
-    try:
-        with open_regular(path) as file:
-            status = os.fstat(file.fileno())
-            if status.st_size != num_bytes:
-                what = "truncated" if status.st_size < num_bytes else "replaced"
-                raise DataError(
-                    f"{path}: {status.st_size} bytes, the manifest says {num_bytes}: "
-                    f"the shard was {what}; copy it again"
-                )
-            identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, sha256)
-            if verify == "always" or (verify == "first_use" and identity not in _checked_files):
-                if sha256_of(path) != sha256:
-                    raise DataError(
-                        f"{path}: sha256 differs from the manifest's: the shard is damaged or was "
-                        "replaced; copy it again"
-                    )
-                _checked_files.add(identity)
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise DataError(f"{path}: cannot read shard: {error.strerror}") from None

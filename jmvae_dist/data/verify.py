@@ -6,6 +6,7 @@ import io
 import math
 import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,10 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from jmvae_dist.config import CacheSection
+from jmvae_dist.data.cache import CachedFile
 from jmvae_dist.data.index import index_num_bytes, read_index
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.processes import Report, default_workers, run_in_processes
 from jmvae_dist.data.reader import ShardReader
+from jmvae_dist.data.store import RemoteAccess, ShardStore, shard_files
+from jmvae_dist.data.urls import Location, shown
 from jmvae_dist.errors import DataError
 from jmvae_dist.files import sha256_of
 from jmvae_dist.progress import progress
@@ -24,19 +29,30 @@ from jmvae_dist.progress import progress
 _CHUNK_BYTES = 64 * 2**20
 
 
-def verify_shards(manifest: Manifest, workers: int | None = None) -> list[str]:
+def verify_shards(manifest: Manifest, workers: int | None = None, access: RemoteAccess | None = None) -> list[str]:
     """Everything that is wrong with a data set, in shard order; empty if it is sound.
 
     Checks of every shard: size and sha256 of shard and index; the index against the members that the tar
     holds; every member against the declared dtype, shape and number of classes; finite values; and that plain
     webdataset reads the same samples. With several workers, a script must call this inside
     `if __name__ == "__main__":`, because every worker imports the script.
+
+    Args:
+        manifest: the data set. Remote shards are downloaded.
+        workers: processes; None: as many as are worth it.
+        access: how remote shards are read; without a cache directory their copies are temporary.
     """
     shard_numbers = range(len(manifest.shards))
     workers = workers or default_workers(manifest.num_samples, manifest.num_bytes)
     with TemporaryDirectory() as folder, progress(manifest.num_samples, "verifying samples") as advance:
+        data = _Data(manifest, None)
+        if manifest.has_remote_shards:
+            access = access or RemoteAccess()
+            cache = access.cache if access.cache.dir is not None else CacheSection(dir=f"{folder}/copies")
+            store = ShardStore(manifest, "first_use", replace(access, cache=cache))
+            data = _Data(manifest, store, are_copies_temporary=access.cache.dir is None)
         problems = dict(
-            run_in_processes(_verify_shard, manifest, shard_numbers, workers, folder=Path(folder), advance=advance)
+            run_in_processes(_verify_shard, data, shard_numbers, workers, folder=Path(folder), advance=advance)
         )
     repeated = _repeated_shards(manifest)
     return [problem for number in shard_numbers for problem in problems[number]] + repeated
@@ -48,14 +64,55 @@ def _repeated_shards(manifest: Manifest) -> list[str]:
     for number, shard in enumerate(manifest.shards):
         first = first_by_sha256.setdefault(shard.sha256, number)
         if first != number:
-            problems.append(f"{manifest.shard_path(number)}: same content as {manifest.shard_path(first)}")
+            names = [shown(manifest.shard_location(repeated)) for repeated in (number, first)]
+            problems.append(f"{names[0]}: same content as {names[1]}")
     return problems
 
 
-def _verify_shard(manifest: Manifest, number: int, report: Report) -> list[str]:
-    problems = _shard_problems(manifest, number, report)
-    report(manifest.shards[number].num_samples)
+@dataclass(frozen=True)
+class _Data:
+    """What is verified, and if some of it is remote, how it is opened."""
+
+    manifest: Manifest
+    store: ShardStore | None
+    are_copies_temporary: bool = False
+
+
+def _verify_shard(data: _Data, number: int, report: Report) -> list[str]:
+    if shard_files(data.manifest, number):
+        problems = _remote_shard_problems(data, number, report)
+    else:
+        problems = _shard_problems(data.manifest, number, report)
+    report(data.manifest.shards[number].num_samples)
     return problems
+
+
+def _remote_shard_problems(data: _Data, number: int, report: Report) -> list[str]:
+    """The problems of a shard at a URL, found in a copy of it."""
+    assert data.store is not None
+    assert data.store.cache is not None
+    copies: dict[str, CachedFile] = {}
+    try:
+        for file in shard_files(data.manifest, number):
+            copies[file.url] = data.store.cache.open(file)
+
+        def local_path(location: Location) -> str:
+            return str(copies[location].path if isinstance(location, str) else location)
+
+        shard = data.manifest.shards[number]
+        index = replace(shard.index, url=local_path(data.manifest.index_location(number)))
+        local = replace(shard, url=local_path(data.manifest.shard_location(number)), index=index)
+        problems = _shard_problems(Manifest.create(data.manifest.modalities, [local], {}), 0, report)
+        for url, copy in copies.items():
+            problems = [problem.replace(str(copy.path), shown(url)) for problem in problems]
+        return problems
+    except DataError as error:
+        return [str(error)]
+    finally:
+        for copy in copies.values():
+            if data.are_copies_temporary:
+                copy.path.unlink(missing_ok=True)
+            copy.close()
 
 
 def _shard_problems(manifest: Manifest, number: int, report: Report) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jmvae_dist.data.loader import EvaluationLoader, OnBadSample
 from jmvae_dist.data.manifest import Manifest
-from jmvae_dist.data.reader import Verify
+from jmvae_dist.data.store import RemoteAccess, Verify
 from jmvae_dist.data.views import View
 from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.evaluation.evaluate import evaluate_batches, evaluation_mode, finalize
@@ -32,6 +32,7 @@ def evaluate_together(
     verify: Verify = "first_use",
     threads: int = 1,
     on_bad_sample: OnBadSample = "stop",
+    access: RemoteAccess | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Metrics over every sample of `manifest` exactly once, split over all ranks; equal on every rank.
@@ -47,6 +48,7 @@ def evaluate_together(
         verify: When shards' sha256 are checked; see `config.DataSection`.
         threads: Threads that decode images, texts and JSON.
         on_bad_sample: `mask` leaves samples out that cannot be read, and counts them in `eval/masked_samples`.
+        access: How remote shards are read.
         progress: Called after each batch of this rank with its number of samples.
 
     Returns:
@@ -64,6 +66,7 @@ def evaluate_together(
         verify=verify,
         threads=threads,
         on_bad_sample=on_bad_sample,
+        access=access,
     )
     with collectives.together():
         sums = evaluate_batches(model, loader, seed=seed, joint_nll_samples=joint_nll_samples, progress=progress)
@@ -83,6 +86,7 @@ def save_figures(
     num_samples: int,
     seed: int,
     verify: Verify = "first_use",
+    access: RemoteAccess | None = None,
 ) -> dict[str, Path]:
     """Draw reconstructions, cross-modal generation from every modality, and samples of the prior; on one rank.
 
@@ -94,11 +98,20 @@ def save_figures(
         num_samples: Samples per figure.
         seed: Of the posterior's and the prior's samples.
         verify: When shards' sha256 are checked; see `config.DataSection`.
+        access: How remote shards are read.
 
     Returns:
         Name -> path.
     """
-    loader = EvaluationLoader(manifest, rank=0, world_size=1, batch_size=num_samples, views=views, verify=verify)
+    loader = EvaluationLoader(
+        manifest,
+        rank=0,
+        world_size=1,
+        batch_size=num_samples,
+        views=views,
+        verify=verify,
+        access=access,
+    )
     inputs = next(iter(loader)).inputs
     with evaluation_mode(model):
         figures = {"reconstruction": reconstruction_figure(model, inputs, max_samples=num_samples)}

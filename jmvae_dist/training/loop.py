@@ -17,6 +17,7 @@ from jmvae_dist.checkpoint.manager import CheckpointManager
 from jmvae_dist.config_io import to_plain
 from jmvae_dist.data.loader import TrainLoader, decode_threads
 from jmvae_dist.data.plan import check_same_order
+from jmvae_dist.data.store import RemoteAccess
 from jmvae_dist.distributed.runtime import Runtime
 from jmvae_dist.errors import (
     EXIT_DONE,
@@ -284,7 +285,14 @@ class Trainer:
     def _batches(self) -> CheckedBatches:
         """The remaining batches of this rank; raises on all ranks if one of them cannot even begin."""
         process, data = self.runtime.process, self.run.config.data
+        fingerprint = self.run.train_manifest.fingerprint
+        of_main = self.runtime.collectives.broadcast(fingerprint)
         with self.runtime.collectives.together():
+            if fingerprint != of_main:
+                raise DataError(
+                    f"{data.train_manifest}: rank {process.rank} has read fingerprint {fingerprint}, rank 0 has read "
+                    f"{of_main}; do all nodes see the same file, and was it replaced at the start of the run?"
+                )
             loader = TrainLoader(
                 self.run.train_manifest,
                 self.run.plan,
@@ -295,6 +303,7 @@ class Trainer:
                 threads=decode_threads(data.decode_threads, data.workers),
                 verify=data.verify,
                 on_bad_sample=data.on_bad_sample,
+                access=self._remote_access(),
                 pin_memory=self.runtime.device.type == "cuda",
             )
             lanes = self.run.plan.lanes_of_rank(process.rank, process.world_size)
@@ -303,6 +312,9 @@ class Trainer:
             batches.fetch_ahead()
             batches.raise_failure()
         return batches
+
+    def _remote_access(self) -> RemoteAccess:
+        return RemoteAccess(self.run.config.data.cache, self.run.config.data.remote)
 
     def _is_multiple_of(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.global_step % every_steps == 0
@@ -542,6 +554,7 @@ class Trainer:
                 verify=data.verify,
                 threads=decode_threads(data.decode_threads, workers=0),
                 on_bad_sample=data.on_bad_sample,
+                access=self._remote_access(),
                 progress=advance,
             )
 
@@ -561,6 +574,7 @@ class Trainer:
                     num_samples=self.run.config.evaluation.figure_samples,
                     seed=self.run.config.training.seed,
                     verify=self.run.config.data.verify,
+                    access=self._remote_access(),
                 )
             except DataError:
                 raise

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jmvae_dist.config import JMVAEConfig, RunConfig
+from jmvae_dist.config import DataSection, JMVAEConfig, RunConfig
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan, default_lanes
+from jmvae_dist.data.urls import is_remote, shown
 from jmvae_dist.data.views import View, make_views
 from jmvae_dist.distributed.deepspeed_config import build_config
 from jmvae_dist.errors import ConfigError
@@ -78,10 +79,10 @@ def resolve_run(config: RunConfig, world_size: int) -> ResolvedRun:
         ConfigError: The configuration does not fit the data or the number of processes.
         DataError: A manifest is damaged.
     """
-    train_manifest = _load_manifest("data.train_manifest", config.data.train_manifest)
+    train_manifest = _load_manifest("data.train_manifest", config.data.train_manifest, config.data)
     eval_manifest = None
     if config.data.eval_manifest is not None:
-        eval_manifest = _load_manifest("data.eval_manifest", config.data.eval_manifest)
+        eval_manifest = _load_manifest("data.eval_manifest", config.data.eval_manifest, config.data)
     selected = train_manifest.select(config.data.modalities)
     views = {view.name: view for view in _make_views(config, selected)}
     model_config = config.model.resolve({name: view.shape for name, view in views.items()})
@@ -231,7 +232,7 @@ def check_held_out(train_manifest: Manifest, eval_manifest: Manifest) -> None:
         ConfigError: The two manifests are the same data.
     """
     train_shards = {shard.sha256 for shard in train_manifest.shards}
-    shared = [shard.url for shard in eval_manifest.shards if shard.sha256 in train_shards]
+    shared = [shown(shard.url) for shard in eval_manifest.shards if shard.sha256 in train_shards]
     if shared:
         raise ConfigError(
             f"data.eval_manifest: shard {shared[0]} is also one of data.train_manifest; held-out samples must not be "
@@ -289,11 +290,26 @@ def describe_changes(saved: dict[str, Any], current: dict[str, Any], prefix: str
     return changes
 
 
-def _load_manifest(key: str, path: str) -> Manifest:
+def _load_manifest(key: str, path: str, data: DataSection) -> Manifest:
     try:
-        return Manifest.load(Path(path).expanduser())
+        manifest = Manifest.load(path if is_remote(path) else Path(path).expanduser(), data.remote)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from None
+    if manifest.has_remote_shards:
+        _check_remote_shards(key, manifest, data)
+    return manifest
+
+
+def _check_remote_shards(key: str, manifest: Manifest, data: DataSection) -> None:
+    if data.cache.dir is None and data.verify == "always":
+        raise ConfigError(
+            f"data.verify: 'always' needs whole shards, and some of {key} are at URLs; set data.cache.dir"
+        )
+    largest = max(shard.num_bytes + shard.index.num_bytes for shard in manifest.shards)
+    if data.cache.max_bytes is not None and data.cache.max_bytes < largest:
+        raise ConfigError(
+            f"data.cache.max_bytes: {data.cache.max_bytes} is less than the largest shard of {key} ({largest} bytes)"
+        )
 
 
 def _make_plan(config: RunConfig, manifest: Manifest, world_size: int) -> SamplePlan:

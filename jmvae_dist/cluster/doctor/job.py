@@ -18,9 +18,12 @@ import torch
 from jmvae_dist.checkpoint.layout import list_checkpoints
 from jmvae_dist.cluster.doctor.check import Check, Context, Gathered, find_outliers, group_by_value
 from jmvae_dist.cluster.doctor.table import Row
+from jmvae_dist.config import RemoteSection
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.plan import default_lanes
 from jmvae_dist.data.reader import ShardSet
+from jmvae_dist.data.store import RemoteAccess
+from jmvae_dist.data.transfer import RemoteFile
 from jmvae_dist.data.views import SampleKeys
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.model import JMVAE
@@ -132,10 +135,11 @@ def _gather_shards(context: Context) -> dict[str, Any]:
     if run.eval_manifest is not None:
         manifests["data.eval_manifest"] = run.eval_manifest
     deadline_s = time.monotonic() + _LOOK_S
-    return {key: _look_at_shards(manifest, deadline_s) for key, manifest in manifests.items()}
+    remote = run.config.data.remote
+    return {key: _look_at_shards(manifest, remote, deadline_s) for key, manifest in manifests.items()}
 
 
-def _look_at_shards(manifest: Manifest, deadline_s: float) -> dict[str, Any]:
+def _look_at_shards(manifest: Manifest, remote: RemoteSection, deadline_s: float) -> dict[str, Any]:
     """Whether shards and indexes are there with the right size; evenly spread ones, if there are many."""
     number = len(manifest.shards)
     stride = math.ceil(number / _SHARDS_LOOKED_AT)
@@ -145,18 +149,22 @@ def _look_at_shards(manifest: Manifest, deadline_s: float) -> dict[str, Any]:
             break
         looked_at += 1
         shard = manifest.shards[shard_number]
-        for path, num_bytes in (
-            (manifest.shard_path(shard_number), shard.num_bytes),
-            (manifest.index_path(shard_number), shard.index.num_bytes),
+        for location, num_bytes in (
+            (manifest.shard_location(shard_number), shard.num_bytes),
+            (manifest.index_location(shard_number), shard.index.num_bytes),
         ):
             try:
-                actual = path.stat().st_size
-                if not os.access(path, os.R_OK):
-                    problems.append(f"{path}: may not be read")
-                elif actual != num_bytes:
-                    problems.append(f"{path}: {actual:,} bytes, the manifest says {num_bytes:,}")
+                if isinstance(location, str):
+                    # The answer states the size of the whole file, which is checked.
+                    RemoteFile(location, num_bytes, f"shard {shard_number}", remote).read_range(0, 1)
+                elif location.stat().st_size != num_bytes:
+                    problems.append(f"{location}: {location.stat().st_size:,} bytes, the manifest says {num_bytes:,}")
+                elif not os.access(location, os.R_OK):
+                    problems.append(f"{location}: may not be read")
             except OSError as error:
-                problems.append(f"{path}: {error.strerror}")
+                problems.append(f"{location}: {error.strerror}")
+            except DataError as error:
+                problems.append(str(error))
     return {"num_shards": number, "looked_at": looked_at, "num_problems": len(problems), "problems": problems[:3]}
 
 
@@ -184,7 +192,8 @@ def _gather_read_speed(context: Context) -> dict[str, Any]:
     # Of pictures that differ in size only the shards tell how large they are.
     sizes = [view.modality.stored_bytes or manifest.num_bytes // manifest.num_samples for view in views]
     stored_bytes = max(1, sum(sizes))
-    reader = ShardSet(manifest, "never")
+    access = RemoteAccess(run.config.data.cache, run.config.data.remote)
+    reader = ShardSet(manifest, "never", access=access)
     _drop_cached(run, lanes)
     samples, start_s = 0, time.monotonic()
     try:

@@ -19,6 +19,7 @@ from jmvae_dist.distributed.environment import ProcessInfo
 from jmvae_dist.errors import ConfigError, LaunchError
 from jmvae_dist.model import JMVAE
 from tests.conftest import ROOT
+from tests.faulty_server import Fault, serving
 
 SINGLE = ProcessInfo(rank=0, world_size=1, local_rank=0, launcher="single")
 
@@ -89,6 +90,20 @@ def test_shards_that_are_missing_or_truncated_are_found(
     assert any(str(shard) in problem and "the manifest says" in problem for problem in problems)
     assert any("No such file" in problem for problem in problems)
     assert "truncated" in results["read speed"]["error"]
+
+
+def test_shards_at_urls_are_looked_at(make_context: Callable[..., Context], digits: Path) -> None:
+    with serving(digits) as server:
+        settings = ["--data.train_manifest", f"{server.url}/train/manifest.json"]
+        results = gather(make_context(*settings), "shards", "read speed")
+        assert results["shards"]["facts"]["data.train_manifest"]["num_problems"] == 0
+        assert results["read speed"]["facts"]["samples"] > 0
+        server.always["/train/shard-000001.tar"] = Fault(404)
+        server.always["/train/shard-000000.tar.index"] = Fault(content=b"short")
+        facts = gather(make_context(*settings), "shards")["shards"]["facts"]["data.train_manifest"]
+    assert facts["num_problems"] == 2
+    assert "5 bytes, the manifest says" in facts["problems"][0]
+    assert "answered 404" in facts["problems"][1]
 
 
 def test_space_is_that_of_the_checkpoints_and_nothing_is_left_behind(

@@ -18,7 +18,8 @@ from data_examples import npy_bytes
 from jmvae_dist.data.loader import Batch, EvaluationLoader, TrainLoader
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan
-from jmvae_dist.data.reader import ShardReader, Verify
+from jmvae_dist.data.reader import ShardReader
+from jmvae_dist.data.store import ShardBytes, Verify
 from jmvae_dist.data.views import make_views
 from jmvae_dist.errors import ConfigError, DataError
 
@@ -165,9 +166,9 @@ def test_shards_stay_open_while_lanes_read_them(
     opened: list[int] = []
 
     class CountedReader(ShardReader):
-        def __init__(self, manifest: Manifest, shard_number: int, verify: Verify) -> None:
+        def __init__(self, manifest: Manifest, shard_number: int, verify: Verify, content: ShardBytes) -> None:
             opened.append(shard_number)
-            super().__init__(manifest, shard_number, verify)
+            super().__init__(manifest, shard_number, verify, content)
 
     monkeypatch.setattr("jmvae_dist.data.reader.ShardReader", CountedReader)
     plan = SamplePlan(manifest.shard_sizes, 12, 4, 25, seed=5)
