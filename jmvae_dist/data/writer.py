@@ -11,8 +11,6 @@ depend on the source and the options alone.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import glob
 import hashlib
 import io
@@ -20,8 +18,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +26,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from jmvae_dist.data.exclusive import locked, os_errors_explained
 from jmvae_dist.data.index import MAX_MEMBER_BYTES, RECORD_DTYPE, index_bytes
 from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard, check_distinct_names
 from jmvae_dist.data.philox import PURPOSE_PACKING, permutation
@@ -83,7 +81,7 @@ def write_shards(
     if workers is None:
         sample_bytes = sum(modality.stored_bytes for modality in source.modalities)
         workers = default_workers(len(source), len(source) * sample_bytes)
-    with _os_errors_explained(out), _locked(out) as is_locked:
+    with os_errors_explained(out), locked(out) as is_locked:
         existing = _existing_manifest(out, overwrite)
         if existing is not None and not overwrite and _differs_at_a_glance(existing, source):
             raise _other_content(out)
@@ -347,60 +345,6 @@ def _is_intact(manifest: Manifest) -> bool:
             for number, shard in enumerate(manifest.shards)
         )
     except (OSError, DataError):
-        return False
-
-
-@contextmanager
-def _os_errors_explained(out: Path) -> Iterator[None]:
-    """A full or read-only disk is not a defect of this program: one line instead of a traceback."""
-    try:
-        yield
-    except OSError as error:
-        about = f" ({error.filename})" if error.filename is not None else ""
-        raise ConfigError(f"cannot write --out {out}: {error.strerror or error}{about}") from None
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[bool]:
-    """Keep other writers away from `out`; yields False where the file system has no locks.
-
-    Raises:
-        ConfigError: another process writes to `out`.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path = out.with_name(f".{out.name}.lock")
-    while True:
-        with open(path, "ab") as lock:
-            is_locked = _lock(lock, out)
-            # The previous owner may have removed the file between its opening and its locking here.
-            if is_locked and not _is_same_file(lock, path):
-                continue
-            try:
-                yield is_locked
-            finally:
-                if is_locked:
-                    path.unlink(missing_ok=True)
-            return
-
-
-def _lock(lock: BinaryIO, out: Path) -> bool:
-    """Lock an open file until it is closed; False where the file system has no locks."""
-    try:
-        # Unlike `flock`, record locks also hold between the nodes of a network file system.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise ConfigError(f"another process is writing to {out}; wait for it, or choose another --out") from None
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            return False
-        raise
-    return True
-
-
-def _is_same_file(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
         return False
 
 
