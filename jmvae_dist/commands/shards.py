@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 from jmvae_dist.commands.cli import add_cache_option, make_parser, remote_access
+from jmvae_dist.commands.options import named_number, positive
+from jmvae_dist.commands.shards_index import add_index_parser, requests_of
 from jmvae_dist.data.manifest import Manifest, Modality, printable
 from jmvae_dist.data.sources.base import SPLITS, Source
 from jmvae_dist.data.urls import shown
@@ -36,13 +37,14 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     write = verbs.add_parser("write", help="write a source as tar shards with indexes and a manifest")
     _add_sources(write)
+    add_index_parser(verbs, _index)
     show = verbs.add_parser("show", help="print what a manifest describes")
     show.add_argument("manifest", help="path or URL of a manifest.json")
     show.set_defaults(run=_show)
     verify = verbs.add_parser("verify", help="check every byte and every sample; exit code 1 if anything is wrong")
     verify.add_argument("manifest", help="path or URL of a manifest.json")
     add_cache_option(verify)
-    verify.add_argument("--workers", type=_positive, help="processes (default: the available CPUs)")
+    verify.add_argument("--workers", type=positive, help="processes (default: the available CPUs)")
     verify.set_defaults(run=_verify)
     return parser
 
@@ -80,10 +82,10 @@ def _add_sources(write: argparse.ArgumentParser) -> None:
         help="integer arrays to store as class indices of K classes (the model sees one-hot vectors); default K: "
         "the largest index of the file + 1, so give K if another file lacks the last class",
     )
-    npz.add_argument("--offset", type=_named_number, action="append", default=[], metavar="NAME=NUMBER")
+    npz.add_argument("--offset", type=named_number, action="append", default=[], metavar="NAME=NUMBER")
     npz.add_argument(
         "--scale",
-        type=_named_number,
+        type=named_number,
         action="append",
         default=[],
         metavar="NAME=NUMBER",
@@ -111,20 +113,10 @@ def _add_split_options(parser: argparse.ArgumentParser, test_fraction: float | N
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--split", choices=SPLITS, default="train", help="default train; npz has none")
-    parser.add_argument("--samples-per-shard", type=_positive, help="at most; the default depends on the source")
+    parser.add_argument("--samples-per-shard", type=positive, help="at most; the default depends on the source")
     parser.add_argument("--shuffle-seed", type=int, default=0, help="permutes samples before packing; default 0")
-    parser.add_argument("--workers", type=_positive, help="processes (default: the available CPUs, 1 if faster)")
+    parser.add_argument("--workers", type=positive, help="processes (default: the available CPUs, 1 if faster)")
     parser.add_argument("--overwrite", action="store_true", help="replace shards of other content in DIR")
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return value
 
 
 def _class_modalities(text: str) -> dict[str, int | None]:
@@ -133,19 +125,8 @@ def _class_modalities(text: str) -> dict[str, int | None]:
         name, separator, number = entry.partition("=")
         if not name or name in classes:
             raise argparse.ArgumentTypeError(f"{text!r} must name each array once, as NAME or NAME=K")
-        classes[name] = _positive(number) if separator else None
+        classes[name] = positive(number) if separator else None
     return classes
-
-
-def _named_number(text: str) -> tuple[str, float]:
-    name, separator, number = text.partition("=")
-    try:
-        value = float(Fraction(number))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        value = None
-    if not separator or not name or value is None:
-        raise argparse.ArgumentTypeError(f"{text!r} must have the form NAME=NUMBER, such as image=1/255")
-    return name, value
 
 
 def _digits(arguments: argparse.Namespace) -> Source:
@@ -207,6 +188,34 @@ def _write(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _index(arguments: argparse.Namespace) -> int:
+    from jmvae_dist.data.indexer import index_shards, infer_from
+    from jmvae_dist.data.shard_lists import expand_shards
+
+    shards = expand_shards(arguments.shards)
+    result = index_shards(
+        shards,
+        arguments.out,
+        requests_of(arguments, lambda: infer_from(shards[0])),
+        incomplete=arguments.incomplete,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+    )
+    manifest = result.manifest
+    what = "indexed" if result.written else "already there, unchanged:"
+    print(
+        f"{what} {manifest.num_samples:,} samples in {len(manifest.shards):,} shards "
+        f"({format_bytes(manifest.num_bytes)}): {manifest.path}"
+    )
+    print()
+    _print_modalities(manifest)
+    if result.notes:
+        print()
+    for note in result.notes:
+        print(f"note: {printable(note)}")
+    return 0
+
+
 def _show(arguments: argparse.Namespace) -> int:
     manifest = Manifest.load(arguments.manifest)
     sizes = manifest.shard_sizes
@@ -225,16 +234,21 @@ def _show(arguments: argparse.Namespace) -> int:
             text = entry if isinstance(entry, str) else json.dumps(entry)
             print(f"{'source':<12} {printable(f'{key}: {text}')}")
     print()
+    _print_modalities(manifest)
+    return 0
+
+
+def _print_modalities(manifest: Manifest) -> None:
     _print_table(
-        ("modality", "encoding", "dtype", "shape", "model sees"),
+        ("modality", "member", "encoding", "dtype", "shape", "model sees"),
         [_modality_row(modality) for modality in manifest.modalities],
     )
-    return 0
 
 
 def _modality_row(modality: Modality) -> tuple[str, ...]:
     shape = "x".join("?" if size is None else str(size) for size in modality.shape) or "scalar"
-    return modality.name, modality.encoding, modality.dtype, shape, _transform(modality)
+    member = "|".join(modality.extensions) + (f": {modality.field}" if modality.field is not None else "")
+    return modality.name, member, modality.encoding, modality.dtype, shape, _transform(modality)
 
 
 def _transform(modality: Modality) -> str:

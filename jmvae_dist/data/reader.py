@@ -126,6 +126,16 @@ class ShardReader:
         columns = np.array([self._columns[modality] for modality in modalities])
         return self._records_NM[index_B[:, None], columns]
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities, in the order of the index."""
+        return tuple(self._columns)
+
+    @property
+    def records(self) -> np.ndarray:
+        """The index: fields `offset` and `size`, (samples, modalities)."""
+        return self._records_NM
+
     def location(self, index: int, modality: str) -> tuple[int, int]:
         """Offset and size in bytes of a member's content in the tar."""
         record = self._records_NM[index, self._columns[modality]]

@@ -41,6 +41,7 @@ _REFUSED = {
 }
 _EXTENDED = b"LKxg"
 _END = b""
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _MAX_LENGTH_DIGITS = 8
 _ADLER_MODULUS = 65521
 _OCTAL = re.compile(rb"[0-7]{1,12}")
@@ -163,13 +164,13 @@ class TarScanner:
         """Type and size of a sound header."""
         if len(header) < BLOCK_BYTES:
             what = "has no end marker" if not header else "ends within a header"
-            self._fail(start, f"{what}: the file is cut off")
+            self._fail(start, f"{what}: the file is cut off" if start or not header else _what_else(header))
         stated = _octal(header[148:156])
         if stated is None or stated % _ADLER_MODULUS != _byte_sum(header):
             # Some old programs added the bytes up as signed numbers.
             signed = sum(byte - 256 if byte > 127 else byte for byte in _without_checksum(header))
             if stated is None or stated != signed:
-                self._fail(start, "damaged header (its checksum is wrong)" if start else "not a tar file")
+                self._fail(start, "damaged header (its checksum is wrong)" if start else _what_else(header))
         if header[257:265] not in (_MAGIC_USTAR, _MAGIC_GNU, _MAGIC_V7):
             self._fail(start, f"a tar of an unknown format ({header[257:265]!r})")
         return header[156:157], self._size(header[124:136], start)
@@ -286,6 +287,13 @@ class TarScanner:
 
     def _fail(self, offset: int, problem: str) -> NoReturn:
         raise DataError(f"{self._path}: byte {offset}: {printable(problem)}")
+
+
+def _what_else(start: bytes) -> str:
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            return f"a {name} file: samples in a compressed tar cannot be reached one by one; decompress it"
+    return "not a tar file"
 
 
 def _octal(field: bytes) -> int | None:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import io
 import math
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jmvae_dist.config import CacheSection
 from jmvae_dist.data.cache import CachedFile
+from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import index_num_bytes, read_index
-from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.data.inspection import ModalityRequest
+from jmvae_dist.data.manifest import Manifest, Modality, printable
 from jmvae_dist.data.processes import Report, default_workers, run_in_processes
 from jmvae_dist.data.reader import ShardReader
 from jmvae_dist.data.store import RemoteAccess, ShardStore, shard_files
 from jmvae_dist.data.urls import Location, shown
+from jmvae_dist.data.shard_scan import ShardScan, is_complete, scan_shard
 from jmvae_dist.errors import DataError
 from jmvae_dist.files import sha256_of
 from jmvae_dist.progress import progress
@@ -139,46 +141,81 @@ def _shard_problems(manifest: Manifest, number: int, report: Report) -> list[str
     except DataError as error:
         return [*problems, str(error)] if str(error) not in problems else problems
     try:
-        layout_problems = _check_layout(manifest, number, reader)
+        layout_problems, is_plain = _check_layout(manifest, number, reader)
         problems += layout_problems
         problems += _check_values(manifest.modalities, reader, report)
-        # Plain webdataset trusts a tar's own sizes, so it only gets one whose members are what the index
-        # says.
-        if not layout_problems:
+        # Plain webdataset trusts a tar's own sizes, so it only gets one whose members are what the index says.
+        if is_plain:
             problems += _check_webdataset(manifest.modalities, reader)
     finally:
         reader.close()
     return problems
 
 
-def _check_layout(manifest: Manifest, number: int, reader: ShardReader) -> list[str]:
-    """The tar's own headers against the index: names, places and sizes of all members."""
+def _check_layout(manifest: Manifest, number: int, reader: ShardReader) -> tuple[list[str], bool]:
+    """What the tar itself says of its samples against the index: how many there are, and where their members lie.
+
+    Returns:
+        What is wrong, and whether plain webdataset should see the same samples: it does not if members of a sample
+        are not adjacent, or if there is more in the tar than the samples of the index.
+    """
     path = reader.path
-    found: dict[str, tuple[int, int]] = {}
+    indexed = _IndexedBy.of(manifest)
+    requests = [
+        ModalityRequest(
+            modality.name, modality.extensions, modality.encoding, modality.num_classes, field=modality.field
+        )
+        for modality in manifest.modalities
+    ]
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # keeps memory flat
-                if not member.isreg() or member.issparse():
-                    return [f"{path}: member {member.name!r} is not a plain file"]
-                if member.name in found:
-                    return [f"{path}: member {member.name!r} occurs twice"]
-                found[member.name] = member.offset_data, member.size
-    except (tarfile.TarError, OSError) as error:
-        return [f"{path}: not a readable tar: {error}"]
-    expected_members = reader.num_samples * len(manifest.modalities)
-    if len(found) != expected_members:
-        return [f"{path}: the tar has {len(found)} members, expected {expected_members}"]
-    for index in range(reader.num_samples):
-        keys = {reader.key(index, modality.name) for modality in manifest.modalities}
-        if len(keys) != 1:
-            return [f"{path}: sample {index}: the index joins members of different keys: {sorted(keys)}"]
-        (key,) = keys
-        for modality in manifest.modalities:
-            names = [f"{key}.{extension}" for extension in modality.extensions]
-            if reader.location(index, modality.name) not in [found.get(name) for name in names]:
-                return [f"{path}: sample {index}: the index does not lead to member {' or '.join(map(repr, names))}"]
-    return []
+        with open_regular(path) as file:
+            scan = scan_shard(file, str(path), requests, inspect=indexed.without_unreadable)
+    except (DataError, OSError) as error:
+        return [str(error)], False
+    findings = scan.findings
+    others = findings.skipped + sum(findings.ignored.values())
+    if others and not indexed.foreign:
+        extensions = ", ".join(printable(extension) for extension in sorted(findings.ignored)[:3])
+        return [f"{path}: the tar has {others} members of no sample (extensions: {extensions or 'none'})"], False
+    problem = _compare_index(scan, reader, indexed)
+    is_plain = not others and not findings.incomplete.count and not findings.scattered.count
+    return ([], is_plain) if problem is None else ([f"{path}: {problem}"], False)
+
+
+def _compare_index(scan: ShardScan, reader: ShardReader, indexed: _IndexedBy) -> str | None:
+    rows = np.arange(len(scan.keys))
+    if not indexed.with_incomplete:
+        rows = np.flatnonzero(is_complete(scan.records))
+    if len(rows) != reader.num_samples:
+        return f"the tar has {len(rows)} samples, the index {reader.num_samples}"
+    differs = np.flatnonzero((scan.records[rows] != reader.records).any(axis=1))
+    if not len(differs):
+        return None
+    index = int(differs[0])
+    keys = {reader.key(index, modality) for modality in reader.modalities}
+    if len(keys) > 1:
+        return f"sample {index}: the index joins members of different keys: {sorted(keys)}"
+    return f"sample {index}: the index does not lead to the members of {printable(scan.keys[rows[index]])!r}"
+
+
+class _IndexedBy(NamedTuple):
+    """How the index of a data set was made, as far as it matters for what may be in its tars.
+
+    Attributes:
+        foreign: the tars may hold more than the data set.
+        with_incomplete: samples may lack members.
+        without_unreadable: members that cannot be read count as missing.
+    """
+
+    foreign: bool
+    with_incomplete: bool
+    without_unreadable: bool
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> _IndexedBy:
+        foreign = manifest.source.get("name") == "index"
+        incomplete = manifest.source.get("incomplete")
+        return cls(foreign, foreign and incomplete == "keep", foreign and incomplete in ("keep", "skip"))
 
 
 def _chunks(modalities: Sequence[Modality], num_samples: int) -> Iterator[np.ndarray]:

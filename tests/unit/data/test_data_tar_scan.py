@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import subprocess
@@ -121,7 +122,8 @@ def special(kind: bytes, **attributes: object) -> bytes:
     ("content", "message"),
     [
         (b"", "has no end marker: the file is cut off"),
-        (b"<html><body>404 Not Found</body></html>", "ends within a header"),
+        (b"<html><body>404 Not Found</body></html>", "not a tar file"),
+        (gzip.compress(make_tar(EXAMPLE)), "a gzip file: samples in a compressed tar"),
         (b"<html>" * 200, "not a tar file"),
         (make_tar(EXAMPLE) + make_tar(EXAMPLE), "something follows the end marker"),
         (make_tar({"a.txt": b"1"})[:1024] + bytes(512), "half an end marker"),
