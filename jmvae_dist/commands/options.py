@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from fractions import Fraction
 
 
@@ -35,3 +36,16 @@ def named_number(text: str) -> tuple[str, float]:
     if not separator or not name or value is None:
         raise argparse.ArgumentTypeError(f"{text!r} must have the form NAME=NUMBER, such as image=1/255")
     return name, value
+
+
+def num_bytes(text: str) -> int:
+    """A number of bytes: 1000000, 200MB, 1.5GiB."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kKMGT]?)(i?)B?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of bytes, such as 200MB or 1GiB")
+    number, prefix, binary = match.groups()
+    base = 1024 if binary else 1000
+    value = int(Fraction(number) * base ** "_KMGT".index(prefix.upper() or "_"))
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at least 1 byte")
+    return value

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 from jmvae_dist.commands.cli import add_cache_option, make_parser, remote_access
-from jmvae_dist.commands.options import named_number, positive
+from jmvae_dist.commands.options import named_number, num_bytes, positive
+from jmvae_dist.commands.shards_files import add_csv_parser, add_folder_parser, check_split
 from jmvae_dist.commands.shards_index import add_index_parser, requests_of
 from jmvae_dist.data.manifest import Manifest, Modality, printable
 from jmvae_dist.data.sources.base import SPLITS, Source
 from jmvae_dist.data.urls import shown
-from jmvae_dist.errors import ConfigError
 from jmvae_dist.progress import format_bytes
 
 SUMMARY = "write, inspect and verify sharded data"
@@ -95,11 +95,15 @@ def _add_sources(write: argparse.ArgumentParser) -> None:
     _add_split_options(npz, None)
     npz.set_defaults(source=_npz)
 
-    for source in (digits, mnist, mfeat, npz):
+    folder, table = add_folder_parser(sources), add_csv_parser(sources)
+    for source in (folder, table):
+        _add_split_options(source, None)
+    for source in (digits, mnist, mfeat, npz, folder, table):
         _add_output_options(source)
         source.set_defaults(run=_write)
-    # A default would let the whole file become the test split as well as the train split.
-    npz.set_defaults(split=None)
+    # A default would let all samples become the test split as well as the train split.
+    for source in (npz, folder, table):
+        source.set_defaults(split=None)
 
 
 def _add_split_options(parser: argparse.ArgumentParser, test_fraction: float | None) -> None:
@@ -112,8 +116,11 @@ def _add_split_options(parser: argparse.ArgumentParser, test_fraction: float | N
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="default train; npz has none")
+    parser.add_argument(
+        "--split", choices=SPLITS, default="train", help="default train; none for npz, folder and csv"
+    )
     parser.add_argument("--samples-per-shard", type=positive, help="at most; the default depends on the source")
+    parser.add_argument("--bytes-per-shard", type=num_bytes, metavar="SIZE", help="about, such as 200MB or 1GiB")
     parser.add_argument("--shuffle-seed", type=int, default=0, help="permutes samples before packing; default 0")
     parser.add_argument("--workers", type=positive, help="processes (default: the available CPUs, 1 if faster)")
     parser.add_argument("--overwrite", action="store_true", help="replace shards of other content in DIR")
@@ -152,11 +159,7 @@ def _mfeat(arguments: argparse.Namespace) -> Source:
 def _npz(arguments: argparse.Namespace) -> Source:
     from jmvae_dist.data.sources.npz import load_npz_source
 
-    if arguments.split is None or (arguments.test_fraction is None) != arguments.file_is_split:
-        raise ConfigError(
-            "npz: name the split to write, --split train|test, and either --test-fraction F (F of the file are the "
-            "test split) or --file-is-split (the file holds the samples of that split only)"
-        )
+    check_split(arguments, "--file-is-split", arguments.file_is_split)
     return load_npz_source(
         arguments.file,
         arguments.split,
@@ -176,6 +179,7 @@ def _write(arguments: argparse.Namespace) -> int:
         source,
         arguments.out,
         samples_per_shard=arguments.samples_per_shard,
+        bytes_per_shard=arguments.bytes_per_shard,
         shuffle_seed=arguments.shuffle_seed,
         workers=arguments.workers,
         overwrite=arguments.overwrite,

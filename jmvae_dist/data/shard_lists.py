@@ -62,10 +62,11 @@ def _expand(argument: str) -> list[str]:
         return shards
     if not is_url(argument) and Path(argument).exists():
         return [argument]
-    return [shard for pattern in _expand_braces(argument) for shard in _expand_glob(pattern)]
+    return [shard for pattern in expand_braces(argument) for shard in _expand_glob(pattern)]
 
 
-def _expand_braces(argument: str) -> list[str]:
+def expand_braces(argument: str) -> list[str]:
+    """What `{a,b}` and `{00..99}` in a text stand for, in order; raises ConfigError if that is too much."""
     if "{" not in argument:
         return [argument]
     from braceexpand import braceexpand

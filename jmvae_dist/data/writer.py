@@ -31,14 +31,21 @@ from jmvae_dist.data.index import MAX_MEMBER_BYTES, RECORD_DTYPE, index_bytes
 from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard, check_distinct_names
 from jmvae_dist.data.philox import PURPOSE_PACKING, permutation
 from jmvae_dist.data.processes import Report, default_workers, run_in_processes
-from jmvae_dist.data.sources.base import Source, check_seed
+from jmvae_dist.data.sources.base import (
+    TAR_BLOCK_BYTES,
+    EncodedMember,
+    SampleValue,
+    Source,
+    check_finite,
+    check_seed,
+    member_bytes,
+)
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import fsync_path, sha256_of
 from jmvae_dist.progress import progress
 
 MANIFEST_NAME = "manifest.json"
 
-_TAR_BLOCK_BYTES = 512
 _TAR_NAME_BYTES = 100
 _OUR_FILES = re.compile(r"shard-\d{6,}\.tar(\.index)?|manifest\.json")
 
@@ -48,6 +55,7 @@ def write_shards(
     out: str | Path,
     *,
     samples_per_shard: int | None = None,
+    bytes_per_shard: int | None = None,
     shuffle_seed: int = 0,
     workers: int | None = None,
     overwrite: bool = False,
@@ -61,6 +69,7 @@ def write_shards(
         source: the raw samples.
         out: the folder; must not exist, be empty, or hold shards written earlier.
         samples_per_shard: at most; samples are spread evenly, so that no shard is nearly empty.
+        bytes_per_shard: in place of `samples_per_shard`: about how large a shard should be.
         shuffle_seed: raw data is often sorted by class, so samples are permuted before they are packed.
         workers: processes; by default the available CPUs, or one where that is faster.
         overwrite: replace existing shards of other content.
@@ -75,12 +84,10 @@ def write_shards(
     """
     # Symbolic links are resolved, so that the link stays and its target is replaced.
     out = Path(out).expanduser().resolve()
-    if samples_per_shard is None:
-        samples_per_shard = source.default_samples_per_shard
+    samples_per_shard = _samples_per_shard(source, samples_per_shard, bytes_per_shard)
     _check_options(source, samples_per_shard, shuffle_seed, workers)
     if workers is None:
-        sample_bytes = sum(modality.stored_bytes for modality in source.modalities)
-        workers = default_workers(len(source), len(source) * sample_bytes)
+        workers = default_workers(len(source), len(source) * source.sample_bytes)
     with os_errors_explained(out), locked(out) as is_locked:
         existing = _existing_manifest(out, overwrite)
         if existing is not None and not overwrite and _differs_at_a_glance(existing, source):
@@ -138,6 +145,16 @@ class _Job:
     path: Path
     start: int
     stop: int
+
+
+def _samples_per_shard(source: Source, samples_per_shard: int | None, bytes_per_shard: int | None) -> int:
+    if bytes_per_shard is None:
+        return source.default_samples_per_shard if samples_per_shard is None else samples_per_shard
+    if samples_per_shard is not None:
+        raise ConfigError("--samples-per-shard and --bytes-per-shard exclude each other")
+    if bytes_per_shard < 1:
+        raise ConfigError(f"--bytes-per-shard must be at least 1, not {bytes_per_shard}")
+    return max(1, round(bytes_per_shard / source.sample_bytes))
 
 
 def _check_options(source: Source, samples_per_shard: int, shuffle_seed: int, workers: int | None) -> None:
@@ -211,7 +228,7 @@ def _write_shard(packing: _Packing, job: _Job, report: Report) -> Shard:
         with TarWriter(hashing, encoder=False, mtime=0, user="", group="", compress=False) as tar:
             for row, index in enumerate(packing.order[job.start : job.stop].tolist()):
                 key, values = source.key(index), source.sample(index)
-                members = {encoder.extension: encoder.encode(key, values) for encoder in encoders}
+                members = dict(encoder.encode(key, values) for encoder in encoders)
                 start = tar.tarstream.offset
                 tar.write({"__key__": key, **members})
                 end = _record_members(records_NM[row], members, key, start)
@@ -244,9 +261,8 @@ def _record_members(records_M: np.ndarray, members: dict[str, bytes], key: str, 
         content_bytes = len(members[extension])
         if content_bytes > MAX_MEMBER_BYTES:
             raise DataError(f"{key}.{extension}: {content_bytes} bytes exceed the limit of 4 GiB per member")
-        records_M[columns[extension]] = (position + _TAR_BLOCK_BYTES, content_bytes)
-        padded_blocks = -(-content_bytes // _TAR_BLOCK_BYTES)
-        position += _TAR_BLOCK_BYTES * (1 + padded_blocks)
+        records_M[columns[extension]] = (position + TAR_BLOCK_BYTES, content_bytes)
+        position += member_bytes(content_bytes)
     return position
 
 
@@ -255,11 +271,10 @@ class _MemberEncoder:
 
     def __init__(self, modality: Modality) -> None:
         self.modality = modality
-        self.extension = modality.extension
         self._header = _npy_header(modality) if modality.encoding == "npy" else b""
 
-    def encode(self, key: str, values: Mapping[str, np.ndarray | int]) -> bytes:
-        """The bytes of this modality's member of one sample.
+    def encode(self, key: str, values: Mapping[str, SampleValue]) -> tuple[str, bytes]:
+        """Extension and bytes of this modality's member of one sample.
 
         Raises:
             DataError: the value is missing, not of the declared dtype, shape or classes, or not finite as stored
@@ -268,19 +283,23 @@ class _MemberEncoder:
         modality = self.modality
         if modality.name not in values:
             raise self._error(key, "is missing; every sample needs every modality")
+        value = values[modality.name]
+        if isinstance(value, EncodedMember):
+            assert value.extension in modality.extensions
+            return value
         if modality.encoding == "cls":
-            return self._encode_class(key, int(values[modality.name]))
-        array = np.asarray(values[modality.name])
+            return modality.extension, self._encode_class(key, int(value))
+        array = np.asarray(value)
         if (array.dtype, array.shape) != (np.dtype(modality.dtype), modality.shape):
             raise self._error(
                 key,
                 f"is {array.dtype} {list(array.shape)}, declared as {modality.dtype} {list(modality.shape)}",
             )
-        if not np.isfinite(modality.to_model(array[None])).all():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise self._error(key, "is not finite (NaN or infinite)")
-            raise self._error(key, "(value - offset) * scale, which the model sees, is not finite as float32")
-        return self._header + array.tobytes()
+        try:
+            check_finite(modality, array)
+        except ValueError as error:
+            raise self._error(key, str(error)) from None
+        return modality.extension, self._header + array.tobytes()
 
     def _encode_class(self, key: str, class_index: int) -> bytes:
         assert self.modality.num_classes is not None

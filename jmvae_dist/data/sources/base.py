@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,6 +13,25 @@ from jmvae_dist.data.philox import PURPOSE_SPLIT, permutation
 from jmvae_dist.errors import ConfigError
 
 SPLITS = ("train", "test")
+TAR_BLOCK_BYTES = 512
+
+_NPY_HEADER_BYTES = 128
+
+
+class EncodedMember(NamedTuple):
+    """A member that is stored as it is.
+
+    Attributes:
+        extension: one of those of its modality.
+        content: its bytes, which the source has checked.
+    """
+
+    extension: str
+    content: bytes
+
+
+SampleValue = np.ndarray | int | EncodedMember
+"""An array of the modality's dtype and shape, a class index for `cls`, or bytes that are stored as they are."""
 
 
 class Source(Protocol):
@@ -24,14 +43,19 @@ class Source(Protocol):
     @property
     def default_samples_per_shard(self) -> int: ...
 
+    @property
+    def sample_bytes(self) -> int:
+        """What a sample takes in a tar, on average."""
+        ...
+
     def __len__(self) -> int: ...
 
     def key(self, index: int) -> str:
         """The sample's name in the shards: unique, without dots or slashes, at most 50 characters."""
         ...
 
-    def sample(self, index: int) -> dict[str, np.ndarray | int]:
-        """Stored values by modality: an array of its dtype and shape, or a class index for `cls`."""
+    def sample(self, index: int) -> Mapping[str, SampleValue]:
+        """Stored values by modality."""
         ...
 
     def description(self) -> dict[str, Any]:
@@ -59,13 +83,18 @@ class ArraySource:
     default_samples_per_shard: int
     details: dict[str, Any]
 
+    @property
+    def sample_bytes(self) -> int:
+        headers = {"npy": _NPY_HEADER_BYTES, "cls": 0}
+        return sum(member_bytes(headers[modality.encoding] + modality.stored_bytes) for modality in self.modalities)
+
     def __len__(self) -> int:
         return len(self.rows)
 
     def key(self, index: int) -> str:
         return f"{self.name}-{self.split}-{int(self.rows[index]):08d}"
 
-    def sample(self, index: int) -> dict[str, np.ndarray | int]:
+    def sample(self, index: int) -> dict[str, SampleValue]:
         row = self.rows[index]
         return {
             modality.name: int(self.arrays[modality.name][row])
@@ -76,6 +105,20 @@ class ArraySource:
 
     def description(self) -> dict[str, Any]:
         return {"name": self.name, "split": self.split, **self.details}
+
+
+def member_bytes(content_bytes: int) -> int:
+    """What a member takes in a tar, with its header."""
+    return TAR_BLOCK_BYTES * (1 + -(-content_bytes // TAR_BLOCK_BYTES))
+
+
+def check_finite(modality: Modality, array: np.ndarray) -> None:
+    """Raise ValueError if a value, as stored or as the model sees it, is not finite."""
+    if np.isfinite(modality.to_model(array[None])).all():
+        return
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError("is not finite (NaN or infinite)")
+    raise ValueError("(value - offset) * scale, which the model sees, is not finite as float32")
 
 
 def split_rows(

@@ -184,6 +184,7 @@ class SourceWithoutLabels:
 
     modalities = (Modality("image", "float32", (1,)), Modality.classes("label", 2))
     default_samples_per_shard = 10
+    sample_bytes = 2048
 
     def __len__(self) -> int:
         return 2

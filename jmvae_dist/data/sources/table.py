@@ -1,0 +1,435 @@
+"""A CSV table: numbers, classes and texts in its cells, or paths of files."""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import math
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from jmvae_dist.data.files import open_regular
+from jmvae_dist.data.inspection import Facts, Inspector, ModalityRequest
+from jmvae_dist.data.manifest import MAX_CLASSES, Modality
+from jmvae_dist.data.sources.base import SampleValue, member_bytes, split_rows
+from jmvae_dist.data.sources.files import input_files
+from jmvae_dist.data.sources.packing import (
+    conclude_all,
+    default_samples_per_shard,
+    inspect_file,
+    make_inspectors,
+    pack_content,
+    pack_file,
+    request_for_files,
+)
+from jmvae_dist.errors import ConfigError, DataError
+from jmvae_dist.progress import progress
+
+KINDS = ("vector", "class", "text", "path")
+MAX_CLASS_NAMES = 1000
+
+_MAX_LINE_BYTES = 16 * 2**20
+_NPY_HEADER_BYTES = 128
+
+
+@dataclass(frozen=True)
+class Column:
+    """Where a modality is in the table.
+
+    Attributes:
+        kind: one of `KINDS`.
+        names: the column; for `vector` several, with wildcards such as `pixel*`.
+        dtype: for `vector`.
+        shape: for `vector`, if it is not the number of columns.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    dtype: str = "float32"
+    shape: tuple[int, ...] | None = None
+
+
+@dataclass
+class TableSource:
+    """Samples that are rows of a CSV file, which is read while packing.
+
+    Attributes:
+        path: of the file.
+        delimiter: between its cells.
+        root: the folder of files that it names.
+        split: which part of the rows this is.
+        modalities: of every sample.
+        columns: by modality: its kind and the positions of its cells.
+        class_names: by modality, where classes have names: their numbers.
+        offsets: where the rows begin, in bytes.
+        lines: in which line the rows begin, for messages.
+        rows: those of the split.
+        sample_bytes: what a sample takes in a tar, on average.
+        details: further JSON for the manifest.
+    """
+
+    path: Path
+    delimiter: str
+    root: Path
+    split: str
+    modalities: tuple[Modality, ...]
+    columns: dict[str, tuple[str, tuple[int, ...]]]
+    class_names: dict[str, dict[str, int]]
+    offsets: np.ndarray
+    lines: np.ndarray
+    rows: np.ndarray
+    sample_bytes: int
+    details: dict[str, Any]
+    _file: BinaryIO | None = field(default=None, repr=False)
+
+    @property
+    def default_samples_per_shard(self) -> int:
+        return default_samples_per_shard(self.sample_bytes)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def key(self, index: int) -> str:
+        return f"csv-{self.split}-{int(self.rows[index]):08d}"
+
+    def sample(self, index: int) -> Mapping[str, SampleValue]:
+        row = int(self.rows[index])
+        cells = self._cells(row)
+        try:
+            return {modality.name: self._value(modality, cells) for modality in self.modalities}
+        except (DataError, ValueError, IndexError) as error:
+            raise DataError(f"{self.path}: line {int(self.lines[row])}: {error}") from None
+
+    def description(self) -> dict[str, Any]:
+        return {"name": "csv", "split": self.split, **self.details}
+
+    def _cells(self, row: int) -> list[str]:
+        if self._file is None:
+            self._file = open_regular(self.path)
+        self._file.seek(int(self.offsets[row]))
+        return next(_rows(_Lines(self._file), self.delimiter))
+
+    def _value(self, modality: Modality, cells: Sequence[str]) -> SampleValue:
+        kind, positions = self.columns[modality.name]
+        if kind == "vector":
+            return (
+                np.array([float(cells[position]) for position in positions])
+                .astype(modality.dtype)
+                .reshape(modality.fixed_shape)
+            )
+        text = cells[positions[0]]
+        if kind == "class":
+            names = self.class_names.get(modality.name)
+            return int(text) if names is None else names[text.strip()]
+        if kind == "text":
+            return pack_content(text.encode("utf-8"), modality, modality.extension)
+        return pack_file(_inside(self.root, text), modality)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+
+def load_table_source(
+    path: Path,
+    columns: Mapping[str, Column],
+    requests: Sequence[ModalityRequest],
+    split: str,
+    test_fraction: float | None,
+    split_seed: int,
+    root: Path | None = None,
+    delimiter: str = ",",
+) -> tuple[TableSource, list[str]]:
+    """Check all rows of a table with a header, and the files that it names.
+
+    Args:
+        path: the CSV file, UTF-8.
+        columns: where each modality is.
+        requests: the modalities, in order; what they leave open is found in the table.
+        split: with `test_fraction` the part to take; without it the file is the split and this only names it.
+        test_fraction, split_seed: see `split_rows`.
+        root: the folder of the files that cells name, which must lie in it; default: the folder of the table.
+        delimiter: between the cells.
+
+    Returns:
+        The source, and what its user may want to know.
+
+    Raises:
+        ConfigError: the file cannot be opened, has no such column, or an option does not fit.
+        DataError: a row or a file is not what it should be; names line and column.
+    """
+    root = path.parent if root is None else root
+    try:
+        with open_regular(path) as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            table = _Table(path, file, delimiter)
+            positions = {name: _positions(table, name, column) for name, column in columns.items()}
+            checks = _Checks(columns, positions, requests, table, root)
+            with progress(size // 10**6, "looking at the table, MB") as advance:
+                done = 0
+                for cells in table:
+                    checks.check(cells)
+                    advance(table.offset // 10**6 - done)
+                    done = table.offset // 10**6
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    if not len(table.offsets):
+        raise DataError(f"{path}: no rows after the header")
+    modalities, notes, class_names = checks.conclude(may_name_classes=test_fraction is not None)
+    rows = np.arange(len(table.offsets), dtype=np.int64)
+    details: dict[str, Any] = {"files": input_files(path)}
+    if class_names:
+        details["class_names"] = {name: list(numbers) for name, numbers in class_names.items()}
+    if test_fraction is not None:
+        rows = split_rows(len(rows), split, test_fraction, split_seed)
+        details |= {"test_fraction": test_fraction, "split_seed": split_seed}
+    source = TableSource(
+        path=path,
+        delimiter=delimiter,
+        root=root,
+        split=split,
+        modalities=modalities,
+        columns={name: (column.kind, positions[name]) for name, column in columns.items()},
+        class_names=class_names,
+        offsets=np.array(table.offsets, np.int64),
+        lines=np.array(table.lines, np.int64),
+        rows=rows,
+        sample_bytes=max(1, checks.total_bytes // len(table.offsets)),
+        details=details,
+    )
+    return source, notes
+
+
+class _Lines:
+    """Lines of a file as text; `offset` is where the next one begins."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.offset = file.tell()
+        self.number = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(_MAX_LINE_BYTES + 1)
+        if not line:
+            raise StopIteration
+        if len(line) > _MAX_LINE_BYTES:
+            raise DataError(f"more than {_MAX_LINE_BYTES} bytes in one line")
+        text = line.decode("utf-8-sig" if self.offset == 0 else "utf-8")
+        self.offset += len(line)
+        self.number += 1
+        return text
+
+
+def _rows(lines: _Lines, delimiter: str) -> Iterator[list[str]]:
+    csv.field_size_limit(_MAX_LINE_BYTES)  # of the process; the default refuses texts beyond 128 KiB
+    return csv.reader(lines, delimiter=delimiter, strict=True)
+
+
+class _Table:
+    """The rows of a CSV file after its header, with the places where they begin."""
+
+    def __init__(self, path: Path, file: BinaryIO, delimiter: str) -> None:
+        self.path = path
+        self._lines = _Lines(file)
+        self._reader = _rows(self._lines, delimiter)
+        self.offsets, self.lines = array("q"), array("q")
+        self.header = self._next()
+        if self.header is None:
+            raise DataError(f"{path}: the file is empty")
+
+    def __iter__(self) -> Iterator[list[str]]:
+        assert self.header is not None
+        while True:
+            offset, line = self._lines.offset, self._lines.number + 1
+            cells = self._next()
+            if cells is None:
+                return
+            if not cells:  # an empty line
+                continue
+            self.offsets.append(offset)
+            self.lines.append(line)
+            if len(cells) != len(self.header):
+                self.fail(f"{len(cells)} cells, the header has {len(self.header)}")
+            yield cells
+
+    @property
+    def offset(self) -> int:
+        return self._lines.offset
+
+    def fail(self, problem: str) -> None:
+        """Raise the DataError of the row that was yielded last."""
+        raise DataError(f"{self.path}: line {self.lines[-1] if self.lines else 1}: {problem}")
+
+    def _next(self) -> list[str] | None:
+        try:
+            return next(self._reader, None)
+        except (csv.Error, UnicodeDecodeError, DataError) as error:
+            raise DataError(f"{self.path}: line {self._lines.number + 1}: {error}") from None
+
+
+def _positions(table: _Table, name: str, column: Column) -> tuple[int, ...]:
+    assert table.header is not None
+    found: list[int] = []
+    for pattern in column.names:
+        matches = [number for number, title in enumerate(table.header) if title == pattern]
+        if not matches and column.kind == "vector":
+            matches = [n for n, title in enumerate(table.header) if fnmatch.fnmatchcase(title, pattern)]
+        elif len(matches) > 1:
+            raise ConfigError(f"{table.path} has two columns {pattern!r}")
+        if not matches:
+            raise ConfigError(f"{name}: {table.path} has no column {pattern!r}; it has {_shown(table.header)}")
+        found += matches
+    if len(set(found)) != len(found):
+        raise ConfigError(f"{name}: a column is named twice")
+    return tuple(found)
+
+
+def _shown(header: Sequence[str]) -> str:
+    return ", ".join(header[:20]) + (", ..." if len(header) > 20 else "")
+
+
+class _Checks:
+    """Looks at every row once: what is wrong with it, and what all rows have in common."""
+
+    def __init__(
+        self,
+        columns: Mapping[str, Column],
+        positions: Mapping[str, tuple[int, ...]],
+        requests: Sequence[ModalityRequest],
+        table: _Table,
+        root: Path,
+    ) -> None:
+        self.total_bytes = 0
+        self._columns, self._positions, self._table, self._root = columns, positions, table, root
+        self._requests = {request.name: request for request in requests}
+        self._inspectors: dict[str, Inspector] = {}
+        self._encodings: dict[str, str] = {}
+        self._facts: dict[str, Facts] = {name: Facts() for name in columns}
+        self._class_names: dict[str, set[str]] = {name: set() for name in columns}
+        self._extensions: dict[str, set[str]] = {name: set() for name in columns}
+
+    def check(self, cells: Sequence[str]) -> None:
+        """Take in a row; raises DataError naming line and column."""
+        for name, column in self._columns.items():
+            positions = self._positions[name]
+            try:
+                self.total_bytes += member_bytes(self._check_cells(name, column, [cells[n] for n in positions]))
+            except (ValueError, DataError) as error:
+                self._table.fail(f"column {', '.join(column.names)!r}: {error}")
+
+    def _check_cells(self, name: str, column: Column, cells: Sequence[str]) -> int:
+        """Returns the size of the member that the cells become."""
+        if column.kind == "vector":
+            for cell in cells:
+                _check_number(cell, column.dtype)
+            return _NPY_HEADER_BYTES + len(cells) * np.dtype(column.dtype).itemsize
+        (cell,) = cells
+        if column.kind == "class":
+            self._class_names[name].add(_class_name(cell))
+            if len(self._class_names[name]) > MAX_CLASSES:
+                raise DataError(f"more than {MAX_CLASSES} classes")
+            return 1
+        if column.kind == "text":
+            content = cell.encode("utf-8")
+            self._facts[name].add_size(len(content), f"{self._table.path}: line {self._table.lines[-1]}")
+            return len(content)
+        return self._check_file(name, cell)
+
+    def _check_file(self, name: str, cell: str) -> int:
+        path = _inside(self._root, cell)
+        request = request_for_files(self._requests[name], [cell])
+        if name not in self._inspectors:
+            self._inspectors |= make_inspectors([request])
+            self._encodings[name] = request.encoding
+        elif request.encoding != self._encodings[name]:
+            raise DataError(f"{cell} is {request.encoding}, the files before are {self._encodings[name]}")
+        self._extensions[name] |= set(request.extensions)
+        return inspect_file(self._inspectors[name], path)
+
+    def conclude(self, may_name_classes: bool) -> tuple[tuple[Modality, ...], list[str], dict[str, dict[str, int]]]:
+        """Modalities, notes for the user, and the numbers of classes that have names."""
+        modalities, notes = [], []
+        class_names: dict[str, dict[str, int]] = {}
+        for name, column in self._columns.items():
+            request = self._requests[name]
+            if column.kind == "vector":
+                modalities.append(_vector(request, column, len(self._positions[name])))
+                continue
+            if column.kind == "class":
+                numbers = _class_numbers(name, self._class_names[name], may_name_classes)
+                if numbers is not None:
+                    class_names[name] = numbers
+                largest = len(numbers) - 1 if numbers is not None else max(map(int, self._class_names[name]))
+                if request.num_classes is not None and largest >= request.num_classes:
+                    raise DataError(f"{name}: class {largest} is not below the {request.num_classes} classes given")
+                self._facts[name].largest = largest
+            elif column.kind == "path":
+                extensions = tuple(sorted(self._extensions[name]))
+                request = replace(request, encoding=self._encodings[name], extensions=extensions)
+                self._facts[name] = self._inspectors[name].facts
+            (modality,), about = conclude_all([request], self._facts)
+            modalities.append(modality)
+            notes += about
+        return tuple(modalities), notes, class_names
+
+
+def _check_number(cell: str, dtype: str) -> None:
+    try:
+        number = float(cell)
+    except ValueError:
+        raise DataError(f"{cell[:40]!r} is not a number") from None
+    if not math.isfinite(number):
+        raise DataError(f"{cell[:40]!r} is not finite")
+    if np.dtype(dtype).kind in "iu":
+        limits = np.iinfo(dtype)
+        if number != int(number) or not limits.min <= number <= limits.max:
+            raise DataError(f"{cell[:40]!r} is not a number of dtype {dtype}")
+
+
+def _class_name(cell: str) -> str:
+    name = cell.strip()
+    if not name:
+        raise DataError("is empty")
+    return name
+
+
+def _class_numbers(modality: str, names: set[str], may_name: bool) -> dict[str, int] | None:
+    """Numbers for classes in alphabetical order; None if the names are numbers themselves."""
+    if all(name.isascii() and name.isdigit() for name in names):
+        return None
+    if not may_name:
+        raise ConfigError(
+            f"{modality}: classes with names get numbers in alphabetical order, which could differ between files; "
+            "use numbers, or one file with --test-fraction"
+        )
+    if len(names) > MAX_CLASS_NAMES:
+        raise DataError(f"{modality}: {len(names)} different names of classes, more than {MAX_CLASS_NAMES}")
+    return {name: number for number, name in enumerate(sorted(names))}
+
+
+def _vector(request: ModalityRequest, column: Column, num_columns: int) -> Modality:
+    shape = (num_columns,) if column.shape is None else column.shape
+    if math.prod(shape) != num_columns:
+        raise ConfigError(f"--shape {request.name}: {list(shape)} does not fit {num_columns} columns")
+    scale = 1.0 if request.scale is None else request.scale
+    try:
+        return Modality(request.name, column.dtype, shape, offset=request.offset, scale=scale)
+    except ValueError as error:
+        raise ConfigError(f"modality {request.name!r}: {error}") from None
+
+
+def _inside(root: Path, cell: str) -> Path:
+    """The file that a cell names, which must not lead out of the folder."""
+    folder = root.resolve()
+    path = (folder / cell).resolve()
+    if not cell or not path.is_relative_to(folder) or path == folder:
+        raise DataError(f"{cell[:200]!r} is not a file below {folder}; see --root")
+    return path
