@@ -193,8 +193,8 @@ def _write(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
-    from jmvae_dist.data.indexer import index_shards, infer_from
-    from jmvae_dist.data.shard_lists import expand_shards
+    from jmvae_dist.data.indexing.build import index_shards, infer_from
+    from jmvae_dist.data.indexing.shard_lists import expand_shards
 
     shards = expand_shards(arguments.shards)
     result = index_shards(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jmvae_dist.commands.modality_options import add_modality_options, by_name, named, with_modality_options
-from jmvae_dist.data.inspection import ModalityRequest
+from jmvae_dist.data.indexing.inspection import ModalityRequest
 from jmvae_dist.data.manifest import DTYPES, printable
 from jmvae_dist.data.sources.base import Source
 from jmvae_dist.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import Any
 
 from jmvae_dist.commands.modality_options import add_modality_options, by_name, with_modality_options
 from jmvae_dist.commands.options import positive
-from jmvae_dist.data.inspection import ModalityRequest, encoding_of_extension
+from jmvae_dist.data.indexing.inspection import ModalityRequest, encoding_of_extension
 from jmvae_dist.errors import ConfigError
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from jmvae_dist.data.inspection import ModalityRequest
+from jmvae_dist.data.indexing.inspection import ModalityRequest
+from jmvae_dist.data.indexing.shard_lists import expand_braces
 from jmvae_dist.data.manifest import Modality, check_distinct_names, printable
-from jmvae_dist.data.shard_lists import expand_braces
 from jmvae_dist.data.sources.base import SampleValue, member_bytes, split_rows
 from jmvae_dist.data.sources.packing import (
     conclude_all,

@@ -11,7 +11,7 @@ import numpy as np
 from jmvae_dist.data.encodings import decode_member
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import MAX_MEMBER_BYTES
-from jmvae_dist.data.inspection import (
+from jmvae_dist.data.indexing.inspection import (
     Facts,
     Inspector,
     ModalityRequest,

@@ -201,7 +201,7 @@ def test_files_are_read_while_packing(pairs: Path) -> None:
     """The source holds paths, not contents."""
     import pickle
 
-    from jmvae_dist.data.inspection import ModalityRequest
+    from jmvae_dist.data.indexing.inspection import ModalityRequest
 
     source, _ = load_folder_source(
         pairs, {"image": "pictures/*.png"}, [ModalityRequest("image", (), "")], "train", None, 0

@@ -20,13 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jmvae_dist.commands.shards import main
-from jmvae_dist.data import indexer
-from jmvae_dist.data.grouping import split_name
-from jmvae_dist.data.indexer import Indexed, index_shards, infer_from
-from jmvae_dist.data.inspection import ModalityRequest
+from jmvae_dist.data.indexing import build
+from jmvae_dist.data.indexing.build import Indexed, index_shards, infer_from
+from jmvae_dist.data.indexing.grouping import split_name
+from jmvae_dist.data.indexing.inspection import ModalityRequest
+from jmvae_dist.data.indexing.shard_lists import expand_shards
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.reader import ShardReader
-from jmvae_dist.data.shard_lists import expand_shards
 from jmvae_dist.data.verify import verify_shards
 from jmvae_dist.errors import ConfigError, DataError
 
@@ -242,10 +242,10 @@ def test_only_what_has_changed_is_read_again(tmp_path: Path, monkeypatch: pytest
         index(paths, tmp_path / "m.json")
     paths[3].write_bytes(good)
     write_tar(paths[1], members_of([1, 11, 21]))
-    next((tmp_path / ".m.json.indexing").glob("*.index")).write_bytes(b"damaged")
+    next((tmp_path / ".m.json.indexing").glob("*.data")).write_bytes(b"damaged")
     read: list[str] = []
-    scan = indexer.scan_shard
-    monkeypatch.setattr(indexer, "scan_shard", lambda file, path, *rest: read.append(path) or scan(file, path, *rest))
+    scan = build.scan_shard
+    monkeypatch.setattr(build, "scan_shard", lambda file, path, *rest: read.append(path) or scan(file, path, *rest))
     result = index(paths, tmp_path / "m.json")
     assert read_numbers(result.manifest) == [0, 10, 1, 11, 21, 2, 12, 3, 13]
     assert {str(paths[1]), str(paths[3])} <= set(read)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmvae_dist.data import tar_scan
-from jmvae_dist.data.tar_scan import BLOCK_BYTES, TarScanner
+from jmvae_dist.data.indexing import tar_scan
+from jmvae_dist.data.indexing.tar_scan import BLOCK_BYTES, TarScanner
 from jmvae_dist.errors import DataError
 
 Members = dict[str, bytes]

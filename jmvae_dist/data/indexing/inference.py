@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
-from jmvae_dist.data.grouping import split_name
-from jmvae_dist.data.inspection import ModalityRequest, encoding_of_extension
+from jmvae_dist.data.indexing.grouping import split_name
+from jmvae_dist.data.indexing.inspection import ModalityRequest, encoding_of_extension
+from jmvae_dist.data.indexing.tar_scan import ByteStream, TarScanner
 from jmvae_dist.data.manifest import printable
-from jmvae_dist.data.tar_scan import ByteStream, TarScanner
 from jmvae_dist.errors import DataError
 
 _MEMBERS_SEEN = 100_000

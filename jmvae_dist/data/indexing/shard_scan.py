@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jmvae_dist.data.grouping import SampleGrouper
-from jmvae_dist.data.inspection import Facts, ModalityRequest, make_inspector
+from jmvae_dist.data.indexing.grouping import SampleGrouper
+from jmvae_dist.data.indexing.inspection import Facts, ModalityRequest, make_inspector
+from jmvae_dist.data.indexing.tar_scan import ByteStream, TarScanner
 from jmvae_dist.data.manifest import printable
-from jmvae_dist.data.tar_scan import ByteStream, TarScanner
 from jmvae_dist.errors import DataError
 
 

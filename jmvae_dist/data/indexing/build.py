@@ -1,0 +1,291 @@
+"""Makes a manifest and indexes for tars that others wrote, which stay as they are and may be read-only.
+
+    OUT                                  the manifest
+    OUT.indexes-FINGERPRINT/             one index per shard
+    .OUT.indexing/                       while it lasts: what was found in the shards read so far
+
+Every shard is read once, from the start to the end. After a kill, shards that were read and have not changed are not
+read again. The folder of indexes is named after what is in it, and the manifest is replaced atomically: at any moment
+the manifest at OUT is complete and leads to its own indexes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, get_args
+
+from jmvae_dist.data.exclusive import locked, os_errors_explained
+from jmvae_dist.data.files import open_regular
+from jmvae_dist.data.index import index_bytes
+from jmvae_dist.data.indexing.inference import infer_requests
+from jmvae_dist.data.indexing.inspection import ModalityRequest
+from jmvae_dist.data.indexing.report import (
+    check_complete,
+    check_present,
+    conclude_all,
+    list_of_problems,
+    merged,
+    repeated_keys,
+    shard_notes,
+)
+from jmvae_dist.data.indexing.shard_scan import is_complete, scan_shard
+from jmvae_dist.data.indexing.workspace import Incomplete, ShardRecord, Workspace
+from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard
+from jmvae_dist.data.processes import Report, default_workers, run_in_processes
+from jmvae_dist.errors import ConfigError, DataError
+from jmvae_dist.files import fsync_path
+from jmvae_dist.progress import progress
+
+_MEGABYTE = 10**6
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """The result of `index_shards`.
+
+    Attributes:
+        manifest: as it is on disk.
+        written: whether it was written now; False: it was already there.
+        notes: what is odd about the shards, each a line for the user.
+    """
+
+    manifest: Manifest
+    written: bool
+    notes: list[str]
+
+
+def index_shards(
+    shards: Sequence[str],
+    out: str | Path,
+    requests: Sequence[ModalityRequest],
+    *,
+    incomplete: Incomplete = "error",
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> Indexed:
+    """Index shards in the given order and write a manifest for them.
+
+    With several workers, a script must call this inside `if __name__ == "__main__":`, because every worker imports
+    the script.
+
+    Args:
+        shards: paths of tars, as from `expand_shards`.
+        out: the manifest to write.
+        requests: the modalities; see `infer_requests`.
+        incomplete: what to do with samples that lack a modality: `error`, `skip` (leave them out), or `keep` (index
+            what they have; training on them is an error, or a masked sample if `data.on_bad_sample` says so).
+        workers: processes; by default the available CPUs, or one where that is faster.
+        overwrite: replace a manifest of other data.
+
+    Raises:
+        ConfigError: an option is out of range, a shard does not exist, or `out` cannot be written.
+        DataError: shards are damaged, or samples are incomplete; the message lists what is wrong.
+    """
+    out = Path(out).expanduser().resolve()
+    _check_options(out, requests, incomplete, workers)
+    identities = [_identity(shard) for shard in shards]
+    with os_errors_explained(out), locked(out):
+        existing = _existing_manifest(out, overwrite)
+        workspace = Workspace(out, requests)
+        records = _scan_all(workspace, shards, identities, workers)
+        findings = merged(records, len(requests))
+        check_present(findings, requests)
+        check_complete(findings, requests, incomplete)
+        modalities, notes = conclude_all(requests, findings)
+        notes += shard_notes(records, findings, incomplete) + repeated_keys(workspace, records)
+        kept = [record for record in records if record.samples_kept(incomplete)]
+        if not kept:
+            raise DataError("no sample has all modalities")
+        manifest, written = _commit(workspace, existing, modalities, kept, incomplete, overwrite)
+        workspace.remove()
+    return Indexed(manifest, written, notes)
+
+
+def infer_from(shard: str) -> list[ModalityRequest]:
+    """The modalities that the beginning of a shard suggests; raises like `infer_requests`."""
+    with _open(shard) as file:
+        return infer_requests(file, shard)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One shard to read: its position among all, and what it looked like before."""
+
+    shard: str
+    identity: dict[str, int]
+
+
+# Reading the shards
+
+
+def _scan_all(
+    workspace: Workspace, shards: Sequence[str], identities: Sequence[dict[str, int]], workers: int | None
+) -> list[ShardRecord]:
+    found = [workspace.load(shard, identity) for shard, identity in zip(shards, identities, strict=True)]
+    todo = [position for position, record in enumerate(found) if record is None]
+    jobs = [_Job(shards[position], identities[position]) for position in todo]
+    num_bytes = sum(job.identity["num_bytes"] for job in jobs)
+    problems: dict[int, str] = {}
+    with progress(num_bytes // _MEGABYTE, "indexing shards, MB") as advance:
+        results = run_in_processes(
+            _scan_one,
+            workspace,
+            jobs,
+            workers or default_workers(0, num_bytes),
+            folder=workspace.folder,
+            advance=advance,
+        )
+        for position, result in results:
+            if isinstance(result, str):
+                problems[todo[position]] = result
+            else:
+                found[todo[position]] = result
+    if problems:
+        raise list_of_problems([problems[position] for position in sorted(problems)])
+    return [record for record in found if record is not None]
+
+
+def _scan_one(workspace: Workspace, job: _Job, report: Report) -> ShardRecord | str:
+    """Read one shard and remember it; returns what is wrong with it where it cannot be used.
+
+    As a value, because the user of ten thousand shards wants to know all that are damaged, not one after another.
+    """
+    total = job.identity["num_bytes"] // _MEGABYTE
+    try:
+        with _open(job.shard) as file:
+            scan = scan_shard(file, job.shard, workspace.requests, lambda done: report(min(total, done // _MEGABYTE)))
+        if _identity(job.shard) != job.identity or scan.num_bytes != job.identity["num_bytes"]:
+            return f"{job.shard}: changed while it was read"
+    except (DataError, ConfigError) as error:
+        return str(error)
+    record = workspace.save(job.shard, job.identity, scan)
+    report(total)
+    return record
+
+
+@contextlib.contextmanager
+def _open(shard: str) -> Iterator[BinaryIO]:
+    try:
+        with open_regular(shard) as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"{shard}: cannot read shard: {error.strerror}") from None
+
+
+def _identity(shard: str) -> dict[str, int]:
+    """What tells whether a shard has changed since it was read."""
+    try:
+        status = os.stat(shard)
+    except OSError as error:
+        raise ConfigError(f"{shard}: cannot read shard: {error.strerror}") from None
+    return {"num_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+# The result
+
+
+def _commit(
+    workspace: Workspace,
+    existing: Manifest | None,
+    modalities: Sequence[Modality],
+    records: Sequence[ShardRecord],
+    incomplete: Incomplete,
+    overwrite: bool,
+) -> tuple[Manifest, bool]:
+    """Write the indexes and then the manifest, unless the same one is there."""
+    out = workspace.out
+    staging = workspace.folder / "result"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    shards = [
+        _write_index(workspace, staging, position, record, incomplete) for position, record in enumerate(records)
+    ]
+    fsync_path(staging)
+    source = {"name": "index", "incomplete": incomplete}
+    fingerprint = Manifest.create(modalities, shards, source, out, format_version=2).fingerprint
+    folder = out.with_name(f"{out.name}.indexes-{fingerprint[:16]}")
+    # The fingerprint does not cover places: what is in the folder can depend on it.
+    shards = [replace(shard, index=replace(shard.index, url=f"{folder.name}/{shard.index.url}")) for shard in shards]
+    manifest = Manifest.create(modalities, shards, source, out, format_version=2)
+    if existing is not None and existing.fingerprint != fingerprint and not overwrite:
+        raise ConfigError(f"{out} describes other data; choose another --out, or add --overwrite")
+    _publish(staging, folder)
+    written = existing != manifest
+    if written:
+        manifest.save(out)
+    for other in out.parent.glob(f"{glob.escape(out.name)}.indexes-{'[0-9a-f]' * 16}"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    # Whatever is wrong with it must show now, not at the start of a training run.
+    return Manifest.load(out), written
+
+
+def _write_index(
+    workspace: Workspace, folder: Path, position: int, record: ShardRecord, incomplete: Incomplete
+) -> Shard:
+    """Write the index of one shard, without the samples that are left out."""
+    records_NM = workspace.index_records(record)
+    if incomplete != "keep":
+        records_NM = records_NM[is_complete(records_NM)]
+    content = index_bytes(records_NM)
+    name = f"{position:06d}.index"
+    with open(folder / name, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    index = IndexFile(name, len(content), hashlib.sha256(content).hexdigest())
+    return Shard(_url(record.shard, workspace.out), len(records_NM), record.num_bytes, record.sha256, index)
+
+
+def _url(shard: str, out: Path) -> str:
+    """Relative to the manifest where the shard is in or below its folder, so that they can move together."""
+    path = Path(shard).absolute()
+    try:
+        relative = str(path.relative_to(out.parent))
+    except ValueError:
+        return path.as_posix()
+    return f"./{relative}" if ":" in relative else relative
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    """Give the indexes their name; a folder of that name holds the same ones, but may be damaged."""
+    if folder.exists():
+        for file in staging.iterdir():
+            os.replace(file, folder / file.name)
+        fsync_path(folder)
+    else:
+        os.rename(staging, folder)
+    fsync_path(folder.parent)
+
+
+def _existing_manifest(out: Path, overwrite: bool) -> Manifest | None:
+    if not out.exists():
+        return None
+    if not out.is_file():
+        raise ConfigError(f"--out {out} is not a file; name the manifest to write, such as {out / 'manifest.json'}")
+    try:
+        return Manifest.load(out)
+    except (ConfigError, DataError) as error:
+        if overwrite:
+            return None
+        raise ConfigError(f"--out {out} is not a sound manifest ({error}); add --overwrite to replace it") from None
+
+
+def _check_options(
+    out: Path, requests: Sequence[ModalityRequest], incomplete: Incomplete, workers: int | None
+) -> None:
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers must be at least 1, not {workers}")
+    if incomplete not in get_args(Incomplete):
+        raise ConfigError(f"--incomplete must be one of {', '.join(get_args(Incomplete))}, not {incomplete!r}")
+    if out.suffix != ".json":
+        raise ConfigError(f"--out {out} must name the manifest to write, such as {out / 'manifest.json'}")
+    if not requests:
+        raise ConfigError("no modalities given")
