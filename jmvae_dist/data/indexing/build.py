@@ -208,7 +208,8 @@ def _commit(
         _write_index(workspace, staging, position, record, incomplete) for position, record in enumerate(records)
     ]
     fsync_path(staging)
-    source = {"name": "index", "incomplete": incomplete}
+    left_out = sum(record.num_samples for record in records) - sum(shard.num_samples for shard in shards)
+    source = {"name": "index", "incomplete": incomplete, "left_out": left_out}
     fingerprint = Manifest.create(modalities, shards, source, out, format_version=2).fingerprint
     folder = out.with_name(f"{out.name}.indexes-{fingerprint[:16]}")
     # The fingerprint does not cover places: what is in the folder can depend on it.

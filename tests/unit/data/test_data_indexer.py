@@ -98,7 +98,7 @@ def test_all_samples_in_order(shards: list[Path], tmp_path: Path) -> None:
     assert verify_shards(manifest) == []
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["manifest.json", f"manifest.json.indexes-{manifest.fingerprint[:16]}"]
-    assert index(shards, tmp_path / "out" / "manifest.json") == Indexed(manifest, False, [])
+    assert index(shards, tmp_path / "out" / "manifest.json", workers=2) == Indexed(manifest, False, [])
 
 
 @pytest.mark.parametrize("writer", ["webdataset", "tar", "tar --sort=name", "tar --format=pax"])
