@@ -75,8 +75,12 @@ def shard_notes(records: Sequence[ShardRecord], findings: Findings, incomplete: 
             f"samples whose members are not adjacent: {findings.scattered.count:,}, first "
             f"{findings.scattered.example}; plain webdataset would take each part for a sample"
         )
-    for extension, count in sorted(findings.ignored.items()):
+    by_count = sorted(findings.ignored.items(), key=lambda entry: (-entry[1], entry[0]))
+    for extension, count in by_count[:_MAX_SHOWN]:
         notes.append(f"members not used: {count:,} with extension {printable(extension)}")
+    if len(by_count) > _MAX_SHOWN:
+        count = sum(count for _, count in by_count[_MAX_SHOWN:])
+        notes.append(f"members not used: {count:,} with further extensions")
     if findings.skipped:
         notes.append(f"members of no sample: {findings.skipped:,} (hidden, without extension, or __meta__)")
     sizes = [record.samples_kept(incomplete) for record in records]
@@ -124,6 +128,7 @@ def repeated_keys(workspace: Workspace, records: Sequence[ShardRecord]) -> list[
 
 
 def list_of_problems(problems: Sequence[str]) -> DataError:
+    """One error for all shards that cannot be used."""
     if len(problems) == 1:
         return DataError(problems[0])
     shown = [f"  {problem}" for problem in problems[:_MAX_SHOWN]]

@@ -447,3 +447,31 @@ def test_long_texts_need_a_length(tmp_path: Path) -> None:
         main(["index", str(path), "--out", str(tmp_path / "m.json")])
     assert main(["index", str(path), "--out", str(tmp_path / "m.json"), "--text-length", "text=16"]) == 0
     assert Manifest.load(tmp_path / "m.json").modalities[0].length == 16
+
+
+def test_keys_are_never_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither is anything of a tar written elsewhere, nor does a name in it reach the terminal as it is."""
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    members = {**members_of([1], "../../"), **members_of([2], "/tmp/absolute/"), "\u202e\x9b1m.evil\u202e": b""}
+    path = write_tar(folder / "s.tar", members, tarfile.PAX_FORMAT)
+    with pytest.raises(DataError, match="without control characters"):
+        index([path], folder / "m.json")
+    members["\u202e.evil\u202e"] = members.popitem()[1]
+    write_tar(path, members, tarfile.PAX_FORMAT)
+    assert main(["index", str(path), "--out", str(folder / "m.json")]) == 0
+    assert read_numbers(Manifest.load(folder / "m.json")) == [1, 2]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a"]
+    assert sorted(entry.name for entry in (tmp_path / "a").iterdir()) == ["b"]
+    shown = capsys.readouterr().out
+    assert "with extension evil\\u202e" in shown
+    assert all(char.isprintable() or char == "\n" for char in shown)
+
+
+def test_extensions_without_end(tmp_path: Path) -> None:
+    """Neither memory nor the report grow with what a tar invents."""
+    members = {**members_of([1]), **{f"{n}.e{n}": b"" for n in range(300)}}
+    notes = index([write_tar(tmp_path / "s.tar", members)], tmp_path / "m.json").notes
+    assert len(notes) == 21
+    assert notes[0] == "members not used: 200 with extension (others)"
+    assert notes[-1] == "members not used: 81 with further extensions"
