@@ -17,6 +17,7 @@ _MAX_KEYS_COMPARED = 20_000_000
 
 
 def merged(records: Sequence[ShardRecord], num_modalities: int) -> Findings:
+    """What was found in all shards together."""
     findings = Findings.empty(num_modalities)
     for record in records:
         findings.merge(record.findings)
@@ -24,6 +25,7 @@ def merged(records: Sequence[ShardRecord], num_modalities: int) -> Findings:
 
 
 def check_present(findings: Findings, requests: Sequence[ModalityRequest]) -> None:
+    """Raise DataError if no sample has one of the modalities."""
     for request, facts in zip(requests, findings.facts, strict=True):
         if facts.kinds or facts.largest >= 0:
             continue
@@ -37,6 +39,7 @@ def check_present(findings: Findings, requests: Sequence[ModalityRequest]) -> No
 
 
 def check_complete(findings: Findings, requests: Sequence[ModalityRequest], incomplete: Incomplete) -> None:
+    """Raise DataError if samples are incomplete and the user did not say what to do with them."""
     if incomplete != "error" or not findings.incomplete.count:
         return
     lacking = ", ".join(
@@ -52,6 +55,7 @@ def check_complete(findings: Findings, requests: Sequence[ModalityRequest], inco
 
 
 def conclude_all(requests: Sequence[ModalityRequest], findings: Findings) -> tuple[list[Modality], list[str]]:
+    """The modalities that fit all samples, and notes on them; raises like `conclude`."""
     modalities, notes = [], []
     for request, facts in zip(requests, findings.facts, strict=True):
         modality, about = conclude(request, facts)
