@@ -258,6 +258,8 @@ def _modality_row(modality: Modality) -> tuple[str, ...]:
 def _transform(modality: Modality) -> str:
     if modality.encoding == "cls":
         return f"one-hot of {modality.num_classes} classes"
+    if modality.encoding == "text":
+        return f"one-hot of {modality.length} tokens ({modality.tokenizer})"
     offset = "offset per element" if isinstance(modality.offset, list) else f"{modality.offset:g}"
     scale = "scale per element" if isinstance(modality.scale, list) else f"{modality.scale:g}"
     if (offset, scale) == ("0", "1"):

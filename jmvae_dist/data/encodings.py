@@ -166,17 +166,40 @@ def _check_png(content: bytes) -> None:
     raise DataError("not a sound PNG or JPEG: the PNG is truncated")
 
 
+def image_header(content: bytes) -> tuple[str, int, int]:
+    """Mode, as Pillow calls it, height and width of an image, from the beginning of its file.
+
+    Raises:
+        DataError: not a PNG or JPEG, or one that would not be decoded.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content), formats=_IMAGE_FORMATS) as image:
+            _check_picture(image)
+            return image.mode, image.height, image.width
+    except DataError:
+        raise
+    except Exception as error:  # as above
+        raise DataError(f"not a sound PNG or JPEG: {str(error)[:200] or type(error).__name__}") from None
+
+
 def _check_image(image: Image, modality: Modality, has_rework: bool) -> None:
+    _check_picture(image)
     width, height = image.size
-    if width * height > MAX_IMAGE_PIXELS:
-        raise DataError(f"an image of {height} x {width} pixels; the limit is {MAX_IMAGE_PIXELS} pixels")
-    if image.mode not in _IMAGE_MODES:
-        raise DataError(f"an image of mode {image.mode!r}; more than 8 bits per channel are not supported")
     if not has_rework and modality.has_fixed_shape and (height, width) != modality.shape[1:]:
         raise DataError(
             f"an image of {height} x {width} pixels, the manifest says {modality.shape[1]} x {modality.shape[2]}; "
             "to resize images, set data.transforms"
         )
+
+
+def _check_picture(image: Image) -> None:
+    width, height = image.size
+    if width * height > MAX_IMAGE_PIXELS:
+        raise DataError(f"an image of {height} x {width} pixels; the limit is {MAX_IMAGE_PIXELS} pixels")
+    if image.mode not in _IMAGE_MODES:
+        raise DataError(f"an image of mode {image.mode!r}; more than 8 bits per channel are not supported")
 
 
 def _with_channels(image: Image, channels: int) -> Image:
@@ -192,7 +215,8 @@ def _with_channels(image: Image, channels: int) -> Image:
 # Documents
 
 
-def _decode_document(content: bytes) -> str:
+def decode_document(content: bytes) -> str:
+    """The text of a member; raises DataError if it is not UTF-8 or too long."""
     if len(content) > MAX_DOCUMENT_BYTES:
         raise DataError(f"{len(content)} bytes; a text or JSON member has at most {MAX_DOCUMENT_BYTES}")
     try:
@@ -204,18 +228,26 @@ def _decode_document(content: bytes) -> str:
 def _decode_text(content: bytes, modality: Modality, tokenizer: Tokenizer | None, length: int | None) -> np.ndarray:
     assert modality.tokenizer is not None
     assert length is not None
-    return token_ids(tokenizer or TOKENIZERS[modality.tokenizer](), _decode_document(content), length)
+    return token_ids(tokenizer or TOKENIZERS[modality.tokenizer](), decode_document(content), length)
 
 
-def _decode_json(content: bytes, modality: Modality) -> np.ndarray:
+def json_value(content: bytes, field: str | None) -> Any:
+    """What a JSON member holds at a field, which is the document if it is None.
+
+    Raises:
+        DataError: not JSON, or without that field.
+    """
     try:
-        value = json.loads(_decode_document(content), object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
+        value = json.loads(decode_document(content), object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
     except DataError:
         raise
     except (ValueError, RecursionError) as error:
         raise DataError(f"not valid JSON: {str(error)[:200]}") from None
-    if modality.field is not None:
-        value = _lookup(value, modality.field)
+    return value if field is None else _lookup(value, field)
+
+
+def _decode_json(content: bytes, modality: Modality) -> np.ndarray:
+    value = json_value(content, modality.field)
     shape = nested_shape(value, numbers=bool if modality.dtype == "bool" else None)
     if shape != modality.shape:
         found = "something other than numbers in even lists" if shape is None else f"numbers of shape {list(shape)}"

@@ -143,7 +143,8 @@ def _shard_problems(manifest: Manifest, number: int, report: Report) -> list[str
     try:
         layout_problems, is_plain = _check_layout(manifest, number, reader)
         problems += layout_problems
-        problems += _check_values(manifest.modalities, reader, report)
+        may_lack = _IndexedBy.of(manifest).with_incomplete
+        problems += _check_values(manifest.modalities, reader, report, may_lack)
         # Plain webdataset trusts a tar's own sizes, so it only gets one whose members are what the index says.
         if is_plain:
             problems += _check_webdataset(manifest.modalities, reader)
@@ -226,10 +227,11 @@ def _chunks(modalities: Sequence[Modality], num_samples: int) -> Iterator[np.nda
         yield np.arange(start, min(start + size, num_samples), dtype=np.int64)
 
 
-def _check_values(modalities: Sequence[Modality], reader: ShardReader, report: Report) -> list[str]:
+def _check_values(modalities: Sequence[Modality], reader: ShardReader, report: Report, may_lack: bool) -> list[str]:
     problems = []
-    for index_B in _chunks(modalities, reader.num_samples):
-        for modality in modalities:
+    for chunk_B in _chunks(modalities, reader.num_samples):
+        for column, modality in enumerate(modalities):
+            index_B = chunk_B[reader.records["offset"][chunk_B, column] > 0] if may_lack else chunk_B
             if not modality.has_fixed_shape:
                 problems += _check_one_by_one(modality, reader, index_B)
                 continue
@@ -237,7 +239,7 @@ def _check_values(modalities: Sequence[Modality], reader: ShardReader, report: R
                 reader.read(index_B, modality.name)
             except DataError:
                 problems += _check_one_by_one(modality, reader, index_B)
-        report(int(index_B[-1]) + 1)
+        report(int(chunk_B[-1]) + 1)
     return problems
 
 

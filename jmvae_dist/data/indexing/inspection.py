@@ -5,7 +5,6 @@ Only headers and class indices are looked at here; `shards verify` decodes every
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,8 +12,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jmvae_dist.data.manifest import DTYPES, MAX_CLASSES, Modality, NestedNumbers, printable
-from jmvae_dist.data.reader import parse_npy_header
+from jmvae_dist.data.encodings import (
+    MAX_DOCUMENT_BYTES,
+    MAX_IMAGE_BYTES,
+    decode_document,
+    image_header,
+    json_value,
+    parse_npy_header,
+)
+from jmvae_dist.data.manifest import DTYPES, MAX_CLASSES, Modality, NestedNumbers, nested_shape, printable
 from jmvae_dist.errors import ConfigError, DataError
 
 MAX_KINDS = 50
@@ -22,7 +28,6 @@ MAX_DEFAULT_TEXT_LENGTH = 512
 
 _MAX_HEADER_BYTES = 8192
 _MAX_CLASS_BYTES = 64
-_MAX_DOCUMENT_BYTES = 16 * 2**20
 _GRAY_MODES = {"1", "L"}
 
 _ENCODINGS_BY_EXTENSION = {
@@ -187,60 +192,49 @@ class _ClassInspector:
 
 
 class _ImageInspector:
-    limit_bytes = _MAX_DOCUMENT_BYTES
+    limit_bytes = MAX_IMAGE_BYTES
 
     def __init__(self, request: ModalityRequest) -> None:
         self.facts = Facts()
 
     def see(self, content: bytes, size: int, example: str) -> None:
-        from PIL import Image
-
-        try:
-            with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
-                width, height = image.size
-                mode = image.mode
-        except Exception as error:  # Pillow raises many types on damaged files
-            raise DataError(f"not a readable PNG or JPEG: {str(error)[:100]}") from None
-        self.facts.add_kind([mode, height, width], example)
+        _check_size(size, self.limit_bytes)
+        self.facts.add_kind(image_header(content), example)
 
 
 class _TextInspector:
-    limit_bytes = _MAX_DOCUMENT_BYTES
+    limit_bytes = MAX_DOCUMENT_BYTES
 
     def __init__(self, request: ModalityRequest) -> None:
         self.facts = Facts()
 
     def see(self, content: bytes, size: int, example: str) -> None:
-        if size > self.limit_bytes:
-            raise DataError(f"a text of {size} bytes, more than the limit of {self.limit_bytes}")
-        try:
-            content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"not UTF-8: {error}") from None
+        _check_size(size, self.limit_bytes)
+        decode_document(content)
         self.facts.add_size(size, example)
 
 
 class _JsonInspector:
-    limit_bytes = _MAX_DOCUMENT_BYTES
+    limit_bytes = MAX_DOCUMENT_BYTES
 
     def __init__(self, request: ModalityRequest) -> None:
         self.facts = Facts()
         self._field = request.field
 
     def see(self, content: bytes, size: int, example: str) -> None:
-        if size > self.limit_bytes:
-            raise DataError(f"a document of {size} bytes, more than the limit of {self.limit_bytes}")
-        try:
-            value = json.loads(content)
-            for part in [] if self._field is None else self._field.split("."):
-                value = value[int(part) if isinstance(value, list) else part]
-            numbers = np.asarray(value)
-        except (ValueError, RecursionError, LookupError, TypeError) as error:
-            raise DataError(f"no numbers in the JSON document: {str(error)[:100]}") from None
-        if numbers.dtype.kind not in "iuf":
-            raise DataError("something other than numbers in the JSON document")
-        dtype = "float32" if numbers.dtype.kind == "f" else "int64"
-        self.facts.add_kind([dtype, list(numbers.shape)], example)
+        _check_size(size, self.limit_bytes)
+        value = json_value(content, self._field)
+        shape = nested_shape(value)
+        if shape is None:
+            raise DataError("JSON holds something other than numbers in even lists")
+        # Whole numbers in a document have no point, whatever the others are like; those beyond 64 bits are floats.
+        dtype = "int64" if np.asarray(value).dtype == np.int64 else "float32"
+        self.facts.add_kind([dtype, list(shape)], example)
+
+
+def _check_size(size: int, limit_bytes: int) -> None:
+    if size > limit_bytes:
+        raise DataError(f"{size} bytes, more than the limit of {limit_bytes}")
 
 
 _INSPECTORS: dict[str, Callable[[ModalityRequest], Inspector]] = {
@@ -315,7 +309,6 @@ def _array_kind(request: ModalityRequest, facts: Facts) -> tuple[str, tuple[int,
     kinds = [(*json.loads(text), kind) for text, kind in facts.kinds.items()]
     shapes = {tuple(shape or ()) for _, shape, _ in kinds}
     dtypes = {dtype for dtype, _, _ in kinds}
-    # Whole numbers in a JSON document have no point, whatever the others are like.
     if len(shapes) == 1 and (len(dtypes) == 1 or request.encoding == "json"):
         return "float32" if len(dtypes) > 1 else dtypes.pop(), shapes.pop()
     seen = "; ".join(

@@ -99,8 +99,7 @@ def pack_content(content: bytes, modality: Modality, extension: str) -> SampleVa
     Raises:
         DataError, ValueError: it cannot be decoded, or is not finite.
     """
-    keeps_its_size = modality.encoding == "image" and not modality.has_fixed_shape
-    value = decode_member(content, modality, rework=(lambda image: image) if keeps_its_size else None)
+    value = decode_member(content, modality)
     if modality.encoding == "cls":
         return int(value)
     if modality.encoding in ("npy", "json"):

@@ -158,7 +158,7 @@ def test_files_that_lack_a_partner_or_cannot_be_read(pairs: Path, tmp_path: Path
         main(command)
     (pairs / "notes" / "0003.txt").write_text("back")
     (pairs / "pictures" / "0005.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"pictures/0005\.png: not a readable PNG or JPEG.*--incomplete skip"):
+    with pytest.raises(DataError, match=r"pictures/0005\.png: not a sound PNG or JPEG.*--incomplete skip"):
         main(command)
     assert main([*command, "--incomplete", "skip"]) == 0
     assert Manifest.load(tmp_path / "out" / "manifest.json").num_samples == 11

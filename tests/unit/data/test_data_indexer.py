@@ -185,6 +185,9 @@ def test_incomplete_samples(tmp_path: Path) -> None:
     assert any("members not used: 1 with extension json" in note for note in skipped.notes)
     kept = index([path], tmp_path / "keep.json", incomplete="keep")
     assert kept.manifest.num_samples == 6
+    with pytest.raises(DataError, match=r"key '0002'.*no member 'cls'"):
+        ShardReader(kept.manifest, 0).read([2], "label")
+    assert verify_shards(kept.manifest) == verify_shards(skipped.manifest) == []
     assert kept.manifest.fingerprint != skipped.manifest.fingerprint
 
 
@@ -433,6 +436,7 @@ def test_documents_and_pictures(tmp_path: Path) -> None:
     assert (text.length, text.shape) == (4, (4, 257))
     assert (box.dtype, box.shape, box.field) == ("float32", (3,), "box")
     assert (age.dtype, age.shape, age.field, age.offset) == ("int64", (), "age.years", 5)
+    assert main(["verify", str(out)]) == 0
     assert main(["index", str(path), "--out", str(tmp_path / "gray.json"), "--image-mode", "image=gray"]) == 0
     gray = Manifest.load(tmp_path / "gray.json")
     assert {modality.name: modality.shape for modality in gray.modalities}["image"] == (1, None, None)
