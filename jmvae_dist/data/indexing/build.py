@@ -37,7 +37,7 @@ from jmvae_dist.data.indexing.report import (
 )
 from jmvae_dist.data.indexing.shard_scan import is_complete, scan_shard
 from jmvae_dist.data.indexing.workspace import Incomplete, ShardRecord, Workspace
-from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard
+from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard, check_distinct_names
 from jmvae_dist.data.processes import Report, default_workers, run_in_processes
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import fsync_path
@@ -217,6 +217,9 @@ def _commit(
     manifest = Manifest.create(modalities, shards, source, out, format_version=2)
     if existing is not None and existing.fingerprint != fingerprint and not overwrite:
         raise ConfigError(f"{out} describes other data; choose another --out, or add --overwrite")
+    # Whatever is wrong with it must show now, not at the start of a training run.
+    manifest.save(workspace.folder / out.name)
+    Manifest.load(workspace.folder / out.name)
     _publish(staging, folder)
     written = existing != manifest
     if written:
@@ -224,7 +227,6 @@ def _commit(
     for other in out.parent.glob(f"{glob.escape(out.name)}.indexes-{'[0-9a-f]' * 16}"):
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
-    # Whatever is wrong with it must show now, not at the start of a training run.
     return Manifest.load(out), written
 
 
@@ -290,3 +292,13 @@ def _check_options(
         raise ConfigError(f"--out {out} must name the manifest to write, such as {out / 'manifest.json'}")
     if not requests:
         raise ConfigError("no modalities given")
+    try:
+        check_distinct_names([_sketch(request) for request in requests])
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _sketch(request: ModalityRequest) -> Modality:
+    """The modality before anything is known of its values: a wrong name should not show after hours of reading."""
+    encoding = "json" if request.encoding == "json" else "npy"
+    return Modality(request.name, "uint8", (), encoding, member="|".join(request.extensions), field=request.field)

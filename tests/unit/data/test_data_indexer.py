@@ -25,6 +25,7 @@ from jmvae_dist.data.indexing.build import Indexed, index_shards, infer_from
 from jmvae_dist.data.indexing.grouping import split_name
 from jmvae_dist.data.indexing.inspection import ModalityRequest
 from jmvae_dist.data.indexing.shard_lists import expand_shards
+from jmvae_dist.data.indexing.shard_scan import scan_shard
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.reader import ShardReader
 from jmvae_dist.data.verify import verify_shards
@@ -164,6 +165,42 @@ def test_what_belongs_to_no_sample() -> None:
     for name in ("__meta__/0001.txt", "__index__", "a/.hidden", ".hidden.txt", "README", "folder.d/README"):
         assert split_name(name) is None
     assert split_name("a.b/C.tar.GZ") == ("a.b/C", "tar.gz")
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["txt", "cls", "TXT", "md"])), max_size=9))
+def test_any_order_of_members(members: list[tuple[str, str]]) -> None:
+    """Against a plain model: samples in the order in which they begin, each with its own members."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for number, (key, extension) in enumerate(members):
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size = number
+            tar.addfile(info, io.BytesIO(b"1" * number))
+    model: dict[str, dict[str, int]] = {}
+    repeated = False
+    for number, (key, extension) in enumerate(members):
+        if extension != "md":
+            sample = model.setdefault(key, {})
+            repeated |= extension.lower() in sample
+            sample[extension.lower()] = number
+    requests = [ModalityRequest("text", ("txt",), "text"), ModalityRequest("label", ("cls",), "cls")]
+    file.seek(0)
+    if repeated:
+        with pytest.raises(DataError, match="second one of sample"):
+            scan_shard(file, "s.tar", requests, inspect=False)
+        return
+    scan = scan_shard(file, "s.tar", requests, inspect=False)
+    assert scan.keys == list(model)
+    found = [
+        {
+            name: int(size)
+            for name, offset, size in zip(("txt", "cls"), row["offset"], row["size"], strict=True)
+            if offset
+        }
+        for row in scan.records
+    ]
+    assert found == list(model.values())
+    assert scan.findings.incomplete.count == sum(len(sample) < 2 for sample in model.values())
 
 
 def test_incomplete_samples(tmp_path: Path) -> None:
@@ -388,6 +425,9 @@ def test_shard_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--modality", "x=cls", "--text-length", "x=3"], "does not apply to 'x'"),
         (["--modality", "x=jpg", "--image-mode", "x=cmyk"], "one of gray, rgb"),
         (["--modality", "1x=cls"], "name '1x' must be a letter"),
+        (["--modality", "x=cls", "--modality", "X=image.npy"], "two modalities have the same name"),
+        (["--modality", "x=cls", "--modality", "y=cls"], "modalities 'x' and 'y' are both the member 'cls'"),
+        (["--modality", "x=a/b.cls"], "must be file extensions"),
         (["--modality", "x=cls", "--classes", "x=2"], "class index 2 is not below 2"),
     ],
 )
