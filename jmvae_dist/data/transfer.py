@@ -81,6 +81,9 @@ class _Source(Protocol):
     def read(self, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
         """Position and content of the file's pieces from `start` on; from 0 where the server cannot do otherwise."""
 
+    def identify(self) -> tuple[int, str]:
+        """Size and version of the file."""
+
 
 class RemoteFile:
     """A file at a URL.
@@ -159,6 +162,24 @@ class RemoteFile:
         self._retry(attempt, lambda: len(content))
         return bytes(content)
 
+    def identify(self) -> tuple[int, str]:
+        """Size in bytes, and what the server offers to tell versions apart; empty if it offers nothing.
+
+        Raises:
+            DataError: There is no such file, or the server does not say its size.
+        """
+        found: list[tuple[int, str]] = []
+        self._retry(lambda: found.append(self._source.identify()), lambda: 0)
+        return found[0]
+
+    def stream(self) -> RemoteStream:
+        """The content from the start, read as it comes; for a file of known size.
+
+        Unlike `download`, nothing checks a sha256.
+        """
+        assert self._num_bytes is not None
+        return RemoteStream(self._num_bytes, self._source, self._retry)
+
     def download(self, file: BinaryIO, sha256: str) -> None:
         """Write the whole content to `file`, going on behind what an earlier download of it has left there.
 
@@ -220,6 +241,55 @@ class RemoteFile:
                 self._cancelled.wait(max(failure.pause_s, _jitter.uniform(0.5, 1.0) * backoff_s))
 
 
+class RemoteStream:
+    """Reads a remote file once, from the start to the end, going on where a connection broke."""
+
+    def __init__(
+        self,
+        num_bytes: int,
+        source: _Source,
+        retry: Callable[[Callable[[], None], Callable[[], int]], None],
+    ) -> None:
+        self._num_bytes, self._source, self._retry = num_bytes, source, retry
+        self._pieces: Iterator[tuple[int, bytes]] | None = None
+        self._rest = b""
+        self._position = 0
+
+    def read(self, size: int, /) -> bytes:
+        """The next bytes, at least one and at most `size`; none at the end of the file.
+
+        Raises:
+            DataError: They cannot be read.
+        """
+        if not self._rest and self._position < self._num_bytes:
+            self._retry(self._next_piece, lambda: self._position)
+        content, self._rest = self._rest[:size], self._rest[size:]
+        return content
+
+    def close(self) -> None:
+        """End the connection."""
+        # Generators end their connection when they are closed.
+        if self._pieces is not None:
+            self._pieces.close()  # type: ignore[attr-defined]
+        self._pieces = None
+
+    def _next_piece(self) -> None:
+        if self._pieces is None:
+            self._pieces = self._source.read(self._position, self._num_bytes)
+        try:
+            for start, piece in self._pieces:
+                # A server that ignores Range begins anew.
+                if start + len(piece) > self._position:
+                    self._rest = piece[self._position - start :]
+                    self._position = start + len(piece)
+                    return
+        except (_PassingFailure, _LastingFailure):
+            self._pieces = None
+            raise
+        self._pieces = None
+        raise _PassingFailure(f"the connection ended after {self._position} of {self._num_bytes} bytes")
+
+
 class _Sink:
     """What has arrived of a download: in a file, hashed as it comes."""
 
@@ -270,6 +340,20 @@ class _HttpSource:
             if stop != self._num_bytes:
                 self._check_same_version(response)
             yield from self._body(response, position, stop)
+        finally:
+            response.close()
+
+    def identify(self) -> tuple[int, str]:
+        # The first byte instead of HEAD, which signed URLs and some servers refuse.
+        response = self._request({"Range": "bytes=0-0"})
+        try:
+            self._check_head(response, 0, ranged=True)
+            length = response.headers.get("Content-Length", "")
+            if response.status_code == 206:
+                length = response.headers.get("Content-Range", "").rpartition("/")[2]
+            if not length.isdecimal():
+                raise _LastingFailure("the server does not say how large the file is")
+            return int(length), response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
         finally:
             response.close()
 
@@ -450,6 +534,13 @@ class _StoreSource:
                 return
             yield start, block
             start += len(block)
+
+    def identify(self) -> tuple[int, str]:
+        facts = self._call(lambda system: system.info(self._url))
+        if not isinstance(facts.get("size"), int):
+            raise _LastingFailure("not a file of known size")
+        versions = (facts.get(key) for key in ("ETag", "etag", "generation", "LastModified", "mtime"))
+        return facts["size"], next((str(version) for version in versions if version), "")
 
     def _read_block(self, start: int, end: int) -> bytes:
         return self._call(lambda system: system.cat_file(self._url, start=start, end=end))

@@ -1,4 +1,4 @@
-"""Makes a manifest and indexes for tars that others wrote, which stay as they are and may be read-only.
+"""Makes a manifest and indexes for tars that others wrote, which stay where and as they are.
 
     OUT                                  the manifest
     OUT.indexes-FINGERPRINT/             one index per shard
@@ -11,21 +11,20 @@ the manifest at OUT is complete and leads to its own indexes.
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, get_args
+from typing import get_args
 
 from jmvae_dist.data.exclusive import locked, os_errors_explained
-from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import index_bytes
 from jmvae_dist.data.indexing.inference import infer_requests
 from jmvae_dist.data.indexing.inspection import ModalityRequest
+from jmvae_dist.data.indexing.opening import Identity, identify, identify_all, open_shard, shard_name
 from jmvae_dist.data.indexing.report import (
     check_complete,
     check_present,
@@ -39,6 +38,7 @@ from jmvae_dist.data.indexing.shard_scan import is_complete, scan_shard
 from jmvae_dist.data.indexing.workspace import Incomplete, ShardRecord, Workspace
 from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard, check_distinct_names
 from jmvae_dist.data.processes import Report, default_workers, run_in_processes
+from jmvae_dist.data.urls import is_remote
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import fsync_path
 from jmvae_dist.progress import progress
@@ -76,7 +76,7 @@ def index_shards(
     the script.
 
     Args:
-        shards: paths of tars, as from `expand_shards`.
+        shards: paths or URLs of tars, as from `expand_shards`.
         out: the manifest to write.
         requests: the modalities; see `infer_requests`.
         incomplete: what to do with samples that lack a modality: `error`, `skip` (leave them out), or `keep` (index
@@ -85,12 +85,12 @@ def index_shards(
         overwrite: replace a manifest of other data.
 
     Raises:
-        ConfigError: an option is out of range, a shard does not exist, or `out` cannot be written.
+        ConfigError: an option is out of range, a shard cannot be reached, or `out` cannot be written.
         DataError: shards are damaged, or samples are incomplete; the message lists what is wrong.
     """
     out = Path(out).expanduser().resolve()
     _check_options(out, requests, incomplete, workers)
-    identities = [_identity(shard) for shard in shards]
+    identities = identify_all(shards)
     with os_errors_explained(out), locked(out):
         existing = _existing_manifest(out, overwrite)
         workspace = Workspace(out, requests)
@@ -110,8 +110,8 @@ def index_shards(
 
 def infer_from(shard: str) -> list[ModalityRequest]:
     """The modalities that the beginning of a shard suggests; raises like `infer_requests`."""
-    with _open(shard) as file:
-        return infer_requests(file, shard)
+    with open_shard(shard) as stream:
+        return infer_requests(stream, shard_name(shard))
 
 
 @dataclass(frozen=True)
@@ -119,19 +119,19 @@ class _Job:
     """One shard to read: its position among all, and what it looked like before."""
 
     shard: str
-    identity: dict[str, int]
+    identity: Identity
 
 
 # Reading the shards
 
 
 def _scan_all(
-    workspace: Workspace, shards: Sequence[str], identities: Sequence[dict[str, int]], workers: int | None
+    workspace: Workspace, shards: Sequence[str], identities: Sequence[Identity], workers: int | None
 ) -> list[ShardRecord]:
     found = [workspace.load(shard, identity) for shard, identity in zip(shards, identities, strict=True)]
     todo = [position for position, record in enumerate(found) if record is None]
     jobs = [_Job(shards[position], identities[position]) for position in todo]
-    num_bytes = sum(job.identity["num_bytes"] for job in jobs)
+    num_bytes = sum(int(job.identity["num_bytes"]) for job in jobs)
     problems: dict[int, str] = {}
     with progress(num_bytes // _MEGABYTE, "indexing shards, MB") as advance:
         results = run_in_processes(
@@ -157,35 +157,18 @@ def _scan_one(workspace: Workspace, job: _Job, report: Report) -> ShardRecord | 
 
     As a value, because the user of ten thousand shards wants to know all that are damaged, not one after another.
     """
-    total = job.identity["num_bytes"] // _MEGABYTE
+    num_bytes, name = int(job.identity["num_bytes"]), shard_name(job.shard)
+    total = num_bytes // _MEGABYTE
     try:
-        with _open(job.shard) as file:
-            scan = scan_shard(file, job.shard, workspace.requests, lambda done: report(min(total, done // _MEGABYTE)))
-        if _identity(job.shard) != job.identity or scan.num_bytes != job.identity["num_bytes"]:
-            return f"{job.shard}: changed while it was read"
+        with open_shard(job.shard, num_bytes) as stream:
+            scan = scan_shard(stream, name, workspace.requests, lambda done: report(min(total, done // _MEGABYTE)))
+        if identify(job.shard) != job.identity or scan.num_bytes != num_bytes:
+            return f"{name}: changed while it was read"
     except (DataError, ConfigError) as error:
         return str(error)
     record = workspace.save(job.shard, job.identity, scan)
     report(total)
     return record
-
-
-@contextlib.contextmanager
-def _open(shard: str) -> Iterator[BinaryIO]:
-    try:
-        with open_regular(shard) as file:
-            yield file
-    except OSError as error:
-        raise DataError(f"{shard}: cannot read shard: {error.strerror}") from None
-
-
-def _identity(shard: str) -> dict[str, int]:
-    """What tells whether a shard has changed since it was read."""
-    try:
-        status = os.stat(shard)
-    except OSError as error:
-        raise ConfigError(f"{shard}: cannot read shard: {error.strerror}") from None
-    return {"num_bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 # The result
@@ -249,6 +232,8 @@ def _write_index(
 
 def _url(shard: str, out: Path) -> str:
     """Relative to the manifest where the shard is in or below its folder, so that they can move together."""
+    if is_remote(shard):
+        return shard
     path = Path(shard).absolute()
     try:
         relative = str(path.relative_to(out.parent))

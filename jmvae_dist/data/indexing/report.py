@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jmvae_dist.data.indexing.inspection import ModalityRequest, conclude
+from jmvae_dist.data.indexing.opening import shard_name
 from jmvae_dist.data.indexing.shard_scan import Findings
 from jmvae_dist.data.indexing.workspace import Incomplete, ShardRecord, Workspace
 from jmvae_dist.data.manifest import Modality, printable
@@ -90,7 +91,7 @@ def shard_notes(records: Sequence[ShardRecord], findings: Findings, incomplete: 
     sizes = [record.samples_kept(incomplete) for record in records]
     empty = [record.shard for record, size in zip(records, sizes, strict=True) if not size]
     if empty:
-        notes.append(f"shards without samples, left out: {len(empty):,}, first {empty[0]}")
+        notes.append(f"shards without samples, left out: {len(empty):,}, first {shard_name(empty[0])}")
     if max(sizes) > 2 * max(1, min(sizes)):
         notes.append(f"shards have {min(sizes):,} to {max(sizes):,} samples: the shuffle is better with even ones")
     total_bytes = sum(record.num_bytes for record in records)
@@ -107,7 +108,8 @@ def _repeated_shards(records: Sequence[ShardRecord]) -> list[str]:
     for record in records:
         first = first_by_sha256.setdefault(record.sha256, record.shard)
         if first != record.shard:
-            notes.append(f"{record.shard} has the same content as {first}: its samples are seen twice per epoch")
+            both = f"{shard_name(record.shard)} has the same content as {shard_name(first)}"
+            notes.append(f"{both}: its samples are seen twice per epoch")
     return notes[:_MAX_SHOWN]
 
 
@@ -126,7 +128,7 @@ def repeated_keys(workspace: Workspace, records: Sequence[ShardRecord]) -> list[
     repeated = np.flatnonzero(hash_K[order][1:] == hash_K[order][:-1])
     if not len(repeated):
         return []
-    one, other = (records[owner_K[order[repeated[0] + step]]].shard for step in (0, 1))
+    one, other = (shard_name(records[owner_K[order[repeated[0] + step]]].shard) for step in (0, 1))
     of = "" if divisor == 1 else f" of every {divisor}th one"
     return [f"keys that are in several shards: {len(repeated):,}{of}, first in {one} and {other}"]
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+from jmvae_dist.data.urls import is_remote, shown
 from jmvae_dist.errors import ConfigError
 
 MAX_SHARDS = 1_000_000
 
 _RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.(-?\d{1,18}))?\}")
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def expand_shards(arguments: Sequence[str]) -> list[str]:
@@ -37,16 +37,11 @@ def expand_shards(arguments: Sequence[str]) -> list[str]:
         raise ConfigError("no shards given; name tars, folders of tars, or patterns such as shard-{0000..0099}.tar")
     seen: set[str] = set()
     for shard in shards:
-        place = shard if is_url(shard) else os.path.realpath(shard)
+        place = shard if is_remote(shard) else os.path.realpath(shard)
         if place in seen:
-            raise ConfigError(f"{shard} is given twice: its samples would be seen twice per epoch")
+            raise ConfigError(f"{shown(shard)} is given twice: its samples would be seen twice per epoch")
         seen.add(place)
     return shards
-
-
-def is_url(shard: str) -> bool:
-    """Whether this is a URL rather than a path."""
-    return _SCHEME.match(shard) is not None
 
 
 def natural_key(path: str) -> list[tuple[int, str]]:
@@ -55,12 +50,12 @@ def natural_key(path: str) -> list[tuple[int, str]]:
 
 
 def _expand(argument: str) -> list[str]:
-    if not is_url(argument) and Path(argument).is_dir():
+    if not is_remote(argument) and Path(argument).is_dir():
         shards = sorted((str(path) for path in Path(argument).glob("*.tar")), key=natural_key)
         if not shards:
             raise ConfigError(f"no *.tar file in folder {argument}")
         return shards
-    if not is_url(argument) and Path(argument).exists():
+    if not is_remote(argument) and Path(argument).exists():
         return [argument]
     return [shard for pattern in expand_braces(argument) for shard in _expand_glob(pattern)]
 
@@ -88,7 +83,7 @@ def _range_size(start: str, stop: str, step: str | None) -> int:
 
 
 def _expand_glob(pattern: str) -> list[str]:
-    if is_url(pattern) or not glob.has_magic(pattern):
+    if is_remote(pattern) or not glob.has_magic(pattern):
         return [pattern]
     shards = sorted(islice(glob.iglob(pattern), MAX_SHARDS + 1), key=natural_key)
     if not shards:

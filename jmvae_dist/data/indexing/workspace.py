@@ -14,6 +14,7 @@ import numpy as np
 
 from jmvae_dist.data.index import RECORD_DTYPE
 from jmvae_dist.data.indexing.inspection import ModalityRequest
+from jmvae_dist.data.indexing.opening import Identity
 from jmvae_dist.data.indexing.shard_scan import Findings, ShardScan
 from jmvae_dist.files import writing_atomic
 
@@ -27,7 +28,7 @@ class ShardRecord:
     """What was found in a shard, without its index, which stays on disk."""
 
     shard: str
-    identity: dict[str, int]
+    identity: Identity
     num_bytes: int
     sha256: str
     num_samples: int
@@ -51,7 +52,7 @@ class Workspace:
         what = [[request.extensions, request.encoding, request.field, request.num_classes] for request in requests]
         self._what = json.dumps(what)
 
-    def load(self, shard: str, identity: dict[str, int]) -> ShardRecord | None:
+    def load(self, shard: str, identity: Identity) -> ShardRecord | None:
         """What an earlier process found in this shard; None if it did not, or if either has changed since."""
         try:
             content = json.loads(self._path(shard, ".json").read_bytes())
@@ -63,7 +64,7 @@ class Workspace:
             return None
         return record if hashlib.sha256(data).hexdigest() == record.data_sha256 else None
 
-    def save(self, shard: str, identity: dict[str, int], scan: ShardScan) -> ShardRecord:
+    def save(self, shard: str, identity: Identity, scan: ShardScan) -> ShardRecord:
         """Remember a shard; the record, which says that the rest is complete, last."""
         data = scan.records.tobytes() + _key_hashes(scan.keys)
         record = ShardRecord(
