@@ -104,7 +104,9 @@ def _remote_shard_problems(data: _Data, number: int, report: Report) -> list[str
         shard = data.manifest.shards[number]
         index = replace(shard.index, url=local_path(data.manifest.index_location(number)))
         local = replace(shard, url=local_path(data.manifest.shard_location(number)), index=index)
-        problems = _shard_problems(Manifest.create(data.manifest.modalities, [local], {}), 0, report)
+        problems = _shard_problems(
+            Manifest.create(data.manifest.modalities, [local], data.manifest.source), 0, report
+        )
         for url, copy in copies.items():
             problems = [problem.replace(str(copy.path), shown(url)) for problem in problems]
         return problems

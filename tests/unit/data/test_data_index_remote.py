@@ -11,6 +11,7 @@ import pytest
 from jmvae_dist.commands.shards import main
 from jmvae_dist.data.indexing.opening import identify, open_shard
 from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.reader import ShardReader
 from jmvae_dist.errors import ConfigError, DataError
 from tests.faulty_server import Fault, FaultyServer, serving
 
@@ -26,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
         with tarfile.open(folder / f"s-{shard}.tar", "w") as tar:
             for number in range(NUM_SAMPLES):
                 for extension, content in (("cls", b"%d" % (number % 5)), ("txt", b"x" * 10_000)):
-                    info = tarfile.TarInfo(f"{shard}-{number:03d}.{extension}")
+                    info = tarfile.TarInfo(f"{'long/' * 30}{shard}-{number:03d}.{extension}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
     return folder
@@ -42,6 +43,10 @@ def test_as_of_files(folder: Path, tmp_path: Path) -> None:
     with serving(folder) as server:
         remote = index([f"{server.url}/s-{{0..1}}.tar"], tmp_path / "remote.json")
         assert [shard.url for shard in remote.shards] == [f"{server.url}/s-{n}.tar" for n in range(2)]
+        assert main(["verify", str(tmp_path / "remote.json"), "--workers", "1"]) == 0
+        reader = ShardReader(remote, 1)
+        assert reader.read([7, 3], "label").argmax(axis=1).tolist() == [2, 3]
+        reader.close()
     assert remote.fingerprint == local.fingerprint
 
 
