@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from jmvae_dist.cluster.scheduler import count_gpus
 from jmvae_dist.cluster.script import Directives
 from jmvae_dist.errors import ConfigError
 
@@ -50,10 +51,8 @@ def _nodes(directives: Directives) -> tuple[int | None, int | None]:
 def _gpus_per_node(directives: Directives, first: int | None, last: int | None) -> int | None:
     if (text := directives.get("gpus-per-node")) is not None:
         return _count("gpus-per-node", text)
-    for item in (directives.get("gres") or "").split(","):
-        if item.removeprefix("gres:").partition(":")[0] == "gpu":
-            tail = item.rpartition(":")[2]
-            return int(tail) if tail.isdigit() else 1
+    if count := count_gpus(directives.get("gres") or ""):
+        return count
     if (text := directives.get("gpus")) is not None:
         total = _count("gpus", text)
         return total // first if first is not None and first == last and total % first == 0 else None

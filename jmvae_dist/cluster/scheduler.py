@@ -64,6 +64,22 @@ def choose_jobs(jobs: Sequence[Job], job_ids: Sequence[str]) -> list[Job]:
     return [job for job in jobs if job.job_id in job_ids or job.job_id.partition("_")[0] in job_ids]
 
 
+def gpus_of_partition(partition: str | None) -> int | None:
+    """GPUs of each node of a partition, by default of the default one; None if its nodes differ, or it is unknown."""
+    counts = set()
+    for line in ask("sinfo", "--noheader", "--format=%P|%G").splitlines():
+        name, _, resources = line.strip().partition("|")
+        if name.endswith("*") if partition is None else name.rstrip("*") in partition.split(","):
+            counts.add(count_gpus(resources))
+    return counts.pop() if len(counts) == 1 else None
+
+
+def count_gpus(resources: str) -> int:
+    """GPUs in a list of generic resources, such as `gpu:2`, `gpu:a100:8(S:0-1),tmp:5` or `(null)`."""
+    found = re.findall(r"(?:^|,)(?:gres[:/])?gpu(?::[^:,(]*[^:,(\d][^:,(]*)?(?::(\d+))?(?=[,(]|$)", resources)
+    return sum(int(count or 1) for count in found)
+
+
 def job_fields(job_id: str) -> dict[str, str]:
     """What `scontrol show job` says of a job; empty if it does not answer."""
     text = ask("scontrol", "show", "job", job_id, "--oneliner")

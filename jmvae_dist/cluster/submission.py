@@ -9,11 +9,12 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jmvae_dist.cluster.attempts import read_attempts
 from jmvae_dist.cluster.resources import Resources, parse_duration_s
+from jmvae_dist.cluster.scheduler import gpus_of_partition
 from jmvae_dist.cluster.script import (
     BatchScript,
     Directives,
@@ -202,25 +203,13 @@ def _variables(root: Path) -> dict[str, str]:
 
 def _ranks_per_node(site: Site, resources: Resources, directives: Directives) -> int | None:
     is_given = bool(site.settings["RANKS_PER_NODE"]) or resources.ntasks_per_node is not None
-    if resources.gpus_per_node is None and not is_given:
-        return None
-    # All of a node's GPUs come with it.
-    if (
-        resources.gpus_per_node == 0
-        and "exclusive" in directives
-        and not is_given
-        and _partition_has_gpus(directives)
-    ):
+    takes_all = "exclusive" in directives and "oversubscribe" not in directives
+    if not is_given and resources.gpus_per_node == 0 and takes_all:
+        # Whole nodes come with all their GPUs.
+        resources = replace(resources, gpus_per_node=gpus_of_partition(directives.get("partition")))
+    if not is_given and resources.gpus_per_node is None:
         return None
     return count_ranks_per_node(site, resources)
-
-
-def _partition_has_gpus(directives: Directives) -> bool:
-    from jmvae_dist.cluster.scheduler import ask
-
-    partition = directives.get("partition")
-    text = ask("sinfo", "--noheader", "--format=%G", *([f"--partition={partition}"] if partition else []))
-    return "gpu" in text
 
 
 def _make_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jmvae_dist.cluster.resources import Resources, parse_duration_s
+from jmvae_dist.cluster.scheduler import count_gpus
 from jmvae_dist.cluster.script import (
     BatchScript,
     directives_of_variables,
@@ -111,6 +112,23 @@ def test_variables_of_a_site_become_options() -> None:
 )
 def test_resources(directives: dict[str, str | None], resources: Resources) -> None:
     assert Resources.of(directives) == resources
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("gpu:2", 2),
+        ("gpu", 1),
+        ("gpu:a100", 1),
+        ("gpu:a100:8(S:0-1)", 8),
+        ("gpu:2g.20gb:4,gpu:a100:2,tmp:5", 6),
+        ("tmp:5", 0),
+        ("(null)", 0),
+        ("", 0),
+    ],
+)
+def test_gpus_among_generic_resources(text: str, count: int) -> None:
+    assert count_gpus(text) == count
 
 
 @pytest.mark.parametrize("directives", [{"nodes": "x"}, {"nodes": "0"}, {"nodes": "4-2"}, {"gpus-per-node": "many"}])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jmvae_dist.cluster.scheduler import gpus_of_partition
 from jmvae_dist.cluster.script import read_directives
 from jmvae_dist.commands.slurm import main
 from jmvae_dist.errors import ConfigError, LaunchError
@@ -42,7 +43,7 @@ def slurm(fake_command: Fake, site: Path) -> Path:
     """Commands of an idle cluster; returns the file with the calls of sbatch."""
     fake_command("squeue")
     fake_command("scontrol")
-    fake_command("sinfo")
+    fake_command("sinfo", prints="main*|(null)\n")
     return fake_command("sbatch", prints="41")
 
 
@@ -76,6 +77,25 @@ def test_settings_of_the_site(
     options, script, said = rendered(capsys, tmp_path, ["--nodes=2", "--time=30", *training])
     assert (options["partition"], options["time"]) == ("gpu", "30")
     assert f"export JMVAE_DIST_SITE={site}\n" in script
+    assert "2 node(s) x 2 = 4 process(es)" in said
+
+
+@pytest.mark.parametrize(
+    ("partition", "count"),
+    [(None, 4), ("big", 8), ("mixed", None), ("none", 0), ("unknown", None), ("big,main", None)],
+)
+def test_gpus_of_a_partition(fake_command: Fake, partition: str | None, count: int | None) -> None:
+    fake_command("sinfo", prints="main*|gpu:4\nbig|gpu:8\nmixed|gpu:4\nmixed|(null)\nnone|(null)\n")
+    assert gpus_of_partition(partition) == count
+
+
+def test_whole_nodes_come_with_all_their_gpus(
+    slurm: Path, fake_command: Fake, training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_command("sinfo", prints="main*|gpu:4\n")
+    _, _, said = rendered(capsys, tmp_path, ["--nodes=2", *training])
+    assert "2 node(s) x 4 = 8 process(es)" in said
+    _, _, said = rendered(capsys, tmp_path, ["--nodes=2", "--oversubscribe", "--gres=gpu:2", *training])
     assert "2 node(s) x 2 = 4 process(es)" in said
 
 
