@@ -15,7 +15,7 @@ from jmvae_dist.cluster import attempts as batch
 from jmvae_dist.cluster.history import History, read_history
 from jmvae_dist.cluster.resources import parse_duration_s
 from jmvae_dist.cluster.scheduler import Job, choose_jobs, has_slurm
-from jmvae_dist.cluster.submission import find_failed_nodes, submitted_jobs
+from jmvae_dist.cluster.submission import find_failed_nodes, submitted_evaluations, submitted_jobs
 from jmvae_dist.cluster.text_table import format_columns
 from jmvae_dist.errors import EXIT_STOPPED, ConfigError
 from jmvae_dist.progress import format_duration
@@ -58,7 +58,8 @@ class RunStatus:
     Attributes:
         run_dir: The run directory.
         state: In words: the queue's, if it has a job of the run, else what the last attempt left.
-        jobs: Of the queue.
+        jobs: Its trainings in the queue.
+        evaluations: Its evaluations in the queue.
         knows_queue: Whether Slurm could be asked.
         history: Progress, speed, and the ledger.
         attempts: Oldest first.
@@ -68,6 +69,7 @@ class RunStatus:
     run_dir: Path
     state: str
     jobs: list[Job]
+    evaluations: list[Job]
     knows_queue: bool
     history: History
     attempts: list[AttemptStatus]
@@ -81,6 +83,7 @@ class RunStatus:
             "state": self.state,
             "knows_queue": self.knows_queue,
             "jobs": [asdict(job) for job in self.jobs],
+            "evaluations": [asdict(job) for job in self.evaluations],
             "progress": {
                 "step": history.step,
                 "total_steps": history.total_steps,
@@ -132,6 +135,7 @@ def read_status(run_dir: Path, queue: list[Job]) -> RunStatus:
         run_dir=run_dir,
         state=_describe_state(jobs, attempts),
         jobs=jobs,
+        evaluations=choose_jobs(queue, submitted_evaluations(run_dir)),
         knows_queue=has_slurm(),
         history=history,
         attempts=attempts,
@@ -218,6 +222,7 @@ def format_status(status: RunStatus) -> str:
     if not status.knows_queue:
         lines.append("queue       unknown: squeue is not on PATH here")
     lines += [f"queue       {_format_job(job)}" for job in status.jobs]
+    lines += [f"queue       evaluation: {_format_job(job)}" for job in status.evaluations]
     lines += [f"progress    {line}" for line in _format_progress(status)]
     lines += _format_time(status.history)
     if status.failed_nodes:

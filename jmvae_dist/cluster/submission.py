@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 _SBATCH_TIMEOUT_S = 120.0
 # What sbatch itself needs; the rest of a surrounding job's variables would become those of the new job.
 _SLURM_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+_OF_EVALUATION = "-evaluate"
 # Say when and how the training runs, and nothing about an evaluation after it.
 _OF_TRAINING = ("signal", "array", "dependency", "begin", "job-name", "output", "error")
 
@@ -226,10 +227,15 @@ def find_failed_nodes(run_dirs: Iterable[Path]) -> tuple[str, ...]:
 
 
 def submitted_jobs(folder: Path) -> list[str]:
-    """Numbers of the jobs that were submitted for this directory, or have run there."""
-    scripts = [path.name.partition(".")[0] for path in (folder / "slurm").glob("*.sbatch")]
+    """Numbers of the trainings that were submitted for this directory, or have run there."""
+    scripts = [path.stem for path in (folder / "slurm").glob("*.sbatch")]
     numbers = [name for name in scripts if name.isdigit()] + [attempt.job_id for attempt in read_attempts(folder)]
     return list(dict.fromkeys(numbers))
+
+
+def submitted_evaluations(folder: Path) -> list[str]:
+    """Numbers of the evaluations that were submitted for this directory."""
+    return [path.name.partition("-")[0] for path in (folder / "slurm").glob(f"*{_OF_EVALUATION}.sbatch")]
 
 
 def evaluation_after(job: Job, job_id: str, manifest: Path) -> BatchScript:
@@ -246,7 +252,9 @@ def evaluation_after(job: Job, job_id: str, manifest: Path) -> BatchScript:
 
 
 def submit(script: BatchScript, folder: Path) -> str:
-    """Hand a script to sbatch; returns the job's number. A copy is `slurm/<number>.sbatch` in `folder`.
+    """Hand a script to sbatch; returns the job's number. A copy is in `folder`.
+
+    It is `slurm/12.sbatch`, or `slurm/12-evaluate.sbatch` for an evaluation.
 
     Raises:
         LaunchError: There is no sbatch, or it refuses.
@@ -254,7 +262,8 @@ def submit(script: BatchScript, folder: Path) -> str:
     with _written(script, folder) as path:
         output = _run_sbatch(["--parsable", str(path)])
         job_id = output.splitlines()[-1].partition(";")[0]
-        os.replace(path, folder / "slurm" / f"{job_id}.sbatch")
+        kind = _OF_EVALUATION if script.template.stem == "evaluate" else ""
+        os.replace(path, folder / "slurm" / f"{job_id}{kind}.sbatch")
     return job_id
 
 

@@ -40,6 +40,8 @@ def main(argv: list[str]) -> int:
     options.training = argv[end + 1 :]
     if others and options.command not in ("render", "submit"):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if options.training and options.command in ("status", "end"):
+        parser.error(f"unrecognized arguments: {' '.join(options.training)}")
     options.sbatch = others
     return options.run(options)
 
@@ -64,8 +66,8 @@ def _add_submit(commands: Any, name: str, summary: str, run: Any) -> None:
         "--sweep", metavar="TABLE", type=Path, help="one task per row; --array chooses, or %%4 throttles"
     )
     parser.add_argument("--like", metavar="RUN", type=Path, help="a former run, to tell how long this one will take")
-    if name == "submit":
-        parser.add_argument("--evaluate", metavar="MANIFEST", type=Path, help="then evaluate, in a job of its own")
+    help_text = "then evaluate, in a job of its own (submit only)"
+    parser.add_argument("--evaluate", metavar="MANIFEST", type=Path, help=help_text)
     parser.set_defaults(run=run)
 
 
@@ -93,6 +95,8 @@ def _prepare(options: argparse.Namespace) -> Job:
 
 
 def _render(options: argparse.Namespace) -> int:
+    if options.evaluate is not None:
+        raise ConfigError("--evaluate: for submit only, since it needs the training's job; see slurm/evaluate.sbatch")
     print(_prepare(options).script.render(), end="")
     return 0
 

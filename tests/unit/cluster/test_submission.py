@@ -144,12 +144,13 @@ def test_submit_and_evaluate(
     assert main(["submit", "--nodes=2", "--time=30", "--evaluate", str(manifest), *training]) == 0
     assert "submitted job 41" in capsys.readouterr().out
     folder = tmp_path / "runs" / "x" / "slurm"
-    assert [path.name for path in folder.iterdir()] == ["41.sbatch"], "a copy of what was submitted last"
-    options = read_directives(folder / "41.sbatch")
+    assert sorted(path.name for path in folder.iterdir()) == ["41-evaluate.sbatch", "41.sbatch"]
+    assert read_directives(folder / "41.sbatch")["signal"] == "B:USR1@300"
+    options = read_directives(folder / "41-evaluate.sbatch")
     expected = {"dependency": "afterok:41", "kill-on-invalid-dep": "yes", "nodes": "2", "time": "30"}
     assert expected.items() <= options.items()
     assert "signal" not in options
-    assert f"set -- {folder.parent} --manifest {manifest}\n" in (folder / "41.sbatch").read_text()
+    assert f"set -- {folder.parent} --manifest {manifest}\n" in (folder / "41-evaluate.sbatch").read_text()
 
 
 def test_what_sbatch_says_is_said(slurm: Path, training: list[str], fake_command: Fake) -> None:
@@ -265,11 +266,15 @@ def test_nodes_that_failed_can_be_avoided(
 def test_status_of_a_run(slurm: Path, fake_command: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     write_past(run, failed=("node2",), requeued=True)
-    fake_command("squeue", prints="7|RUNNING|1:00|10:00|9:00|2|node[1-2]|x|None\n8|RUNNING|1:00|1|1|1|n|x|None\n")
+    (run / "slurm" / "9-evaluate.sbatch").touch()
+    running = "7|RUNNING|1:00|10:00|9:00|2|node[1-2]|x|None\n"
+    running += "8|RUNNING|1:00|1|1|1|n|x|None\n9|PENDING|0:00|1|1|1||N/A|Dependency\n"
+    fake_command("squeue", prints=running)
     assert main(["status", str(run)]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "state job 7 is RUNNING" in text
     assert "job 7 RUNNING on node[1-2] for 1:00 of 10:00" in text
+    assert "evaluation: job 9 waits for 1 node(s): Dependency" in text
     assert "step 10 of 1,000 (1.0%); newest checkpoint: step 10, which took 1 min 40 s" in text
     assert "but only 9:00 of the time limit: about 16 more attempt(s)" in text
     assert "failed node2" in text
