@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -70,7 +71,7 @@ def kill_everything(run: Run) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_kill_at_random_moments(make_run: MakeRun, num_processes: int) -> None:
     """Three kills at moments drawn anew in every test run; the seed is printed on failure."""
     seed = random.SystemRandom().randrange(2**32)
@@ -142,7 +143,13 @@ def kill_one_at(run: Run, step: int, generator: random.Random) -> None:
 # Not SIGINT with 2 processes: the launcher's background job ignores it unless it comes from a terminal.
 @pytest.mark.parametrize(
     ("num_processes", "number"),
-    [(1, signal.SIGTERM), (1, signal.SIGUSR1), (1, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGUSR1)],
+    [
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGUSR1, marks=pytest.mark.slow),
+        (1, signal.SIGINT),
+        (2, signal.SIGTERM),
+        pytest.param(2, signal.SIGUSR1, marks=pytest.mark.slow),  # tests/slurm has it with four
+    ],
 )
 def test_stop_signal_writes_a_checkpoint(make_run: MakeRun, num_processes: int, number: signal.Signals) -> None:
     settings = ("--training.steps", "2000", "--training.log_every_steps", "10")
@@ -182,6 +189,8 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "empty manifest": lambda path: (path / "manifest.json").write_text(""),
     "missing manifest": lambda path: (path / "manifest.json").unlink(),
 }
+# Each way in which a checkpoint is judged; tests/unit/checkpoint has all the kinds without a run.
+IN_CI = ("flipped bit in the weights", "truncated manifest", "missing manifest")
 
 
 def flip_bit(path: Path, position: int) -> None:
@@ -194,22 +203,33 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def test_damaged_checkpoints_are_passed_over(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every kind of damage to the newest checkpoint: said loudly, and the one before is used."""
-    settings = ("--training.steps", "20", "--checkpoint.every_steps", "10", "--training.log_every_steps", "1")
-    original = make_run("original", *settings)
-    original.train(2)
-    for number, (name, damage) in enumerate(DAMAGES.items()):
-        run = make_run(f"damaged_{number}", *settings)
-        subprocess.run(["cp", "-r", original.output_dir, run.output_dir], check=True)
-        damage(run.checkpoint(20))
-        assert checkpoint_command(["verify", str(run.output_dir)]) == 1, name
-        assert "1 of 2 checkpoints are intact" in capsys.readouterr().out, name
-        output = run.train(1)
-        said = "without its manifest" if name == "missing manifest" else "DAMAGED CHECKPOINT"
-        assert said in output, name
-        assert "resumed from the checkpoint at step 10" in output, name
-        assert_same_checkpoint_metrics(original, run)
+@pytest.fixture(scope="module")
+def undamaged(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Run:
+    """A complete run with two checkpoints."""
+    settings = ["--training.steps", "20", "--checkpoint.every_steps", "10", "--training.log_every_steps", "1"]
+    run = Run(tmp_path_factory.mktemp("undamaged") / "run", digits, settings)
+    run.train(2)
+    return run
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in IN_CI else pytest.param(name, marks=pytest.mark.slow) for name in DAMAGES],
+)
+def test_damaged_checkpoints_are_passed_over(
+    undamaged: Run, make_run: MakeRun, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Whatever is wrong with the newest checkpoint: it is said loudly, and the one before is used."""
+    run = make_run("damaged", *undamaged.overrides)
+    shutil.copytree(undamaged.output_dir, run.output_dir)
+    DAMAGES[name](run.checkpoint(20))
+    assert checkpoint_command(["verify", str(run.output_dir)]) == 1
+    assert "1 of 2 checkpoints are intact" in capsys.readouterr().out
+    output = run.train(1)
+    said = "without its manifest" if name == "missing manifest" else "DAMAGED CHECKPOINT"
+    assert said in output
+    assert "resumed from the checkpoint at step 10" in output
+    assert_same_checkpoint_metrics(undamaged, run)
 
 
 def assert_same_checkpoint_metrics(original: Run, run: Run) -> None:
@@ -226,7 +246,7 @@ def test_no_intact_checkpoint_is_an_error(make_run: MakeRun) -> None:
     assert "none of the 1 checkpoints is intact" in output
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.mark.parametrize("num_processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_stop_signal_during_the_final_evaluation(make_run: MakeRun, digits: Path, num_processes: int) -> None:
     run = make_run("run", "--training.steps", "5", "--training.log_every_steps", "1")
     manifest = ("--data.eval_manifest", str(digits / "test" / "manifest.json"), "--evaluation.batch_size", "8")
