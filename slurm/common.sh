@@ -99,6 +99,8 @@ program() {
 
 # One task of srun per rank. When one fails, srun ends the others.
 start_ranks() {
+    # In the background traps are gone, and USR1 would end what comes before srun. srun waits for signals itself.
+    trap '' USR1
     export PYTHON CONTAINER run_dir
     # When the scheduler will ask for a stop, for the program's comparison with the time a checkpoint takes.
     JMVAE_DIST_STOP_LEAD_S=${JMVAE_DIST_STOP_LEAD_S:-$(scontrol write batch_script "$this_job" - 2>/dev/null |
