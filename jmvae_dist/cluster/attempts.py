@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,10 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from jmvae_dist.cluster.provenance import write_provenance
-from jmvae_dist.cluster.scheduler import find_failed_nodes
+from jmvae_dist.cluster.scheduler import find_failed_nodes, job_fields, parse_time_s
 from jmvae_dist.errors import EXIT_STOPPED, LaunchError
 
 logger = logging.getLogger(__name__)
+
+# Of ranks that a signal reached before they could heed it. A preemption may come as TERM, USR1 is passed on by the
+# batch script; kill -9 follows on TERM.
+_KILLED_BY_TERM = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
+_KILLED_BY_USR1 = 128 + signal.SIGUSR1
 
 
 @dataclass(frozen=True)
@@ -72,16 +79,20 @@ def begin_attempt(run_dir: Path, *, max_attempts: int, environment: Mapping[str,
         environment: In place of the process's own.
 
     Raises:
-        LaunchError: The job has had `max_attempts` attempts without progress, or this is no job.
+        LaunchError: The job has had `max_attempts` attempts without progress, another job is at the run, or this is
+            no job.
     """
     variables = os.environ if environment is None else environment
     attempts = read_attempts(run_dir)
     step = newest_step(run_dir)
     job_id = current_job_id(variables)
-    if attempts and not attempts[-1].has_ended:
-        attempts[-1] = _close_lost(attempts[-1], step)
-        _append(run_dir, "end", attempts[-1])
-    fruitless = _fruitless(attempts, job_id)
+    for place, former in enumerate(attempts):
+        if not former.has_ended:
+            _check_not_running(run_dir, former, job_id)
+            attempts[place] = _close_lost(former, step)
+            _append(run_dir, "end", attempts[place])
+    restart = _restart(variables)
+    fruitless = _fruitless(attempts, job_id, before=restart)
     if len(fruitless) >= max_attempts:
         raise LaunchError(
             f"{run_dir}: {len(fruitless)} attempts of job {job_id} in a row have left no checkpoint after "
@@ -90,7 +101,7 @@ def begin_attempt(run_dir: Path, *, max_attempts: int, environment: Mapping[str,
         )
     attempt = Attempt(
         job_id=job_id,
-        restart=int(variables.get("SLURM_RESTART_COUNT") or 0),
+        restart=restart,
         begin_s=time.time(),
         nodes=_hosts(variables),
         begin_step=step,
@@ -103,12 +114,19 @@ def begin_attempt(run_dir: Path, *, max_attempts: int, environment: Mapping[str,
 
 
 def end_attempt(
-    run_dir: Path, *, exit_code: int, max_attempts: int, got_usr1: bool, got_term: bool, job_state: Mapping[str, str]
+    run_dir: Path,
+    *,
+    exit_code: int,
+    max_attempts: int,
+    got_usr1: bool,
+    got_term: bool,
+    job_state: Mapping[str, str],
+    environment: Mapping[str, str] | None = None,
 ) -> Attempt:
-    """Note the end of the newest attempt and decide whether its job goes back to the queue.
+    """Note the end of this job's attempt and decide whether the job goes back to the queue.
 
-    It does after a stop that Slurm asked for, with USR1 or because of a preemption, and that left the ranks with
-    exit code 75; not after `scancel`, which sends TERM; and not if that would be one attempt too many.
+    It does after a stop that Slurm asked for, with USR1 or because of a preemption; not after `scancel`, which sends
+    TERM; and not if that would be one attempt too many.
 
     Args:
         run_dir: The run directory.
@@ -116,42 +134,69 @@ def end_attempt(
         max_attempts: As for `begin_attempt`.
         got_usr1, got_term: What the batch script has received.
         job_state: Fields of `scontrol show job`.
+        environment: In place of the process's own.
 
     Raises:
-        LaunchError: No attempt was begun.
+        LaunchError: No attempt was begun, or this is no job.
     """
+    variables = os.environ if environment is None else environment
+    job_id, restart = current_job_id(variables), _restart(variables)
     attempts = read_attempts(run_dir)
-    if not attempts or attempts[-1].has_ended:
-        raise LaunchError(f"{run_dir}/slurm/attempts.jsonl: no attempt has begun")
-    attempt = attempts[-1]
-    is_preempted = job_state.get("PreemptTime", "None") not in ("None", "")
-    is_asked = got_usr1 or is_preempted
+    # Another job may have taken it for lost.
+    mine = [item for item in attempts if (item.job_id, item.restart, item.exit_code) == (job_id, restart, None)]
+    if not mine:
+        raise LaunchError(f"{run_dir}/slurm/attempts.jsonl: no attempt of job {job_id} has begun")
+    attempt = mine[-1]
+    is_fine = exit_code in (0, EXIT_STOPPED)
     ended = _ended(
         attempt,
         end_s=time.time(),
         end_step=newest_step(run_dir),
         exit_code=exit_code,
-        failed_nodes=find_failed_nodes(attempt.nodes, attempt.begin_s),
+        # A service that was merely started anew has failed nobody.
+        failed_nodes=() if is_fine else find_failed_nodes(attempt.nodes, attempt.begin_s),
     )
-    requeued = False
-    if exit_code == EXIT_STOPPED and is_asked:
-        why = "stopped before the time limit" if not is_preempted else "preempted"
-        fruitless = _fruitless([*attempts[:-1], ended], attempt.job_id)
-        requeued = len(fruitless) < max_attempts
-        reason = why if requeued else f"{why}; not requeued: {len(fruitless)} attempts without a new checkpoint"
-    elif exit_code == EXIT_STOPPED:
-        reason = "cancelled, with a checkpoint" if got_term else "stopped on request"
-    elif job_state.get("JobState", "") == "PENDING":
-        reason = "Slurm has requeued the job"
-    elif got_term and exit_code != 0:
-        reason = f"ended by Slurm without a checkpoint of the last step (exit code {exit_code})"
-    else:
-        reason = "complete" if exit_code == 0 else f"failed (exit code {exit_code})"
+    reason, goes_back = _judge(ended, got_usr1=got_usr1, got_term=got_term, job_state=job_state)
+    if goes_back:
+        fruitless = _fruitless([*(other for other in attempts if other is not attempt), ended], job_id)
+        if len(fruitless) >= max_attempts:
+            goes_back = False
+            reason += f"; not requeued: {len(fruitless)} attempts without a new checkpoint"
     if ended.failed_nodes:
         reason += f"; failed nodes: {', '.join(ended.failed_nodes)}"
-    ended = _ended(ended, requeued=requeued, reason=reason)
+    ended = _ended(ended, requeued=goes_back, reason=reason)
     _append(run_dir, "end", ended)
     return ended
+
+
+def _judge(ended: Attempt, *, got_usr1: bool, got_term: bool, job_state: Mapping[str, str]) -> tuple[str, bool]:
+    """Why an attempt ended, and whether Slurm has asked for that, so that the job may go back to the queue."""
+    code = ended.exit_code
+    is_preempted = job_state.get("PreemptTime", "None") not in ("None", "")
+    restarts = job_state.get("Restarts", "")
+    if restarts.isdigit() and int(restarts) > ended.restart:
+        return "Slurm has requeued the job", False
+    # Then `scancel` means what it says, also after USR1. The end of the time limit looks alike but for the reason.
+    has_been_ended = got_term and job_state.get("JobState") in ("COMPLETING", "CANCELLED")
+    is_cancelled = has_been_ended and not is_preempted and job_state.get("Reason") != "TimeLimit"
+    if (got_usr1 or is_preempted) and not is_cancelled:
+        why = "preempted" if is_preempted else "stopped before the time limit"
+        if code == EXIT_STOPPED:
+            return why, True
+        if code in _KILLED_BY_TERM if is_preempted else code == _KILLED_BY_USR1:
+            return f"{why}, while the ranks still started (exit code {code})", True
+    if code == EXIT_STOPPED:
+        if not got_term:
+            return "stopped on request", False
+        return (
+            "cancelled, with a checkpoint" if ended.has_progressed else "cancelled, without a new checkpoint",
+            False,
+        )
+    if code == 0:
+        return "complete", False
+    if got_term:
+        return f"ended by Slurm without a checkpoint of the last step (exit code {code})", False
+    return f"failed (exit code {code})", False
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:
@@ -169,11 +214,21 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
         except (ValueError, TypeError, KeyError, AttributeError):
             logger.warning("%s/slurm/attempts.jsonl: a damaged line is left out", run_dir)
             continue
-        if event == "end" and attempts and not attempts[-1].has_ended:
-            attempts[-1] = attempt
-        else:
+        begun = _find_begun(attempts, attempt) if event == "end" else None
+        if begun is None:
             attempts.append(attempt)
+        else:
+            attempts[begun] = attempt
     return attempts
+
+
+def _find_begun(attempts: list[Attempt], ended: Attempt) -> int | None:
+    """Which one has now ended; None if its beginning is not known."""
+    for place in reversed(range(len(attempts))):
+        attempt = attempts[place]
+        if (attempt.job_id, attempt.begin_s) == (ended.job_id, ended.begin_s):
+            return place
+    return None
 
 
 def newest_step(run_dir: Path) -> int:
@@ -196,14 +251,36 @@ def _ended(attempt: Attempt, **changes: Any) -> Attempt:
     return Attempt(**{**asdict(attempt), **changes})
 
 
-def _fruitless(attempts: list[Attempt], job_id: str) -> list[Attempt]:
-    """The newest attempts of this job that left no new checkpoint; another job starts to count anew."""
+def _fruitless(attempts: list[Attempt], job_id: str, before: float = math.inf) -> list[Attempt]:
+    """The newest attempts of this job that left no new checkpoint; another job starts to count anew.
+
+    So does one that has an old number again, after Slurm has begun to count anew: it restarts less often.
+    """
     fruitless: list[Attempt] = []
     for attempt in reversed(attempts):
-        if attempt.job_id != job_id or attempt.has_progressed:
+        if attempt.job_id != job_id or attempt.has_progressed or attempt.restart >= before:
             break
         fruitless.insert(0, attempt)
+        before = attempt.restart
     return fruitless
+
+
+def _check_not_running(run_dir: Path, attempt: Attempt, job_id: str) -> None:
+    """Two jobs in one directory: the second one must not declare the first one lost.
+
+    Raises:
+        LaunchError: The job of this attempt is running.
+    """
+    if attempt.job_id == job_id:
+        return
+    state = job_fields(attempt.job_id)
+    # A job of this number that has started since is another one, or another attempt.
+    has_stayed = parse_time_s(state.get("StartTime", "")) <= attempt.begin_s
+    if state.get("JobState") in ("RUNNING", "SUSPENDED") and has_stayed:
+        raise LaunchError(
+            f"{run_dir}: job {attempt.job_id} is training in it on {', '.join(attempt.nodes)}; wait for its end, "
+            f"scancel it, or submit with --dependency=afterany:{attempt.job_id}"
+        )
 
 
 def current_job_id(variables: Mapping[str, str]) -> str:
@@ -217,6 +294,10 @@ def current_job_id(variables: Mapping[str, str]) -> str:
     if "SLURM_ARRAY_TASK_ID" in variables:
         return f"{variables['SLURM_ARRAY_JOB_ID']}_{variables['SLURM_ARRAY_TASK_ID']}"
     return variables["SLURM_JOB_ID"]
+
+
+def _restart(variables: Mapping[str, str]) -> int:
+    return int(variables.get("SLURM_RESTART_COUNT") or 0)
 
 
 def _hosts(variables: Mapping[str, str]) -> list[str]:

@@ -93,7 +93,7 @@ def find_failed_nodes(nodes: Sequence[str], since_s: float) -> tuple[str, ...]:
     failed = []
     for line in ask("scontrol", "show", "node", ",".join(nodes), "--oneliner").splitlines():
         node = _parse_fields(line)
-        if _FAILED_STATES.search(node.get("State", "")) or _time_s(node.get("SlurmdStartTime", "")) > since_s:
+        if _FAILED_STATES.search(node.get("State", "")) or parse_time_s(node.get("SlurmdStartTime", "")) > since_s:
             failed.append(node.get("NodeName", "?"))
     return tuple(failed)
 
@@ -102,7 +102,7 @@ def _parse_fields(line: str) -> dict[str, str]:
     return dict(re.findall(r"(\S+?)=(\S*)", line))
 
 
-def _time_s(text: str) -> float:
+def parse_time_s(text: str) -> float:
     """A time of Slurm's, which is local and without a zone, as seconds since the epoch; 0 if there is none."""
     try:
         return datetime.fromisoformat(text).timestamp()

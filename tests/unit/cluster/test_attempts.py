@@ -30,10 +30,23 @@ def begin(run_dir: Path, job_id: str = "7", restart: int = 0, max_attempts: int 
 
 
 def end(
-    run_dir: Path, exit_code: int, *, usr1: bool = False, term: bool = False, max_attempts: int = 3, **state: str
+    run_dir: Path,
+    exit_code: int,
+    *,
+    usr1: bool = False,
+    term: bool = False,
+    max_attempts: int = 3,
+    job_id: str = "7",
+    **state: str,
 ) -> Attempt:
     return end_attempt(
-        run_dir, exit_code=exit_code, max_attempts=max_attempts, got_usr1=usr1, got_term=term, job_state=state
+        run_dir,
+        exit_code=exit_code,
+        max_attempts=max_attempts,
+        got_usr1=usr1,
+        got_term=term,
+        job_state=state,
+        environment={"SLURM_JOB_ID": job_id},
     )
 
 
@@ -50,7 +63,14 @@ def checkpoint(run_dir: Path, step: int) -> None:
         (75, {"usr1": True}, {"PreemptTime": "None"}, True, "stopped before the time limit"),
         (75, {"term": True}, {"PreemptTime": "2026-01-01T00:00:00"}, True, "preempted"),
         (75, {}, {"PreemptTime": "2026-01-01T00:00:00"}, True, "preempted"),
-        (75, {"term": True}, {}, False, "cancelled"),
+        (75, {"usr1": True, "term": True}, {"JobState": "COMPLETING", "Reason": "None"}, False, "cancelled"),
+        (75, {"usr1": True, "term": True}, {"JobState": "COMPLETING", "Reason": "TimeLimit"}, True, "stopped before"),
+        (75, {"usr1": True, "term": True}, {"JobState": "COMPLETING", "Restarts": "1"}, False, "Slurm has requeued"),
+        (75, {"term": True}, {}, False, "cancelled, without a new checkpoint"),
+        (138, {"usr1": True}, {}, True, "stopped before the time limit, while the ranks still started"),
+        (138, {}, {}, False, "failed (exit code 138)"),
+        (143, {}, {"PreemptTime": "2026-01-01T00:00:00"}, True, "preempted, while the ranks still started"),
+        (137, {}, {}, False, "failed (exit code 137)"),
         (75, {}, {}, False, "stopped on request"),
         (0, {"usr1": True}, {}, False, "complete"),
         (0, {}, {}, False, "complete"),
@@ -58,7 +78,7 @@ def checkpoint(run_dir: Path, step: int) -> None:
         (1, {"usr1": True}, {"PreemptTime": "2026-01-01T00:00:00"}, False, "failed (exit code 1)"),
         (2, {}, {}, False, "failed (exit code 2)"),
         (143, {"term": True}, {}, False, "ended by Slurm"),
-        (143, {}, {"JobState": "PENDING"}, False, "Slurm has requeued the job"),
+        (143, {}, {"JobState": "PENDING", "Restarts": "1"}, False, "Slurm has requeued the job"),
     ],
 )
 def test_which_end_brings_the_job_back(
@@ -88,7 +108,47 @@ def test_attempts_without_a_new_checkpoint_are_counted(tmp_path: Path) -> None:
         begin(tmp_path, restart=3)
     assert len(read_attempts(tmp_path)) == 3
     begin(tmp_path, job_id="8")
+    assert end(tmp_path, 75, usr1=True, job_id="8").requeued
+
+
+def test_an_old_number_is_another_job(tmp_path: Path) -> None:
+    """Slurm counts jobs anew when its state is lost; what is left of a former job 7 must not end this one."""
+    for restart in range(3):
+        begin(tmp_path, restart=restart)
+        end(tmp_path, 75, usr1=True)
+    begin(tmp_path)
     assert end(tmp_path, 75, usr1=True).requeued
+
+
+def test_a_second_job_leaves_the_first_alone(tmp_path: Path, fake_command: Callable[..., Path]) -> None:
+    """It is refused, and the first one still goes back to the queue."""
+    first = begin(tmp_path)
+    fake_command("scontrol", prints="JobId=7 JobState=RUNNING StartTime=2020-01-01T00:00:00")
+    with pytest.raises(LaunchError, match=r"job 7 is training in it on node1.*afterany:7"):
+        begin(tmp_path, job_id="8")
+    assert read_attempts(tmp_path) == [first]
+    with pytest.raises(LaunchError, match="no attempt of job 8 has begun"):
+        end(tmp_path, 1, job_id="8")
+    assert end(tmp_path, 75, usr1=True).requeued
+
+
+def test_a_job_that_began_anew_elsewhere_has_lost_its_attempt(
+    tmp_path: Path, fake_command: Callable[..., Path]
+) -> None:
+    begin(tmp_path)
+    fake_command("scontrol", prints="JobId=7 JobState=RUNNING StartTime=2100-01-01T00:00:00")
+    begin(tmp_path, job_id="8")
+    assert [attempt.reason for attempt in read_attempts(tmp_path)] == ["lost, killed or its first node failed", ""]
+
+
+def test_an_attempt_taken_for_lost_still_has_its_end(tmp_path: Path) -> None:
+    """The scheduler could not say that the first job was running when another one began."""
+    begin(tmp_path)
+    begin(tmp_path, job_id="8")
+    assert [attempt.has_ended for attempt in read_attempts(tmp_path)] == [True, False]
+    assert end(tmp_path, 75, usr1=True).requeued
+    end(tmp_path, 0, job_id="8")
+    assert [(attempt.job_id, attempt.exit_code) for attempt in read_attempts(tmp_path)] == [("7", 75), ("8", 0)]
 
 
 def test_a_new_checkpoint_starts_the_count_anew(tmp_path: Path) -> None:
@@ -121,6 +181,13 @@ def test_failed_nodes_are_named_at_the_end(tmp_path: Path, fake_command: Callabl
     ended = end(tmp_path, 1)
     assert ended.failed_nodes == ("node2", "node3")
     assert ended.reason == "failed (exit code 1); failed nodes: node2, node3"
+
+
+def test_nothing_has_failed_an_attempt_that_ended_well(tmp_path: Path, fake_command: Callable[..., Path]) -> None:
+    """A node's service is started anew for many reasons; only with a failure does it tell something."""
+    begin(tmp_path)
+    fake_command("scontrol", prints=NODES)
+    assert end(tmp_path, 0).failed_nodes == ()
 
 
 def test_lost_attempts_count_too(tmp_path: Path) -> None:
@@ -160,11 +227,11 @@ def test_lines_that_are_not_ours_are_left_out(tmp_path: Path, line: str) -> None
 
 
 def test_an_end_needs_a_beginning(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match="no attempt has begun"):
+    with pytest.raises(LaunchError, match="no attempt of job 7 has begun"):
         end(tmp_path, 0)
     begin(tmp_path)
     end(tmp_path, 0)
-    with pytest.raises(LaunchError, match="no attempt has begun"):
+    with pytest.raises(LaunchError, match="no attempt of job 7 has begun"):
         end(tmp_path, 0)
 
 
