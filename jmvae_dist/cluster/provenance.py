@@ -12,6 +12,7 @@ from typing import Any
 
 import jmvae_dist
 from jmvae_dist.files import write_text_atomic
+from jmvae_dist.tracking.wandb_process import redact
 
 _GIT_TIMEOUT_S = 30.0
 _MAX_PATCH_BYTES = 4 << 20
@@ -29,7 +30,7 @@ def write_provenance(folder: Path, environment: Mapping[str, str]) -> None:
     code, patch = describe_code()
     write_text_atomic(folder / "code.json", json.dumps(code, indent=2) + "\n")
     if patch:
-        write_text_atomic(folder / "code.patch", patch)
+        write_text_atomic(folder / "code.patch", re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", patch))
     lines = [f"{name}={value}" for name, value in sorted(public_environment(environment).items())]
     write_text_atomic(folder / "environment.txt", "\n".join(lines) + "\n")
 
@@ -38,7 +39,7 @@ def describe_code() -> tuple[dict[str, Any], str]:
     """Version, git commit and command line; and the difference between commit and files, empty without one."""
     root = Path(jmvae_dist.__file__).resolve().parent.parent
     commit = _git(root, "rev-parse", "HEAD").strip() or None
-    patch = _git(root, "diff", "HEAD") if commit else ""
+    patch = _git(root, "diff", "--no-color", "--no-ext-diff", "HEAD") if commit else ""
     untracked = _git(root, "ls-files", "--others", "--exclude-standard").splitlines() if commit else []
     is_cut = len(patch.encode()) > _MAX_PATCH_BYTES
     description: dict[str, Any] = {
@@ -48,7 +49,7 @@ def describe_code() -> tuple[dict[str, Any], str]:
         "untracked_files": untracked[:100],
         "root": str(root),
         "python": sys.executable,
-        "command": sys.argv,
+        "command": redact(sys.argv),
     }
     return description, "too large to keep\n" if is_cut else patch
 
@@ -56,7 +57,7 @@ def describe_code() -> tuple[dict[str, Any], str]:
 def public_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables that can change what a run does, without those that may hold a secret."""
     return {
-        name: re.sub(r"(://)[^/@\s]+@", r"\1***@", value.replace("\n", "\\n"))
+        name: redact(value.replace("\n", "\\n"))
         for name, value in environment.items()
         if _RECORDED.fullmatch(name) and not _SECRET.search(name)
     }

@@ -39,6 +39,7 @@ def end(
     job_id: str = "7",
     **state: str,
 ) -> Attempt:
+    restarts = [attempt.restart for attempt in read_attempts(run_dir) if attempt.job_id == job_id]
     return end_attempt(
         run_dir,
         exit_code=exit_code,
@@ -46,7 +47,7 @@ def end(
         got_usr1=usr1,
         got_term=term,
         job_state=state,
-        environment={"SLURM_JOB_ID": job_id},
+        environment={"SLURM_JOB_ID": job_id, "SLURM_RESTART_COUNT": str(restarts[-1]) if restarts else ""},
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jmvae_dist.cluster import provenance
 from jmvae_dist.cluster.provenance import public_environment, write_provenance
 
 SECRETS = ("WANDB_API_KEY", "SLURM_JWT", "NCCL_AUTH", "JMVAE_DIST_TOKEN", "TORCH_PASSWORD", "CONDA_SECRET")
@@ -25,7 +26,8 @@ def test_what_changes_a_run_is_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*SECRETS, *(name.lower() for name in SECRETS), "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"])
-def test_secrets_are_never_written(tmp_path: Path, name: str) -> None:
+def test_secrets_are_never_written(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "_git", lambda root, *arguments: "")  # this file may have changes of its own
     write_provenance(tmp_path, {name: "hunter2", "SLURM_JOB_ID": "7"})
     assert not [path for path in tmp_path.iterdir() if "hunter2" in path.read_text()]
 
@@ -37,6 +39,18 @@ def test_passwords_in_addresses_are_masked(value: str) -> None:
     recorded = public_environment({"WANDB_BASE_URL": value})["WANDB_BASE_URL"]
     assert "hunter2" not in recorded
     assert "://***@" in recorded
+
+
+def test_addresses_on_the_command_line_and_in_changes_are_masked_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signed = "--data.train_manifest=https://host/m.json?signature=hunter2"
+    monkeypatch.setattr("sys.argv", ["jmvae-dist", "https://me:hunter2@host/m.json", signed])
+    output = {"rev-parse": "0123abc", "diff": "+url: s3://me:hunter2@host/x\n"}
+    monkeypatch.setattr(provenance, "_git", lambda root, *arguments: output.get(arguments[0], ""))
+    write_provenance(tmp_path, {})
+    assert "s3://***@host/x" in (tmp_path / "code.patch").read_text()
+    assert not [path for path in tmp_path.iterdir() if "hunter2" in path.read_text()]
 
 
 @given(st.dictionaries(st.sampled_from(["SLURM_X", "NCCL_Y", "PATH"]), st.text()))
