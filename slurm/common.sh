@@ -116,6 +116,10 @@ start_ranks() {
         --kill-on-bad-exit=1 --wait=0 $SRUN_OPTIONS "$root/launch/node.sh" "$@"
 }
 
+is_preempted() {
+    scontrol show job "$this_job" 2>/dev/null | grep -q 'PreemptTime=[0-9]'
+}
+
 # Pass USR1 on to the ranks, through srun, again and again: ranks that still start do not heed it yet.
 repeat_usr1() {
     local step=$1

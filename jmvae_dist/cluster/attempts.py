@@ -177,7 +177,7 @@ def _judge(ended: Attempt, *, got_usr1: bool, got_term: bool, job_state: Mapping
     if restarts.isdigit() and int(restarts) > ended.restart:
         return "Slurm has requeued the job", False
     # Then `scancel` means what it says, also after USR1. The end of the time limit looks alike but for the reason.
-    has_been_ended = got_term and job_state.get("JobState") in ("COMPLETING", "CANCELLED")
+    has_been_ended = job_state.get("JobState") in ("COMPLETING", "CANCELLED")
     is_cancelled = has_been_ended and not is_preempted and job_state.get("Reason") != "TimeLimit"
     if (got_usr1 or is_preempted) and not is_cancelled:
         why = "preempted" if is_preempted else "stopped before the time limit"

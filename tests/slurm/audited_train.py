@@ -1,7 +1,8 @@
 """The program with every training step noted: which samples it was given, told by their bytes.
 
 Run in place of `python -m jmvae_dist` by the tests of this folder. Each rank appends one line a step to
-`AUDIT_DIR/rank-*.jsonl`; `AUDIT_DIR/pace` holds seconds to sleep after each step, so that a test has time to act.
+`AUDIT_DIR/rank-*.jsonl`; `AUDIT_DIR/pace` holds seconds to sleep after each step, and `AUDIT_DIR/evaluation-pace`
+seconds to sleep before an evaluation, so that a test has time to act.
 """
 
 from __future__ import annotations
@@ -39,4 +40,6 @@ def note_steps(folder: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "train":
         note_steps(Path(os.environ["AUDIT_DIR"]))
+    elif sys.argv[1] == "evaluate" and (pace := Path(os.environ["AUDIT_DIR"], "evaluation-pace")).exists():
+        time.sleep(float(pace.read_text()))
     sys.exit(main())

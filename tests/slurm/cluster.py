@@ -83,6 +83,11 @@ class Cluster:
         wait_until(lambda: self.job(job_id)["JobState"] in states, f"job {job_id} in {states}", timeout_s)
         return self.job(job_id)["JobState"]
 
+    def preempt_all(self) -> None:
+        """Run a job on all nodes that pushes out those of others."""
+        options = ("--partition=urgent", f"--nodes={self.num_nodes}", "--exclusive", "--output=/dev/null")
+        self.finish(self.ask("sbatch", "--parsable", *options, "--wrap=sleep 1").strip())
+
     def finish(self, job_id: str, state: str = "COMPLETED", timeout_s: float = _TIMEOUT_S) -> None:
         """Wait for the job's end, which must be the given one, and for its processes to go."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")

@@ -61,13 +61,21 @@ def test_a_sweep_trains_every_row_once(
 
 
 def test_an_evaluation_follows_its_training(cluster: Cluster, make_slurm_run: MakeRun) -> None:
+    """It is preempted, and comes back."""
     run = make_slurm_run("trained", *STEPS)
+    run.environment()
+    pace = run.audit_dir / "evaluation-pace"
+    pace.write_text("60")
     manifest = str(run.digits / "test" / "manifest.json")
     options = ("--nodes", "2", "--ntasks-per-node", "2", "--time", "20")
     submitted = program(cluster, run, "slurm", "submit", *options, "--evaluate", manifest, "--", *run.arguments())
     training, evaluation = [line.split()[2].rstrip(",") for line in submitted.splitlines() if "submitted job" in line]
     cluster.finish(training)
+    wait_until((run.output_dir / "logs" / "evaluate-rank-00003.log").exists, "the evaluation's ranks")
+    pace.write_text("0")
+    cluster.preempt_all()
     cluster.finish(evaluation)
+    assert cluster.job(evaluation)["Restarts"] == "1"
     (path,) = run.output_dir.glob("evaluation-*.json")
     assert json.loads(path.read_text())["num_samples"] == 359
     status = json.loads(program(cluster, run, "slurm", "status", str(run.output_dir), "--json"))

@@ -60,16 +60,7 @@ def test_a_preempted_job_comes_back(cluster: Cluster, make_slurm_run: MakeRun, u
     run.set_pace(0.5)
     job = run.submit(*LAYOUT, "--time=20")
     run.wait_for_step(3)
-    urgent = cluster.ask(
-        "sbatch",
-        "--parsable",
-        "--partition=urgent",
-        "--nodes=3",
-        "--exclusive",
-        "--output=/dev/null",
-        "--wrap=sleep 1",
-    ).strip()
-    cluster.finish(urgent)
+    cluster.preempt_all()
     run.set_pace(0.0)
     cluster.finish(job)
     assert [attempt["reason"] for attempt in run.attempts()] == ["preempted", "complete"]
@@ -110,7 +101,8 @@ def test_a_job_whose_node_crashes_goes_on_without_it(
     run.set_pace(0.0)
     cluster.finish(job)
     lost, complete = run.attempts()
-    assert lost["failed_nodes"] == [second]
+    assert lost["reason"] == f"Slurm has requeued the job; failed nodes: {second}"
+    assert cluster.job(job)["ExcNodeList"] == second
     assert complete["begin_step"] >= 10
     assert second not in complete["nodes"]
     assert_equals(run, uninterrupted)
