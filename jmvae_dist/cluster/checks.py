@@ -97,7 +97,11 @@ def _range(first: int | None, last: int | None) -> str:
 
 
 def _check_queue(job: Job) -> Row:
-    waiting = choose_jobs(list_jobs(), submitted_jobs(job.folder))
+    queue = list_jobs(job.folder)
+    if queue is None:
+        found = f"squeue is not here, or does not answer: whether a job of {job.folder} is in the queue is not known"
+        return Row("queue", "", "warn", found, "use a login node; two jobs cannot train in one directory")
+    waiting = choose_jobs(queue, submitted_jobs(job.folder))
     if not waiting:
         return Row("queue", "", "pass", f"no job of {job.folder} is in the queue")
     first = waiting[0]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +53,22 @@ def has_slurm() -> bool:
     return shutil.which("squeue") is not None and shutil.which("scontrol") is not None
 
 
-def list_jobs() -> list[Job]:
-    """The user's jobs that are in the queue: waiting, running, or on their way out; none without Slurm."""
+def list_jobs(folder: Path | None = None) -> list[Job] | None:
+    """Jobs in the queue: waiting, running, or on their way out; None if Slurm is not here, or does not answer.
+
+    Args:
+        folder: Those of its owner, too; else the user's own.
+    """
     if not has_slurm():
-        return []
-    text = ask("squeue", "--me", "--array", "--noheader", f"--format={_SQUEUE_FIELDS}")
+        return None
+    users = {os.getuid()}
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            users.add(folder.stat().st_uid)
+    chosen = f"--user={','.join(map(str, sorted(users)))}"
+    text = _run("squeue", chosen, "--array", "--noheader", f"--format={_SQUEUE_FIELDS}")
+    if text is None:
+        return None
     rows = [[field.strip() for field in line.split("|", 8)] for line in text.splitlines()]
     return [Job(*row) for row in rows if len(row) == len(fields(Job))]
 
@@ -112,9 +126,14 @@ def parse_time_s(text: str) -> float:
 
 def ask(*command: str) -> str:
     """Output of a Slurm command; empty if it fails, since what it would add must not end a run."""
+    return _run(*command) or ""
+
+
+def _run(*command: str) -> str | None:
+    """Output of a Slurm command; None if it fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         logger.warning("%s: %s", " ".join(command), error)
-        return ""
-    return result.stdout if result.returncode == 0 else ""
+        return None
+    return result.stdout if result.returncode == 0 else None

@@ -14,7 +14,7 @@ from typing import Any
 from jmvae_dist.cluster import attempts as batch
 from jmvae_dist.cluster.history import History, read_history
 from jmvae_dist.cluster.resources import parse_duration_s
-from jmvae_dist.cluster.scheduler import Job, choose_jobs, has_slurm
+from jmvae_dist.cluster.scheduler import Job, choose_jobs
 from jmvae_dist.cluster.submission import find_failed_nodes, submitted_evaluations, submitted_jobs
 from jmvae_dist.cluster.text_table import format_columns
 from jmvae_dist.errors import EXIT_STOPPED, ConfigError
@@ -126,17 +126,17 @@ def _is_run(folder: Path) -> bool:
     return not is_sweep and any((folder / "slurm").glob("[0-9]*.sbatch"))
 
 
-def read_status(run_dir: Path, queue: list[Job]) -> RunStatus:
-    """What the run directory says, and the user's jobs in the queue (`scheduler.list_jobs`)."""
-    jobs = choose_jobs(queue, submitted_jobs(run_dir))
+def read_status(run_dir: Path, queue: list[Job] | None) -> RunStatus:
+    """What the run directory says, and the jobs in the queue (`scheduler.list_jobs`)."""
+    jobs = choose_jobs(queue or [], submitted_jobs(run_dir))
     history = read_history(run_dir)
     attempts = _merge(batch.read_attempts(run_dir), list(history.ledger.attempts))
     return RunStatus(
         run_dir=run_dir,
-        state=_describe_state(jobs, attempts),
+        state=_describe_state(jobs, attempts, knows_queue=queue is not None),
         jobs=jobs,
-        evaluations=choose_jobs(queue, submitted_evaluations(run_dir)),
-        knows_queue=has_slurm(),
+        evaluations=choose_jobs(queue or [], submitted_evaluations(run_dir)),
+        knows_queue=queue is not None,
         history=history,
         attempts=attempts,
         failed_nodes=find_failed_nodes([run_dir]),
@@ -197,7 +197,7 @@ def _of_ledger(item: AttemptSummary) -> AttemptStatus:
     )
 
 
-def _describe_state(jobs: list[Job], attempts: list[AttemptStatus]) -> str:
+def _describe_state(jobs: list[Job], attempts: list[AttemptStatus], *, knows_queue: bool) -> str:
     training = [job for job in jobs if job.state != "PENDING"] or jobs
     if training:
         job = training[0]
@@ -206,9 +206,9 @@ def _describe_state(jobs: list[Job], attempts: list[AttemptStatus]) -> str:
     if not attempts:
         return "not started"
     last = attempts[-1]
-    if last.end_s is None and last.job_id is not None and has_slurm():
+    if last.end_s is None and last.job_id is not None and knows_queue:
         return "lost: its job is not in the queue any more"
-    if last.outcome.endswith(_REQUEUED) and has_slurm():
+    if last.outcome.endswith(_REQUEUED) and knows_queue:
         return f"{last.outcome}, but its job is not in the queue any more"
     return last.outcome
 
@@ -220,7 +220,7 @@ def format_status(status: RunStatus) -> str:
     """A page about one run."""
     lines = [f"run         {status.run_dir}", f"state       {status.state}"]
     if not status.knows_queue:
-        lines.append("queue       unknown: squeue is not on PATH here")
+        lines.append("queue       unknown: squeue is not here, or does not answer")
     lines += [f"queue       {_format_job(job)}" for job in status.jobs]
     lines += [f"queue       evaluation: {_format_job(job)}" for job in status.evaluations]
     lines += [f"progress    {line}" for line in _format_progress(status)]

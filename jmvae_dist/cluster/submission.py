@@ -26,6 +26,7 @@ from jmvae_dist.cluster.script import (
 from jmvae_dist.cluster.site import SITE_VARIABLE, Site, count_ranks_per_node, read_site, repository
 from jmvae_dist.cluster.sweep import SweepRow, read_sweep
 from jmvae_dist.config_io import parse_run_config
+from jmvae_dist.data.urls import scheme_of
 from jmvae_dist.errors import ConfigError, LaunchError
 from jmvae_dist.files import write_text_atomic
 
@@ -238,8 +239,14 @@ def submitted_evaluations(folder: Path) -> list[str]:
     return [path.name.partition("-")[0] for path in (folder / "slurm").glob(f"*{_OF_EVALUATION}.sbatch")]
 
 
-def evaluation_after(job: Job, job_id: str, manifest: Path) -> BatchScript:
-    """The script that evaluates the run when the job is complete, with the same resources."""
+def evaluation_after(job: Job, job_id: str, manifest: str) -> BatchScript:
+    """The script that evaluates the run when the job is complete, with the same resources.
+
+    Args:
+        job: The training.
+        job_id: Its number.
+        manifest: Path or URL of the manifest of held-out shards.
+    """
     kept = {name: value for name, value in job.script.directives.items() if name not in _OF_TRAINING}
     own: Directives = {
         "job-name": f"{job.folder.name}-evaluate",
@@ -247,7 +254,8 @@ def evaluation_after(job: Job, job_id: str, manifest: Path) -> BatchScript:
         "dependency": f"afterok:{job_id}",
     }
     template = repository() / "slurm" / "evaluate.sbatch"
-    arguments = [str(job.folder), "--manifest", str(manifest.absolute())]
+    location = os.path.abspath(manifest) if scheme_of(manifest) is None else manifest
+    arguments = [str(job.folder), "--manifest", location]
     return BatchScript(template, {**kept, **own}, arguments, job.script.variables)
 
 

@@ -67,7 +67,7 @@ def _add_submit(commands: Any, name: str, summary: str, run: Any) -> None:
     )
     parser.add_argument("--like", metavar="RUN", type=Path, help="a former run, to tell how long this one will take")
     help_text = "then evaluate, in a job of its own (submit only)"
-    parser.add_argument("--evaluate", metavar="MANIFEST", type=Path, help=help_text)
+    parser.add_argument("--evaluate", metavar="MANIFEST", help=help_text)
     parser.set_defaults(run=run)
 
 
@@ -144,7 +144,7 @@ def _status(options: argparse.Namespace) -> int:
     from jmvae_dist.cluster.scheduler import list_jobs
     from jmvae_dist.cluster.status import find_runs, format_overview, format_status, read_status
 
-    queue = list_jobs()
+    queue = list_jobs(options.folder)
     statuses = [read_status(run_dir, queue) for run_dir in find_runs(options.folder)]
     is_single = statuses[0].run_dir == options.folder
     if options.json:

@@ -10,6 +10,7 @@ import pytest
 
 from jmvae_dist.cluster.scheduler import gpus_of_partition
 from jmvae_dist.cluster.script import read_directives
+from jmvae_dist.cluster.submission import Request, evaluation_after, make_job
 from jmvae_dist.commands.slurm import main
 from jmvae_dist.errors import ConfigError, LaunchError
 from tests.conftest import ROOT
@@ -153,6 +154,12 @@ def test_submit_and_evaluate(
     assert f"set -- {folder.parent} --manifest {manifest}\n" in (folder / "41-evaluate.sbatch").read_text()
 
 
+def test_an_evaluation_of_shards_at_a_url(slurm: Path, training: list[str]) -> None:
+    url = "https://host/test/manifest.json"
+    job = make_job(Request(options={}, training=training[1:]))
+    assert evaluation_after(job, "41", url).arguments[-1] == url
+
+
 def test_what_sbatch_says_is_said(slurm: Path, training: list[str], fake_command: Fake) -> None:
     fake_command("sbatch", exit_code=1)
     with pytest.raises(LaunchError, match="sbatch refuses the job"):
@@ -287,6 +294,20 @@ def test_status_of_a_run(slurm: Path, fake_command: Fake, tmp_path: Path, capsys
     assert sum(values["time"]["seconds"].values()) == pytest.approx(values["time"]["wall_s"])
 
 
+def test_a_queue_that_does_not_answer_is_not_an_empty_one(
+    slurm: Path, fake_command: Fake, training: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While the controller restarts, a requeued job is not gone, and nobody knows whether there is another one."""
+    write_past(tmp_path / "runs" / "x", requeued=True)
+    fake_command("squeue", exit_code=1)
+    assert main(["status", str(tmp_path / "runs" / "x")]) == 0
+    text = capsys.readouterr().out
+    assert "unknown: squeue is not here, or does not answer" in text
+    assert "is not in the queue any more" not in text
+    _, _, said = rendered(capsys, tmp_path, training)
+    assert "is in the queue is not known" in said
+
+
 def test_a_requeued_job_that_is_gone(slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_past(tmp_path / "run", requeued=True)
     main(["status", str(tmp_path / "run")])
@@ -302,7 +323,7 @@ def test_status_without_slurm(fake_command: Fake, tmp_path: Path, capsys: pytest
     ledger.write_text(json.dumps({**json.loads(ledger.read_text()), "slurm": {}}))
     assert main(["status", str(run)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "unknown: squeue is not on PATH here" in text
+    assert "unknown: squeue is not here, or does not answer" in text
     assert "1 - - node1,node2" in text
     assert "0-10 75 stopped" in text
 
