@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -54,6 +55,67 @@ def test_the_scripts_are_sound(tmp_path: Path) -> None:
         path.write_text(BatchScript(ROOT / "slurm" / f"{name}.sbatch", {}, ["x"]).render())
         subprocess.run(["bash", "-n", str(path)], check=True)
         assert {"exclusive": None, "requeue": None}.items() <= read_directives(path).items()
+
+
+def write_command(folder: Path, name: str, *lines: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("\n".join(["#!/usr/bin/env bash", *lines, ""]))
+    (folder / name).chmod(0o755)
+
+
+def run_bash(folder: Path, *lines: str) -> str:
+    """Output of bash commands that find the stand-ins in `folder`/bin first."""
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    command = ["bash", "-c", "\n".join(lines)]
+    result = subprocess.run(
+        command, cwd=folder, env={"PATH": path}, capture_output=True, text=True, timeout=60, check=True
+    )
+    return result.stdout
+
+
+def test_usr1_before_srun_does_not_end_the_ranks(tmp_path: Path) -> None:
+    """It comes while the ranks' subshell asks scontrol, which may take its time: nothing heeds it there yet."""
+    write_command(tmp_path / "bin", "scontrol", ">asked", "until [ -e go ]; do sleep 0.02; done")
+    write_command(tmp_path / "bin", "srun", "exit 75")
+    said = run_bash(
+        tmp_path,
+        f"set -u; root={shlex.quote(str(ROOT))}; source $root/slurm/common.sh",
+        "num_ranks=1 ranks_per_node=1 run_dir=here SLURM_CPUS_ON_NODE=1",
+        "trap : USR1",
+        "start_ranks train & step=$!",
+        "until [ -e asked ]; do sleep 0.02; done",
+        "kill -USR1 $step; >go; wait_for $step; echo $?",
+    )
+    assert said == "75\n"
+
+
+def test_signals_are_heeded_from_the_first_line(tmp_path: Path) -> None:
+    """They come while the script asks where the repository is; it goes on, here to say that it was not told."""
+    script = "$(sed -n 's/^PPid:\\t//p' /proc/$PPID/status)"  # the parent is its command substitution
+    write_command(tmp_path / "bin", "scontrol", f"script={script}; kill -USR1 $script; kill -TERM $script")
+    for name in ("train", "sweep"):
+        said = run_bash(
+            tmp_path,
+            f"SLURM_JOB_ID=1 bash {shlex.quote(str(ROOT))}/slurm/{name}.sbatch x 2>&1; echo $?",
+        )
+        assert "is not the repository" in said
+        assert said.endswith("\n2\n")
+
+
+def test_a_preempted_evaluation_goes_back_to_the_queue(tmp_path: Path) -> None:
+    """A job that ends by itself is not requeued by Slurm; one that failed for another reason stays."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").touch()
+    write_command(tmp_path / "bin", "python", "exit 0")
+    write_command(tmp_path / "bin", "srun", "exit 143")
+    (tmp_path / "site.env").write_text("PYTHON=python\n")
+    variables = f"SLURM_JOB_ID=1 SLURM_CPUS_ON_NODE=1 SLURM_JOB_NUM_NODES=1 JMVAE_DIST_SITE={tmp_path}/site.env"
+    command = f"{variables} JMVAE_DIST_ROOT={ROOT} bash {ROOT}/slurm/evaluate.sbatch run; echo $?"
+    for moment, requeues in (("None", False), ("2026-01-01T00:00:00", True)):
+        write_command(tmp_path / "bin", "scontrol", f'echo "$@" >>calls-{requeues}; echo PreemptTime={moment}')
+        assert run_bash(tmp_path, command).endswith("143\n")
+        assert ("requeue 1" in (tmp_path / f"calls-{requeues}").read_text().splitlines()) is requeues
 
 
 @pytest.mark.parametrize(
