@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 # batch script; kill -9 follows on TERM.
 _KILLED_BY_TERM = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
 _KILLED_BY_USR1 = 128 + signal.SIGUSR1
+_MAX_SKEW_S = 60.0  # between the clocks of the controller and of a node
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ def _check_not_running(run_dir: Path, attempt: Attempt, job_id: str) -> None:
         return
     state = job_fields(attempt.job_id)
     # A job of this number that has started since is another one, or another attempt.
-    has_stayed = parse_time_s(state.get("StartTime", "")) <= attempt.begin_s
+    has_stayed = parse_time_s(state.get("StartTime", "")) <= attempt.begin_s + _MAX_SKEW_S
     if state.get("JobState") in ("RUNNING", "SUSPENDED") and has_stayed:
         raise LaunchError(
             f"{run_dir}: job {attempt.job_id} is training in it on {', '.join(attempt.nodes)}; wait for its end, "
