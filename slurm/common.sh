@@ -101,7 +101,8 @@ program() {
 start_ranks() {
     # In the background traps are gone, and USR1 would end what comes before srun. srun waits for signals itself.
     trap '' USR1
-    export PYTHON CONTAINER run_dir
+    export PYTHON CONTAINER
+    [ -z "${run_dir:-}" ] || export run_dir
     # When the scheduler will ask for a stop, for the program's comparison with the time a checkpoint takes.
     JMVAE_DIST_STOP_LEAD_S=${JMVAE_DIST_STOP_LEAD_S:-$(scontrol write batch_script "$this_job" - 2>/dev/null |
         sed -n 's/^#SBATCH --signal=B:USR1@\([0-9]*\).*/\1/p' | head -n 1)}

@@ -1,8 +1,8 @@
 """The program with every training step noted: which samples it was given, told by their bytes.
 
 Run in place of `python -m jmvae_dist` by the tests of this folder. Each rank appends one line a step to
-`AUDIT_DIR/rank-*.jsonl`; `AUDIT_DIR/pace` holds seconds to sleep after each step, and `AUDIT_DIR/evaluation-pace`
-seconds to sleep before an evaluation, so that a test has time to act.
+`AUDIT_DIR/rank-*.jsonl`, that of an array's task to `AUDIT_DIR/task-N/rank-*.jsonl`. So that a test has time to act,
+`AUDIT_DIR/pace` holds seconds to sleep after each step, and `AUDIT_DIR/evaluation-pace` before an evaluation.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ def note_steps(folder: Path) -> None:
     from jmvae_dist.training.step import TrainStep
 
     take = TrainStep.__call__
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    notes = folder if task is None else folder / f"task-{task}"
+    notes.mkdir(exist_ok=True)
 
     def take_and_note(self: TrainStep, batch: Any, **options: Any) -> Any:
         result = take(self, batch, **options)
         values = [batch.inputs[name].numpy() for name in sorted(batch.inputs)]
         samples = [zlib.crc32(b"".join(array[row].tobytes() for array in values)) for row in range(len(batch.rows))]
         entry = {"step": batch.global_step, "rows": batch.rows.tolist(), "samples": samples}
-        with (folder / f"rank-{os.environ['SLURM_PROCID']}.jsonl").open("a", encoding="utf-8") as file:
+        with (notes / f"rank-{os.environ['SLURM_PROCID']}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         time.sleep(float((folder / "pace").read_text()))
         return result

@@ -182,19 +182,19 @@ class SlurmRun(Run):
         """The end of the log, for messages."""
         return self.log.read_text()[-3000:] if self.log.exists() else "(no log)"
 
-    def samples_by_step(self) -> dict[int, list[int]]:
+    def samples_by_step(self, notes: Path) -> dict[int, list[int]]:
         """The samples of each global batch, in the order of its rows; a step taken again counts as it ended."""
         rows: dict[int, dict[int, int]] = {}
-        for path in self.audit_dir.glob("rank-*.jsonl"):
+        for path in notes.glob("rank-*.jsonl"):
             for line in path.read_text().splitlines():
                 entry = json.loads(line)
                 rows.setdefault(entry["step"], {}).update(zip(entry["rows"], entry["samples"], strict=True))
         return {step: [by_row[row] for row in sorted(by_row)] for step, by_row in sorted(rows.items())}
 
-    def assert_every_sample_once_per_epoch(self) -> None:
-        """No sample was lost, and none was seen twice before all others were seen."""
+    def assert_every_sample_once_per_epoch(self, notes: Path | None = None) -> None:
+        """No sample was lost, and none was seen twice before all others were seen; `notes`: a folder of them."""
         expected = Counter(samples_of(self.digits / "train" / "manifest.json"))
-        batches = self.samples_by_step()
+        batches = self.samples_by_step(notes or self.audit_dir)
         assert list(batches) == list(range(len(batches)))
         seen: Counter[int] = Counter()
         for step, batch in batches.items():

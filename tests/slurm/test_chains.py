@@ -25,7 +25,7 @@ def test_a_sweep_trains_every_row_once(
     cluster: Cluster, make_slurm_run: MakeRun, make_run: Callable[..., Run]
 ) -> None:
     """Throttled; a row that is preempted comes back alone; what is complete is not done again."""
-    sweep = make_slurm_run("sweep", *STEPS)
+    sweep = make_slurm_run("sweep", "--training.steps", "24")
     sweep.environment()
     table = sweep.audit_dir / "table.tsv"
     table.write_text("name\tschedule.learning_rate.peak\nslow\t1e-4\nmiddle\t1e-3\nfast\t1e-2\n")
@@ -33,31 +33,34 @@ def test_a_sweep_trains_every_row_once(
     words = [*sweep.sbatch_arguments()[:1], str(table), *sweep.sbatch_arguments()[1:]]
     options = ("--array=1-3%2", "--nodes=1", "--time=20", f"--output={sweep.audit_dir}/row-%a.out")
     job = sweep.submit(*options, script="sweep.sbatch", arguments=words)
+    tasks = [f"{job}_{number}" for number in (1, 2, 3)]
+    wait_until(lambda: states(cluster, tasks[:2]) == ["RUNNING", "RUNNING"], "two rows at work")
+    assert states(cluster, tasks[2:]) == ["PENDING"]  # although there is a third node
     # The last task carries the number of the whole array: of all tasks it alone must be requeued.
-    wait_until(lambda: (sweep.output_dir / "fast" / "metrics.jsonl").exists(), "the last row's first step")
-    cluster.ask("scancel", "--batch", "--signal=USR1", f"{job}_3")
+    wait_until(lambda: (sweep.audit_dir / "task-3" / "rank-0.jsonl").exists(), "the last row's first step")
+    cluster.ask("scancel", "--batch", "--signal=USR1", tasks[2])
     attempts = sweep.output_dir / "fast" / "slurm" / "attempts.jsonl"
     wait_until(lambda: '"requeued": true' in attempts.read_text(), "its requeue")
     sweep.set_pace(0.0)
     wait_until(lambda: cluster.ask("squeue", "-h", "-j", job) == "", "the end of all rows")
-    restarts = [cluster.job(f"{job}_{number}")["Restarts"] for number in (1, 2, 3)]
-    assert restarts == ["0", "0", "1"], restarts
+    assert [cluster.job(task)["Restarts"] for task in tasks] == ["0", "0", "1"]
     rows = list(csv.DictReader((sweep.output_dir / "sweep.tsv").open(), delimiter="\t"))
-    assert [(row["name"], row["state"], row["step"]) for row in rows] == [
-        ("slow", "complete", "12"),
-        ("middle", "complete", "12"),
-        ("fast", "complete", "12"),
-    ]
-    alone = make_run("alone", *sweep.overrides, "--schedule.learning_rate.peak", "1e-2")
-    alone.train()
-    assert Run(sweep.output_dir / "fast", sweep.digits, []).records() == alone.records()
+    names = ("slow", "middle", "fast")
+    assert [(row["name"], row["state"], row["step"]) for row in rows] == [(name, "complete", "24") for name in names]
     again = sweep.submit(*options, script="sweep.sbatch", arguments=words)
     wait_until(lambda: cluster.ask("squeue", "-h", "-j", again) == "", "the end of nothing to do")
-    assert [cluster.job(f"{again}_{number}")["JobState"] for number in (1, 2, 3)] == ["COMPLETED"] * 3
-    for name in ("slow", "middle", "fast"):
-        records = Run(sweep.output_dir / name, sweep.digits, []).records()
-        assert [record["global_step"] for record in records] == list(range(1, 13))
+    assert states(cluster, [f"{again}_{number}" for number in (1, 2, 3)]) == ["COMPLETED"] * 3
+    for number, (name, peak) in enumerate(zip(names, ("1e-4", "1e-3", "1e-2"), strict=True), start=1):
+        alone = make_run(f"{name}-alone", *sweep.overrides, "--schedule.learning_rate.peak", peak)
+        alone.train()
+        assert Run(sweep.output_dir / name, sweep.digits, []).records() == alone.records()
+        sweep.assert_every_sample_once_per_epoch(sweep.audit_dir / f"task-{number}")
     sweep.assert_nothing_is_left()
+
+
+def states(cluster: Cluster, jobs: list[str]) -> list[str]:
+    """What `scontrol show job` calls the states of the jobs."""
+    return [cluster.job(job)["JobState"] for job in jobs]
 
 
 def test_an_evaluation_follows_its_training(cluster: Cluster, make_slurm_run: MakeRun) -> None:
@@ -105,13 +108,10 @@ def test_an_evaluation_of_a_training_that_failed_says_why_there_is_nothing(
 
 
 def test_the_doctor_sees_every_rank_of_an_allocation(cluster: Cluster, make_slurm_run: MakeRun) -> None:
-    run = make_slurm_run("examined", *STEPS)
-    run.environment()
-    command = [sys.executable, "-m", "jmvae_dist", "doctor", "--json", f"{run.audit_dir}/doctor.json"]
-    words = " ".join(["srun", *command, *run.arguments()])
-    options = ("--nodes=2", "--ntasks-per-node=2", "--exclusive", f"--output={run.log}", f"--wrap={words}")
-    job = cluster.ask("sbatch", "--parsable", *options).strip()
-    cluster.finish(job)
-    assert "node2" in run.log.read_text()
+    run = make_slurm_run("examined", *STEPS, site=["INTERFACE=eth0"])
+    words = [*run.sbatch_arguments(), "--json", f"{run.audit_dir}/doctor.json"]
+    options = ("--nodes=2", "--ntasks-per-node=2")
+    cluster.finish(run.submit(*options, script="doctor.sbatch", arguments=words))
+    assert "GLOO_SOCKET_IFNAME eth0" in " ".join(run.log.read_text().split())
     examined = json.loads((run.audit_dir / "doctor.json").read_text())
     assert (examined["world_size"], examined["counts"]["fail"]) == (4, 0)

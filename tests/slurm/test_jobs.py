@@ -83,8 +83,26 @@ def test_a_cancelled_job_stays_cancelled_and_goes_on_when_submitted_again(
     assert attempt["end_step"] >= 3
     run.assert_nothing_is_left()
     run.set_pace(0.0)
-    cluster.finish(run.submit(*LAYOUT, "--time=20"))
+    # On fewer nodes: it is the number of ranks that the last bits depend on.
+    cluster.finish(run.submit("--nodes=1", "--ntasks-per-node=4", "--time=20"))
+    assert len(nodes_of(run)) == 1
     assert_equals(run, uninterrupted)
+
+
+def test_a_job_that_only_ever_stops_gives_up(cluster: Cluster, make_slurm_run: MakeRun) -> None:
+    """Say, because its time limit is too short even for the start."""
+    run = make_slurm_run("fruitless", site=["MAX_ATTEMPTS_WITHOUT_PROGRESS=2"])
+    job = run.submit("--nodes=1", "--time=20")
+    for restarts in ("0", "1"):
+        wait_until(lambda restarts=restarts: cluster.job(job)["Restarts"] == restarts, f"attempt {restarts}")
+        cluster.wait_for_state(job, "RUNNING")
+        cluster.ask("scancel", "--batch", "--signal=USR1", job)
+    cluster.finish(job, "FAILED")
+    first, second = (attempt["reason"] for attempt in run.attempts())
+    assert first == "stopped before the time limit"
+    assert second == "stopped before the time limit; not requeued: 2 attempts without a new checkpoint"
+    assert not (run.output_dir / "checkpoints" / "LATEST").exists()
+    run.assert_nothing_is_left()
 
 
 def test_a_job_whose_node_crashes_goes_on_without_it(
