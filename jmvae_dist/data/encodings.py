@@ -26,6 +26,7 @@ MAX_IMAGE_PIXELS = 2**25
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_DOCUMENT_BYTES = 16 * 2**20
 _MAX_NPY_HEADER_BYTES = 4096
+_NPY_MAGIC_BYTES = 16
 _MAX_CLASS_CHARACTERS = 24
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNK_BYTES = 12  # length, type and checksum around a chunk's data
@@ -35,6 +36,17 @@ _IMAGE_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 # What becomes of a picture before it is an array, such as a resize; it says which size comes out.
 Rework = Callable[["Image"], "Image"]
+
+
+def max_member_bytes(modality: Modality) -> int:
+    """Most bytes that a member of a modality can have; what is longer is refused, however it begins."""
+    if modality.encoding == "cls":
+        return _MAX_CLASS_CHARACTERS
+    if modality.encoding == "image":
+        return MAX_IMAGE_BYTES
+    if modality.encoding in ("text", "json"):
+        return MAX_DOCUMENT_BYTES
+    return _MAX_NPY_HEADER_BYTES + _NPY_MAGIC_BYTES + modality.stored_bytes
 
 
 def decode_member(
@@ -89,7 +101,7 @@ def parse_npy_header(content: bytes) -> tuple[np.dtype, tuple[int, ...], bool, i
     Raises:
         DataError: not a sound npy header.
     """
-    file = io.BytesIO(content[: _MAX_NPY_HEADER_BYTES + 16])
+    file = io.BytesIO(content[: _MAX_NPY_HEADER_BYTES + _NPY_MAGIC_BYTES])
     try:
         version = np.lib.format.read_magic(file)
         if version == (1, 0):
@@ -128,7 +140,7 @@ def _decode_image(content: bytes, modality: Modality, rework: Rework | None) -> 
     from PIL import Image
 
     if len(content) > MAX_IMAGE_BYTES:
-        raise DataError(f"{len(content)} bytes; an image has at most {MAX_IMAGE_BYTES}")
+        raise DataError(f"more than {MAX_IMAGE_BYTES} bytes, the limit of an image")
     if content.startswith(_PNG_SIGNATURE):
         _check_png(content)
     channels = modality.fixed_channels
@@ -139,7 +151,7 @@ def _decode_image(content: bytes, modality: Modality, rework: Rework | None) -> 
             image.load()
             converted = _with_channels(image, channels)
             pixels = np.asarray(converted if rework is None else rework(converted), dtype=np.uint8)
-    except DataError:
+    except (DataError, MemoryError):  # a lack of memory says nothing against the picture
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, EOFError, zlib and struct errors
         raise DataError(f"not a sound PNG or JPEG: {str(error)[:200] or type(error).__name__}") from None
@@ -218,7 +230,7 @@ def _with_channels(image: Image, channels: int) -> Image:
 def decode_document(content: bytes) -> str:
     """The text of a member; raises DataError if it is not UTF-8 or too long."""
     if len(content) > MAX_DOCUMENT_BYTES:
-        raise DataError(f"{len(content)} bytes; a text or JSON member has at most {MAX_DOCUMENT_BYTES}")
+        raise DataError(f"more than {MAX_DOCUMENT_BYTES} bytes, the limit of a text or JSON member")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from jmvae_dist.errors import DataError
+from jmvae_dist.errors import DataError, UnreachableError
+
+# What says that the file itself is not there; all else (too many open files, no memory, a lost mount) may pass.
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def read_error(path: str | Path, what: str, error: OSError) -> DataError:
+    """The error of a file that cannot be read; an UnreachableError unless the file is not there.
+
+    A sample of a shard that is missing is bad, and may be masked. One of a shard that this process cannot open at the
+    moment is not.
+    """
+    kind = DataError if error.errno in _ABSENT else UnreachableError
+    return kind(f"{path}: cannot read {what}: {error.strerror}")
 
 
 def open_regular(path: str | Path) -> BinaryIO:

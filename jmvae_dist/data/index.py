@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jmvae_dist.data.files import open_regular
+from jmvae_dist.data.files import open_regular, read_error
 from jmvae_dist.errors import DataError
 
 INDEX_VERSION = 1
@@ -46,6 +46,7 @@ def read_index(
 
     Raises:
         DataError: the file cannot be read, besides.
+        UnreachableError: for a reason that says nothing against it.
     """
     expected_bytes = index_num_bytes(num_samples, num_modalities)
     try:
@@ -54,7 +55,7 @@ def read_index(
             # Not before the size is right: to read reserves memory for whatever number a manifest states.
             content = file.read(expected_bytes) if num_bytes == expected_bytes else b""
     except OSError as error:
-        raise DataError(f"{path}: cannot read index: {error.strerror}") from None
+        raise read_error(path, "index", error) from None
     if len(content) != expected_bytes:
         size = f"only {num_bytes}" if num_bytes < expected_bytes else "more"
         raise DataError(f"{path}: index should have {expected_bytes} bytes but has {size}; copy it again")

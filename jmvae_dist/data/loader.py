@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.prefetch import Prefetcher
-from jmvae_dist.data.reader import ShardSet, open_files_limit
+from jmvae_dist.data.reader import ShardSet, most_open_shards
 from jmvae_dist.data.store import RemoteAccess, Verify, check_verify, shard_files
 from jmvae_dist.data.views import SampleKeys, View, make_views
 from jmvae_dist.errors import ConfigError, DataError
@@ -114,7 +114,9 @@ class TrainLoader:
         self._plan = plan
         self._lanes = lanes
         self._access = access or RemoteAccess()
-        shards = ShardSet(manifest, verify, _shards_to_keep_open(plan, len(lanes)), threads, self._access)
+        most_open = most_open_shards(self._access.files_per_shard(manifest))
+        max_open = max(2, min(count_shards_in_use(plan, len(lanes)), most_open))
+        shards = ShardSet(manifest, verify, max_open, threads, self._access)
         views = make_views(manifest.modalities) if views is None else views
         self._dataset = _TrainSteps(plan, lanes, views, shards, on_bad_sample)
 
@@ -409,10 +411,6 @@ def count_shards_in_use(plan: SamplePlan, num_lanes: int) -> int:
     mean_shard_size = plan.num_samples / len(plan.shard_sizes)
     shards_per_lane = 2 + int(plan.shuffle_window / mean_shard_size)
     return min(len(plan.shard_sizes), num_lanes * shards_per_lane)
-
-
-def _shards_to_keep_open(plan: SamplePlan, num_lanes: int) -> int:
-    return max(2, min(count_shards_in_use(plan, num_lanes), open_files_limit()))
 
 
 def _check_loader_settings(workers: int, verify: str) -> None:

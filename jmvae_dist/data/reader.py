@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import re
 import resource
+import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from jmvae_dist.data.encodings import decode_member, parse_npy_header
+from jmvae_dist.data.encodings import decode_member, max_member_bytes, parse_npy_header
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import read_index
 from jmvae_dist.data.manifest import Manifest, Modality
@@ -30,6 +32,10 @@ from jmvae_dist.data.views import SampleKeys, View
 from jmvae_dist.errors import DataError, UnreachableError
 
 DEFAULT_MAX_OPEN = 128
+# Members of a batch are decoded as soon as so many bytes of them are in memory.
+_MOST_UNDECODED_BYTES = 256 * 2**20
+# How often an idle process looks whether another one waits for room in the cache.
+_LOOK_EVERY_S = 0.5
 _ASCII_ZERO = ord("0")
 
 # What webdataset calls the key: the path up to the first dot of the file's name.
@@ -121,10 +127,12 @@ class ShardReader:
         return _key_in(self.content.read(offset - TAR_BLOCK_BYTES, TAR_BLOCK_BYTES), self._modalities[modality])
 
     def members(self, index_B: np.ndarray, modalities: Sequence[str]) -> np.ndarray:
-        """The index records (B, len(modalities)) of some samples."""
+        """What `member_bytes` reads of some samples, as index records (B, len(modalities))."""
         self._check_indices(index_B)
         columns = np.array([self._columns[modality] for modality in modalities])
-        return self._records_NM[index_B[:, None], columns]
+        records = self._records_NM[index_B[:, None], columns]
+        records["size"] = np.minimum(records["size"], [self._most_bytes(modality) for modality in modalities])
+        return records
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -153,14 +161,18 @@ class ShardReader:
             index = int(index_B[np.argmax(outside)])
             raise DataError(f"{self.path}: sample {index} does not exist; the shard has {self.num_samples} samples")
 
+    def _most_bytes(self, modality: str) -> int:
+        """So much of a member is read: one byte more than it may have shows that it has too many."""
+        return max_member_bytes(self._modalities[modality]) + 1
+
     def member_bytes(self, index: int, modality: str) -> bytes:
-        """The content of a member; raises DataError if the sample has none."""
+        """The content of a member, not all of one that is too long; raises DataError if the sample has none."""
         offset, size = self.location(index, modality)
         if offset == 0:
             names = " or ".join(repr(name) for name in self._modalities[modality].extensions)
             self.fail(index, modality, f"the sample has no member {names}")
         try:
-            return self.content.read_member(offset, size)
+            return self.content.read_member(offset, size, self._most_bytes(modality))
         except UnreachableError:
             raise
         except DataError as error:
@@ -186,6 +198,8 @@ class ShardReader:
         if not evenly_spaced or np.any(size_N != size_N[0]):
             return None
         offset, size = int(offset_N[0]), int(size_N[0])
+        if size >= self._most_bytes(modality):
+            return None
         member_N = np.ndarray((self.num_samples, size), np.uint8, self.content.buffer, offset, (stride, 1))
         if spec.encoding == "cls":
             return member_N if 1 <= size <= spec.class_digits else None
@@ -276,6 +290,9 @@ class ShardSet:
         self._pool: ThreadPoolExecutor | None = None
         # What is wrong with shards that could not be opened: a damaged one is not hashed again for every sample.
         self._unsound: dict[int, str] = {}
+        # Held while shards are in use; whoever gets it otherwise may close them.
+        self._busy = threading.RLock()
+        self._ended: threading.Event | None = None
 
     def reader(self, shard_number: int) -> ShardReader:
         """The open reader of a shard; valid until `max_open` other shards have been used."""
@@ -297,6 +314,10 @@ class ShardSet:
         while len(self._open) >= self._max_open:
             self._close_oldest()
         self._open[shard_number] = ShardReader(self._manifest, shard_number, self._verify, content)
+        if self._store.cache is not None and self._ended is None:
+            self._ended = threading.Event()
+            arguments = weakref.ref(self), self._ended
+            threading.Thread(target=_give_way, args=arguments, name="jmvae-give-way", daemon=True).start()
         return self._open[shard_number]
 
     def _close_oldest(self) -> bool:
@@ -310,7 +331,11 @@ class ShardSet:
         """Bring the members of a batch that lie on a server, with several requests at a time."""
         if not self._store.reads_ranges:
             return
-        missing = [number for number in index_by_shard if self._store.is_ranged(number) and number not in self._open]
+        for number, reader in self._open.items():
+            if number not in index_by_shard and isinstance(reader.content, RangedShard):
+                reader.content.unload()
+        known = self._open.keys() | self._unsound.keys()
+        missing = [number for number in index_by_shard if self._store.is_ranged(number) and number not in known]
         # Those that are open and needed must not be closed for the missing ones.
         for number in index_by_shard.keys() & self._open.keys():
             self._open.move_to_end(number)
@@ -322,6 +347,16 @@ class ShardSet:
             if reader is not None and isinstance(reader.content, RangedShard):
                 requests.append((reader.content, reader.members(index_B, modalities)))
         self._store.load(requests)
+
+    def close_if_idle(self) -> None:
+        """Close all shards if a process of the node waits for room in the cache, and no batch is being read."""
+        assert self._store.cache is not None
+        if self._store.cache.is_room_asked_for() and self._busy.acquire(blocking=False):
+            try:
+                while self._close_oldest():
+                    pass
+            finally:
+                self._busy.release()
 
     def _make_room_for_others(self, in_use: set[int]) -> None:
         """Close what the last batch did not need, if a process of the node waits for room in the cache."""
@@ -338,7 +373,17 @@ class ShardSet:
             DataError: names shard, key, modality and cause.
         """
         stored = {view.name: np.empty((len(shard_B), *view.stored_shape), view.dtype) for view in views}
-        members: list[_Member] = []
+        with self._busy:
+            for members in _portions(self._read(shard_B, index_B, views, stored)):
+                for member, error in self._decode(members, stored):
+                    self._fail(shard_B, index_B, member.row, member.view.name, str(error))
+            self._make_room_for_others(set(shard_B.tolist()))
+            return {view.name: self._to_model(view, stored[view.name], shard_B, index_B, keys) for view in views}
+
+    def _read(
+        self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], stored: dict[str, np.ndarray]
+    ) -> Iterator[_Member]:
+        """Fill in what lies in strided arrays, and yield the members that are still to be decoded."""
         parts = list(_rows_by_shard(shard_B))
         for start in range(0, len(parts), self._max_open):
             part = parts[start : start + self._max_open]
@@ -352,11 +397,7 @@ class ShardSet:
                         stored[view.name][rows] = values
                         continue
                     for row, index in zip(rows.tolist(), wanted.tolist(), strict=True):
-                        members.append(_Member(view, row, reader.member_bytes(index, view.name)))
-        self._make_room_for_others({shard_number for shard_number, _ in parts})
-        for member, error in self._decode(members, stored):
-            self._fail(shard_B, index_B, member.row, member.view.name, str(error))
-        return {view.name: self._to_model(view, stored[view.name], shard_B, index_B, keys) for view in views}
+                        yield _Member(view, row, reader.member_bytes(index, view.name))
 
     def gather_valid(
         self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], keys: SampleKeys
@@ -382,8 +423,12 @@ class ShardSet:
 
     def close(self) -> None:
         """Close all shards; using the set again opens them again."""
-        while self._close_oldest():
-            pass
+        if self._ended is not None:
+            self._ended.set()
+            self._ended = None
+        with self._busy:
+            while self._close_oldest():
+                pass
         self._store.close()
         if self._pool is not None:
             self._pool.shutdown()
@@ -391,18 +436,20 @@ class ShardSet:
         self._unsound.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict(), "_pool": None}
+        return {**self.__dict__, "_open": OrderedDict(), "_pool": None, "_busy": None, "_ended": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _busy=threading.RLock())
 
     def _reader_for(self, shard_number: int, index_B: np.ndarray, modality: str) -> ShardReader:
         """The reader of a shard; if it cannot be opened, the error also names a sample that needs it."""
         try:
             return self.reader(shard_number)
-        except UnreachableError:
-            raise
         except DataError as error:
             index = int(index_B[0])
             key = _key_in_unsound(self._manifest, shard_number, index, modality)
-            raise DataError(f"{error} (needed for sample {index}, key {key!r}, modality {modality!r})") from None
+            what = f"needed for sample {index}, key {key!r}, modality {modality!r}"
+            raise type(error)(f"{error} ({what})") from None
 
     def _fail(self, shard_B: np.ndarray, index_B: np.ndarray, row: int, modality: str, problem: str) -> NoReturn:
         self.reader(int(shard_B[row])).fail(int(index_B[row]), modality, problem)
@@ -442,6 +489,33 @@ class ShardSet:
         if bad_row is not None:
             self._fail(shard_B, index_B, bad_row, view.name, "value is not finite (NaN or infinite)")
         return values
+
+
+def _give_way(shards: weakref.ref[ShardSet], ended: threading.Event) -> None:
+    """Until it is closed, have an idle set close its shards when others of the node wait for room in the cache.
+
+    A process that waits for its turn would keep them for as long, and may be waiting for the others.
+    """
+    while not ended.wait(_LOOK_EVERY_S):
+        current = shards()
+        if current is None:
+            return
+        current.close_if_idle()
+        del current  # else nobody would ever collect it
+
+
+def _portions(members: Iterator[_Member]) -> Iterator[list[_Member]]:
+    """The members in lists that do not take too much memory."""
+    portion: list[_Member] = []
+    num_bytes = 0
+    for member in members:
+        portion.append(member)
+        num_bytes += len(member.content)
+        if num_bytes >= _MOST_UNDECODED_BYTES:
+            yield portion
+            portion, num_bytes = [], 0
+    if portion:
+        yield portion
 
 
 def _decode_members(members: Sequence[_Member], stored: dict[str, np.ndarray]) -> list[tuple[_Member, DataError]]:
@@ -494,10 +568,10 @@ def _key_in_unsound(manifest: Manifest, shard_number: int, index: int, modality:
     return "unknown"
 
 
-def open_files_limit() -> int:
-    """How many shards a process may reasonably keep open: half its limit of open files."""
+def most_open_shards(files_per_shard: int = 1) -> int:
+    """How many shards a process may reasonably keep open: half its limit of open files is for them."""
     soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 2**16 if soft_limit == resource.RLIM_INFINITY else max(8, soft_limit // 2)
+    return 2**16 if soft_limit == resource.RLIM_INFINITY else max(8, soft_limit // 2 // files_per_shard)
 
 
 def first_non_finite_row(values: np.ndarray) -> int | None:

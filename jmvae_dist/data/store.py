@@ -18,9 +18,9 @@ import numpy as np
 
 from jmvae_dist.config import CacheSection, RemoteSection
 from jmvae_dist.data.cache import CachedFile, CacheEntry, ShardCache
-from jmvae_dist.data.files import open_regular
+from jmvae_dist.data.files import open_regular, read_error
 from jmvae_dist.data.index import parse_index, read_index
-from jmvae_dist.data.manifest import MAX_SAMPLE_BYTES, Manifest
+from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.transfer import RemoteFile
 from jmvae_dist.data.urls import shown
 from jmvae_dist.errors import ConfigError, DataError, UnreachableError
@@ -32,7 +32,6 @@ TAR_BLOCK_BYTES = 512
 # Bytes between two members that are read along, because another request would take longer.
 _MAX_GAP_BYTES = 64 * 2**10
 _MAX_REQUEST_BYTES = 8 * 2**20
-_MAX_MEMBER_BYTES = MAX_SAMPLE_BYTES + 2**16
 
 # Files whose sha256 this process has checked. The identity includes inode and modification time, so a file
 # that is replaced while the process runs is checked again.
@@ -56,6 +55,10 @@ class RemoteAccess:
             raise ConfigError(f"data.cache.dir: {self.cache.dir!r} names a variable that is not set here")
         return ShardCache(Path(folder), self.cache.max_bytes, self.remote)
 
+    def files_per_shard(self, manifest: Manifest) -> int:
+        """How many open files an open shard takes: a copy in the cache is mapped, and held open for its lock."""
+        return 2 if manifest.has_remote_shards and self.cache.dir is not None else 1
+
 
 class MappedShard:
     """A shard of which all bytes are at hand.
@@ -77,9 +80,9 @@ class MappedShard:
         """Some bytes of the tar."""
         return self._map[offset : offset + size]
 
-    def read_member(self, offset: int, size: int) -> bytes:
-        """The content of a member."""
-        return self.read(offset, size)
+    def read_member(self, offset: int, size: int, most_bytes: int) -> bytes:
+        """The first up to `most_bytes` of the content of a member."""
+        return self.read(offset, min(size, most_bytes))
 
     def close(self) -> None:
         # A traceback may still refer to a view; the mapping then goes when the view does.
@@ -106,16 +109,8 @@ class RangedShard:
         self._pieces: list[bytes] = []
 
     def load(self, members: np.ndarray) -> list[Callable[[], None]]:
-        """Requests that bring the given members (records, any shape), to be run in any order and by any threads.
-
-        Raises:
-            DataError: a member is too large.
-        """
+        """Requests that bring the given members (records, any shape), to be run in any order and by any threads."""
         members = np.unique(members[members["offset"] >= TAR_BLOCK_BYTES])
-        too_large = members["size"] > _MAX_MEMBER_BYTES
-        if too_large.any():
-            size = int(members["size"][np.argmax(too_large)])
-            raise DataError(f"{self.name}: a member of {size} bytes; the most is {_MAX_MEMBER_BYTES}")
         starts = members["offset"].astype(np.int64) - TAR_BLOCK_BYTES
         groups = _coalesce(starts, members["offset"].astype(np.int64) + members["size"])
         self._starts = [start for start, _ in groups]
@@ -139,13 +134,13 @@ class RangedShard:
                 return self._pieces[number][start : start + size]
         return self._remote.read_range(offset, offset + size) if size else b""
 
-    def read_member(self, offset: int, size: int) -> bytes:
-        """The content of a member.
+    def read_member(self, offset: int, size: int, most_bytes: int) -> bytes:
+        """The first up to `most_bytes` of the content of a member.
 
         Raises:
             DataError: The tar header before it is damaged, or that of another member.
         """
-        content = self.read(offset - TAR_BLOCK_BYTES, TAR_BLOCK_BYTES + size)
+        content = self.read(offset - TAR_BLOCK_BYTES, TAR_BLOCK_BYTES + min(size, most_bytes))
         if not _is_header_of(content[:TAR_BLOCK_BYTES], size):
             raise DataError("the tar header before it is damaged, or that of another member")
         return content[TAR_BLOCK_BYTES:]
@@ -198,6 +193,7 @@ class ShardStore:
 
         Raises:
             DataError: the shard or its index cannot be had, is damaged, or is not what the manifest says.
+            UnreachableError: for a reason that says nothing against it.
         """
         location = self._manifest.shard_location(shard_number)
         if isinstance(location, Path):
@@ -306,9 +302,11 @@ class ShardStore:
                 buffer = mmap.mmap(file.descriptor, 0, access=mmap.ACCESS_READ)
             except OSError as error:
                 file.close()
-                raise DataError(f"{shown(url)}: cannot read its copy {file.path}: {error.strerror}") from None
+                raise UnreachableError(f"{shown(url)}: cannot read its copy {file.path}: {error.strerror}") from None
             return MappedShard(shown(url), buffer, records_NM, file)
-        raise DataError(f"{file.path}: the copy of {shown(url)} is damaged again and again; is the disk sound?")
+        raise UnreachableError(
+            f"{file.path}: the copy of {shown(url)} is damaged again and again; is the disk sound?"
+        )
 
     def _read_cached_index(self, shard_number: int, cache: ShardCache, release: Callable[[], bool]) -> np.ndarray:
         entry = shard_files(self._manifest, shard_number)[0]
@@ -320,7 +318,9 @@ class ShardStore:
                 records_NM = self._parse_index(content, shown(entry.url), shard_number)
             except OSError as error:
                 file.close()
-                raise DataError(f"{file.path}: cannot read index: {error.strerror}") from None
+                raise UnreachableError(
+                    f"{shown(entry.url)}: cannot read its copy {file.path}: {error.strerror}"
+                ) from None
             except DataError:
                 if file.is_new or is_last:
                     file.close()
@@ -404,7 +404,7 @@ def _map_local(path: Path, num_bytes: int, sha256: str, verify: Verify) -> mmap.
                 _checked_files.add(_identity(status, sha256))
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise DataError(f"{path}: cannot read shard: {error.strerror}") from None
+        raise read_error(path, "shard", error) from None
 
 
 def _must_hash(status: os.stat_result, sha256: str, verify: Verify) -> bool:

@@ -17,7 +17,6 @@ from jmvae_dist.checkpoint.manager import CheckpointManager
 from jmvae_dist.config_io import to_plain
 from jmvae_dist.data.loader import TrainLoader, decode_threads
 from jmvae_dist.data.plan import check_same_order
-from jmvae_dist.data.store import RemoteAccess
 from jmvae_dist.distributed.runtime import Runtime
 from jmvae_dist.errors import (
     EXIT_DONE,
@@ -303,7 +302,7 @@ class Trainer:
                 threads=decode_threads(data.decode_threads, data.workers),
                 verify=data.verify,
                 on_bad_sample=data.on_bad_sample,
-                access=self._remote_access(),
+                access=self.run.remote_access,
                 pin_memory=self.runtime.device.type == "cuda",
             )
             lanes = self.run.plan.lanes_of_rank(process.rank, process.world_size)
@@ -312,9 +311,6 @@ class Trainer:
             batches.fetch_ahead()
             batches.raise_failure()
         return batches
-
-    def _remote_access(self) -> RemoteAccess:
-        return RemoteAccess(self.run.config.data.cache, self.run.config.data.remote)
 
     def _is_multiple_of(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.global_step % every_steps == 0
@@ -554,7 +550,7 @@ class Trainer:
                 verify=data.verify,
                 threads=decode_threads(data.decode_threads, workers=0),
                 on_bad_sample=data.on_bad_sample,
-                access=self._remote_access(),
+                access=self.run.remote_access,
                 progress=advance,
             )
 
@@ -574,7 +570,7 @@ class Trainer:
                     num_samples=self.run.config.evaluation.figure_samples,
                     seed=self.run.config.training.seed,
                     verify=self.run.config.data.verify,
-                    access=self._remote_access(),
+                    access=self.run.remote_access,
                 )
             except DataError:
                 raise

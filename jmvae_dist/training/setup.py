@@ -12,6 +12,7 @@ from typing import Any
 from jmvae_dist.config import DataSection, JMVAEConfig, RunConfig
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan, default_lanes
+from jmvae_dist.data.store import RemoteAccess
 from jmvae_dist.data.urls import is_remote, shown
 from jmvae_dist.data.views import View, make_views
 from jmvae_dist.distributed.deepspeed_config import build_config
@@ -61,6 +62,11 @@ class ResolvedRun:
     def modalities(self) -> list[str]:
         """Names of the modalities in use, in the model's order."""
         return [view.name for view in self.views]
+
+    @property
+    def remote_access(self) -> RemoteAccess:
+        """How remote shards are read."""
+        return RemoteAccess(self.config.data.cache, self.config.data.remote)
 
     def describe_modalities(self) -> dict[str, Any]:
         """What `evaluation_views` needs to see other data as this run does, as JSON values by name."""

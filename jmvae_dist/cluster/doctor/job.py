@@ -22,7 +22,6 @@ from jmvae_dist.config import RemoteSection
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.plan import default_lanes
 from jmvae_dist.data.reader import ShardSet
-from jmvae_dist.data.store import RemoteAccess
 from jmvae_dist.data.transfer import RemoteFile
 from jmvae_dist.data.views import SampleKeys
 from jmvae_dist.errors import ConfigError, DataError
@@ -192,8 +191,7 @@ def _gather_read_speed(context: Context) -> dict[str, Any]:
     # Of pictures that differ in size only the shards tell how large they are.
     sizes = [view.modality.stored_bytes or manifest.num_bytes // manifest.num_samples for view in views]
     stored_bytes = max(1, sum(sizes))
-    access = RemoteAccess(run.config.data.cache, run.config.data.remote)
-    reader = ShardSet(manifest, "never", access=access)
+    reader = ShardSet(manifest, "never", access=run.remote_access)
     _drop_cached(run, lanes)
     samples, start_s = 0, time.monotonic()
     try:

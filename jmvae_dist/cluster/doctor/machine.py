@@ -17,7 +17,7 @@ from jmvae_dist.cluster.doctor.layout import format_ranks
 from jmvae_dist.cluster.doctor.table import Row
 from jmvae_dist.cluster.provenance import describe_code
 from jmvae_dist.data.loader import PREFETCH_BATCHES_PER_WORKER, count_shards_in_use
-from jmvae_dist.data.reader import open_files_limit
+from jmvae_dist.data.reader import most_open_shards
 from jmvae_dist.progress import format_bytes
 from jmvae_dist.training.setup import ResolvedRun
 from jmvae_dist.training.state import software_versions
@@ -290,11 +290,13 @@ def _judge_threads_of_node(facts: list[dict[str, Any]]) -> Judgement:
 
 def _gather_open_files(context: Context) -> dict[str, Any]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = None
+    wanted, files_per_shard = None, 1
     if context.run is not None:
         lanes = context.run.plan.lanes_of_rank(*context.legal_place(context.rank))
         wanted = count_shards_in_use(context.run.plan, len(lanes))
-    return {"soft": soft, "hard": hard, "usable": open_files_limit(), "wanted": wanted}
+        files_per_shard = context.run.remote_access.files_per_shard(context.run.train_manifest)
+    usable = most_open_shards(files_per_shard)
+    return {"soft": soft, "hard": hard, "usable": usable, "wanted": wanted, "files_per_shard": files_per_shard}
 
 
 def _judge_open_files(gathered: Gathered) -> list[Row]:
@@ -303,12 +305,13 @@ def _judge_open_files(gathered: Gathered) -> list[Row]:
         {rank: (facts["soft"], facts["hard"], facts["usable"]) for rank, facts in gathered.facts.items()}
     ):
         wanted = max((gathered.facts[rank]["wanted"] or 0 for rank in ranks), default=0)
+        needed = 2 * wanted * gathered.facts[ranks[0]]["files_per_shard"]
         found = f"limit of open files {_name_limit(soft)}"
         if wanted:
             found += f"; a rank reads from {wanted:,} shard(s) at a time"
         if wanted > usable:
             found += f", but may keep {usable:,} open: shards would be opened again and again"
-            advice = f"ulimit -n {2 * wanted} (the hard limit is {_name_limit(hard)}), larger shards, "
+            advice = f"ulimit -n {needed} (the hard limit is {_name_limit(hard)}), larger shards, "
             rows.append(gathered.warn(found, f"{advice}or a smaller data.shuffle_window", ranks))
         else:
             rows.append(gathered.passed(found, ranks))

@@ -85,8 +85,9 @@ def test_missing_ranks_are_named_with_the_nodes_nobody_came_from() -> None:
 
 def test_a_check_that_fails_becomes_a_row() -> None:
     layout = make_layout(1, 1, 1)
+    limits = {"soft": 1024, "hard": 4096, "usable": 512, "files_per_shard": 1}
     results = {
-        0: {"open files": {"facts": {"soft": 1024, "hard": 4096, "usable": 512, "wanted": None}}},
+        0: {"open files": {"facts": {**limits, "wanted": None}}},
         1: {"open files": {"error": "OSError: port 1234"}},
         2: {"open files": {"error": "OSError: port 99"}},
     }
@@ -222,7 +223,7 @@ def test_threads_against_cores(threads: int, cores: range, changes: dict[str, An
 
 def test_limits() -> None:
     layout = make_layout(1, 1)
-    few = {"soft": 1024, "hard": 4096, "usable": 512, "wanted": 500}
+    few = {"soft": 1024, "hard": 4096, "usable": 512, "files_per_shard": 1, "wanted": 500}
     assert summarize(judge("open files", {0: few, 1: few}, layout)) == [("pass", "all")]
     row = the_problem(judge("open files", {rank: {**few, "wanted": 900} for rank in range(2)}, layout))
     assert row.status == "warn"

@@ -143,7 +143,7 @@ BAD_JSON = {
     "negative": (b"[-1]", Modality("x", "uint8", (1,), "json"), "a number that uint8 cannot"),
     "rounded": (f"[{2**53 + 1}, 0.5]".encode(), Modality("x", "int64", (2,), "json"), "a number that int64 cannot"),
     "endless": (b"[" + b"9" * 5000 + b"]", Modality("x", "int64", (1,), "json"), "not valid JSON|beyond the range"),
-    "too_long": (b" " * (MAX_DOCUMENT_BYTES + 1), POSE, "at most"),
+    "too_long": (b" " * (MAX_DOCUMENT_BYTES + 1), POSE, "more than 16777216 bytes"),
 }
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
+import resource
 import tarfile
+import tracemalloc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +19,13 @@ import torch
 from data_examples import npy_bytes
 from PIL import Image
 
-from jmvae_dist.data.index import RECORD_DTYPE, index_bytes
+from jmvae_dist.data.index import RECORD_DTYPE, index_bytes, read_index
 from jmvae_dist.data.loader import Batch, EvaluationLoader, TrainLoader
 from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard
 from jmvae_dist.data.plan import SamplePlan
-from jmvae_dist.data.reader import Verify
-from jmvae_dist.errors import DataError
+from jmvae_dist.data.reader import ShardSet, Verify
+from jmvae_dist.data.views import SampleKeys, make_views
+from jmvae_dist.errors import DataError, UnreachableError
 
 MODALITIES = (
     Modality.image("photo", (3, 4, 4), "jpg|png"),
@@ -188,6 +192,42 @@ def test_a_fault_is_masked_at_its_own_position(tmp_path: Path, kind: str) -> Non
             assert torch.equal(batch.inputs[name], values[kept])
         for problem in batch.problems:
             assert f"data-{BAD_SHARD}.tar" in problem
+
+
+def test_a_lack_of_open_files_masks_nothing(tmp_path: Path) -> None:
+    """It passes, and says nothing against the data: the run stops, and the samples are still good."""
+    manifest = write(tmp_path / "data")
+    shards, keys = ShardSet(manifest, "never"), SampleKeys(np.arange(2))
+    wanted = np.array([0, 1]), np.array([0, 0]), make_views(manifest.modalities), keys
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(UnreachableError, match=r"Too many open files \(needed for sample 0"):
+            shards.gather_valid(*wanted)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not shards.gather_valid(*wanted)[1]
+
+
+@pytest.mark.parametrize(("modality", "cause"), [(0, "limit of an image"), (1, "not a valid npy"), (3, "16777216")])
+def test_no_more_of_a_member_is_read_than_it_may_have(tmp_path: Path, modality: int, cause: str) -> None:
+    manifest = write(tmp_path / "data")
+    path, index_path = manifest.shard_path(BAD_SHARD), manifest.index_path(BAD_SHARD)
+    records = np.array(read_index(index_path, SIZE, len(MODALITIES), manifest.shards[BAD_SHARD].num_bytes, None))
+    records[:, modality] = path.stat().st_size, 2**31  # a hole, which takes no room on disk
+    os.truncate(path, path.stat().st_size + 2**31)
+    index_path.write_bytes(index_bytes(records))
+    shards = list(manifest.shards)
+    shards[BAD_SHARD] = replace(shards[BAD_SHARD], num_bytes=path.stat().st_size)
+    hostile = replace(manifest, shards=tuple(shards))
+    views = make_views(hostile.select([MODALITIES[modality].name]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=cause):
+            ShardSet(hostile, "never").gather(np.full(4, BAD_SHARD), np.arange(4), views, SampleKeys(np.arange(4)))
+        assert tracemalloc.get_traced_memory()[1] < 600 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_evaluation_masks_alike(tmp_path: Path) -> None:

@@ -244,6 +244,38 @@ def test_damaged_copies_are_replaced(server: FaultyServer, remote: Manifest, cac
     assert (server.count(SHARD_1), server.count(f"{SHARD_1}.index")) == (2, 2)
 
 
+def test_idle_sets_give_way(remote: Manifest, cached: RemoteAccess) -> None:
+    """What waits for its turn, such as training during an evaluation, keeps no room that another one waits for."""
+    room = max(shard.num_bytes + shard.index.num_bytes for shard in remote.shards)
+    access = dataclasses.replace(cached, cache=dataclasses.replace(cached.cache, max_bytes=room))
+    first, second = (ShardSet(remote, access=access) for _ in range(2))
+    for number in (0, 1, 2):
+        for shards in (first, second):
+            assert gather(shards, remote, [number], [3])["label"][0].argmax() >= 0
+    first.close()
+    second.close()
+
+
+def test_open_files_of_shards_in_the_cache(remote: Manifest, cached: RemoteAccess) -> None:
+    shards = ShardSet(remote, max_open=2, access=cached)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(len(remote.shards)):
+        shards.reader(number)
+        assert len(os.listdir("/proc/self/fd")) <= before + 2 * cached.files_per_shard(remote)
+    shards.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_damaged_shard_is_asked_for_once(server: FaultyServer, remote: Manifest) -> None:
+    server.always[SHARD_1] = Fault(404)
+    server.always[f"{SHARD_1}.index"] = Fault(404)
+    shards = ShardSet(remote, access=RANGED)
+    keys, views = SampleKeys(np.arange(4), is_training=False), make_views(remote.modalities)
+    for _ in range(3):
+        assert len(shards.gather_valid(np.full(4, 1), np.arange(4), views, keys)[1]) == 4
+    assert server.count(f"{SHARD_1}.index") <= 2
+
+
 def test_always_verifying_needs_whole_shards(remote: Manifest) -> None:
     with pytest.raises(ConfigError, match=r"data\.verify: 'always' needs whole shards"):
         ShardSet(remote, "always", access=RANGED)
