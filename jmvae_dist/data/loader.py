@@ -13,7 +13,7 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.prefetch import Prefetcher
-from jmvae_dist.data.reader import ShardSet, most_open_shards
+from jmvae_dist.data.reader import ShardSet, describe_sample, most_open_shards
 from jmvae_dist.data.store import RemoteAccess, Verify, check_verify, shard_files
 from jmvae_dist.data.views import SampleKeys, View, make_views
 from jmvae_dist.errors import ConfigError, DataError
@@ -69,6 +69,54 @@ class Batch:
         kept[list(problems)] = False
         inputs = {name: values[kept] for name, values in self.inputs.items()}
         return Batch(inputs, self.rows[kept], self.global_step, (*self.problems, *problems.values()))
+
+
+def check_batch(
+    batch: Batch,
+    check: Callable[[dict[str, Tensor]], None],
+    manifest: Manifest,
+    locate: Callable[[int], tuple[int, int]],
+    on_bad_sample: OnBadSample,
+) -> Batch:
+    """The batch, of which every sample passes a check; the others are masked if they may be.
+
+    Args:
+        batch: from a loader.
+        check: raises DataError for inputs, of all samples or of one and of all modalities or of one.
+        manifest: the data set.
+        locate: shard number and number in the shard, by entry of `batch.rows`.
+        on_bad_sample: `stop` raises.
+
+    Raises:
+        DataError: names shard, key, modality and cause.
+    """
+    try:
+        check(batch.inputs)
+    except DataError:
+        problems = _find_problems(batch, check, manifest, locate)
+        assert problems, "no sample of the batch fails the check that the batch failed"
+        if on_bad_sample == "stop":
+            raise DataError(next(iter(problems.values()))) from None
+        return batch.without(problems)
+    return batch
+
+
+def _find_problems(
+    batch: Batch,
+    check: Callable[[dict[str, Tensor]], None],
+    manifest: Manifest,
+    locate: Callable[[int], tuple[int, int]],
+) -> dict[int, str]:
+    """What is wrong with which samples of a batch, by their place in it, with the place in the shards."""
+    problems = {}
+    for place, row in enumerate(batch.rows.tolist()):
+        for name, values in batch.inputs.items():
+            try:
+                check({name: values[place : place + 1]})
+            except DataError as error:
+                problems[place] = f"{describe_sample(manifest, *locate(row), name)}: {error}"
+                break
+    return problems
 
 
 class TrainLoader:
@@ -179,6 +227,11 @@ class EvaluationLoader:
         """Number of batches of this rank."""
         return len(self._dataset)
 
+    def locate(self, position: int) -> tuple[int, int]:
+        """Shard number and number in the shard of a position in the data set."""
+        shard_B, index_B = self._dataset.locate(np.array([position]))
+        return int(shard_B[0]), int(index_B[0])
+
     def __iter__(self) -> Iterator[Batch]:
         """The rank's batches; raises and closes like `TrainLoader.iterate`."""
         prefetcher = None
@@ -271,6 +324,11 @@ class _EvaluationBatches(_Batches):
     def __len__(self) -> int:
         return -(-len(self._block) // self._batch_size)
 
+    def locate(self, position_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard numbers and numbers in the shards of positions in the data set."""
+        shard_B = np.searchsorted(self._shard_starts, position_B, side="right") - 1
+        return shard_B, position_B - self._shard_starts[shard_B]
+
     def upcoming_shards(self) -> Iterator[tuple[int, int]]:
         """(First batch that needs it, shard number) in order."""
         for shard_number in range(len(self._shard_starts)):
@@ -282,8 +340,7 @@ class _EvaluationBatches(_Batches):
     def _load(self, number: int) -> Batch:
         part = self._block[number * self._batch_size : (number + 1) * self._batch_size]
         position_B = np.arange(part.start, part.stop, dtype=np.int64)
-        shard_B = np.searchsorted(self._shard_starts, position_B, side="right") - 1
-        index_B = position_B - self._shard_starts[shard_B]
+        shard_B, index_B = self.locate(position_B)
         return self._batch(shard_B, index_B, position_B, number, SampleKeys(position_B, is_training=False))
 
 

@@ -331,9 +331,9 @@ class ShardSet:
         """Bring the members of a batch that lie on a server, with several requests at a time."""
         if not self._store.reads_ranges:
             return
-        for number, reader in self._open.items():
-            if number not in index_by_shard and isinstance(reader.content, RangedShard):
-                reader.content.unload()
+        for number, done_with in self._open.items():
+            if number not in index_by_shard and isinstance(done_with.content, RangedShard):
+                done_with.content.unload()
         known = self._open.keys() | self._unsound.keys()
         missing = [number for number in index_by_shard if self._store.is_ranged(number) and number not in known]
         # Those that are open and needed must not be closed for the missing ones.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 
-from jmvae_dist.data.loader import EvaluationLoader, OnBadSample
+from jmvae_dist.data.loader import Batch, EvaluationLoader, OnBadSample, check_batch
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.store import RemoteAccess, Verify
+from jmvae_dist.data.urls import shown
 from jmvae_dist.data.views import View
 from jmvae_dist.distributed.collectives import Collectives
+from jmvae_dist.errors import DataError
 from jmvae_dist.evaluation.evaluate import evaluate_batches, evaluation_mode, finalize
 from jmvae_dist.evaluation.figures import (
     cross_modal_figure,
@@ -18,6 +22,9 @@ from jmvae_dist.evaluation.figures import (
     save_png,
 )
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model.inputs import check_values
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_together(
@@ -47,7 +54,8 @@ def evaluate_together(
         joint_nll_samples: Importance samples per sample for the joint likelihood; 0 leaves it out.
         verify: When shards' sha256 are checked; see `config.DataSection`.
         threads: Threads that decode images, texts and JSON.
-        on_bad_sample: `mask` leaves samples out that cannot be read, and counts them in `eval/masked_samples`.
+        on_bad_sample: `mask` leaves samples out that cannot be read or that their likelihood cannot explain, and
+            counts them in `eval/masked_samples`.
         access: How remote shards are read.
         progress: Called after each batch of this rank with its number of samples.
 
@@ -69,12 +77,34 @@ def evaluate_together(
         access=access,
     )
     with collectives.together():
-        sums = evaluate_batches(model, loader, seed=seed, joint_nll_samples=joint_nll_samples, progress=progress)
+        batches = _checked(loader, model, manifest, on_bad_sample)
+        sums = evaluate_batches(model, batches, seed=seed, joint_nll_samples=joint_nll_samples, progress=progress)
     total = sums.with_vector(collectives.sum(sums.vector().cpu()))
     metrics = {f"eval/{key}": value for key, value in finalize(total).items()}
     if on_bad_sample == "mask":
         metrics["eval/masked_samples"] = manifest.num_samples - metrics["eval/samples"]
     return metrics
+
+
+def _checked(
+    loader: EvaluationLoader, model: JMVAE, manifest: Manifest, on_bad_sample: OnBadSample
+) -> Generator[Batch, None, None]:
+    """The batches, in which every value can be explained by its likelihood; says how many samples are left out."""
+    num_masked, example = 0, ""
+    for batch in loader:
+        sound = check_batch(
+            batch,
+            lambda inputs: check_values(inputs, model.likelihoods),
+            manifest,
+            loader.locate,
+            on_bad_sample,
+        )
+        num_masked += len(sound.problems)
+        example = example or next(iter(sound.problems), "")
+        if len(sound):
+            yield sound
+    if num_masked:
+        logger.warning("evaluation: %d samples of this rank are masked, such as %s", num_masked, example)
 
 
 def save_figures(
@@ -86,6 +116,7 @@ def save_figures(
     num_samples: int,
     seed: int,
     verify: Verify = "first_use",
+    on_bad_sample: OnBadSample = "stop",
     access: RemoteAccess | None = None,
 ) -> dict[str, Path]:
     """Draw reconstructions, cross-modal generation from every modality, and samples of the prior; on one rank.
@@ -98,10 +129,14 @@ def save_figures(
         num_samples: Samples per figure.
         seed: Of the posterior's and the prior's samples.
         verify: When shards' sha256 are checked; see `config.DataSection`.
+        on_bad_sample: `mask` leaves out what `evaluate_together` would.
         access: How remote shards are read.
 
     Returns:
         Name -> path.
+
+    Raises:
+        DataError: The samples cannot be read.
     """
     loader = EvaluationLoader(
         manifest,
@@ -110,9 +145,14 @@ def save_figures(
         batch_size=num_samples,
         views=views,
         verify=verify,
+        on_bad_sample=on_bad_sample,
         access=access,
     )
-    inputs = next(iter(loader)).inputs
+    with closing(_checked(loader, model, manifest, on_bad_sample)) as batches:
+        first = next(batches, None)
+    if first is None:
+        raise DataError(f"{shown(manifest.path)}: there is no sound sample to draw")
+    inputs = first.inputs
     with evaluation_mode(model):
         figures = {"reconstruction": reconstruction_figure(model, inputs, max_samples=num_samples)}
         for name in model.modalities:

@@ -6,8 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Generator, Iterator
 
-from jmvae_dist.data.loader import Batch
-from jmvae_dist.data.reader import describe_sample
+from jmvae_dist.data.loader import Batch, check_batch
 from jmvae_dist.errors import DataError
 from jmvae_dist.model.inputs import check_values
 from jmvae_dist.model.likelihoods import Likelihood
@@ -90,31 +89,20 @@ class CheckedBatches:
 
     def _checked(self, batch: Batch) -> Batch:
         """The batch, in which every value can be explained by its likelihood."""
-        try:
-            check_values(batch.inputs, self._likelihoods)
-        except DataError:
-            problems = self._find_problems(batch)
-            assert problems, "no sample of the batch fails the check that the batch failed"
-            if self._run.config.data.on_bad_sample == "stop":
-                raise DataError(next(iter(problems.values()))) from None
-            return batch.without(problems)
-        return batch
-
-    def _find_problems(self, batch: Batch) -> dict[int, str]:
-        """What is wrong with which samples of a batch, by their place in it, with the place in the shards."""
         plan = self._run.plan
-        shard_B, index_B = plan.batch(batch.global_step, self._lanes)
-        problems = {}
-        for place, row in enumerate(batch.rows.tolist()):
-            for name, values in batch.inputs.items():
-                try:
-                    check_values({name: values[place : place + 1]}, self._likelihoods)
-                except DataError as error:
-                    at = row - self._lanes.start * plan.samples_per_lane
-                    where = describe_sample(self._run.train_manifest, int(shard_B[at]), int(index_B[at]), name)
-                    problems[place] = f"{where}: {error}"
-                    break
-        return problems
+
+        def locate(row: int) -> tuple[int, int]:
+            shard_B, index_B = plan.batch(batch.global_step, self._lanes)
+            at = row - self._lanes.start * plan.samples_per_lane
+            return int(shard_B[at]), int(index_B[at])
+
+        return check_batch(
+            batch,
+            lambda inputs: check_values(inputs, self._likelihoods),
+            self._run.train_manifest,
+            locate,
+            self._run.config.data.on_bad_sample,
+        )
 
     def _report(self, batch: Batch) -> None:
         for problem in batch.problems:

@@ -570,6 +570,7 @@ class Trainer:
                     num_samples=self.run.config.evaluation.figure_samples,
                     seed=self.run.config.training.seed,
                     verify=self.run.config.data.verify,
+                    on_bad_sample=self.run.config.data.on_bad_sample,
                     access=self.run.remote_access,
                 )
             except DataError:

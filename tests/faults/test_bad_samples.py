@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jmvae_dist import load_model
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardReader
+from jmvae_dist.data.views import make_views
+from jmvae_dist.distributed.collectives import Collectives
+from jmvae_dist.errors import DataError
+from jmvae_dist.evaluation.runner import evaluate_together, save_figures
 from tests.conftest import Run, assert_losses_agree, assert_same_tensors
 
 STEPS = 24  # one epoch has 22.5
@@ -23,14 +30,15 @@ SETTINGS = [
 @pytest.fixture
 def spoiled(digits: Path, tmp_path: Path) -> Path:
     """The digits, with a label that is no number; only its decoder can tell, for no checksum is compared."""
-    shutil.copytree(digits / "train", tmp_path / "data" / "train")
-    manifest = Manifest.load(tmp_path / "data" / "train" / "manifest.json")
-    reader = ShardReader(manifest, BAD_SHARD)
-    offset, _ = reader.location(BAD_INDEX, "label")
-    reader.close()
-    with open(manifest.shard_path(BAD_SHARD), "r+b") as file:
-        file.seek(offset)
-        file.write(b"x")
+    for split, shard, index in (("train", BAD_SHARD, BAD_INDEX), ("test", 0, 1)):
+        shutil.copytree(digits / split, tmp_path / "data" / split)
+        manifest = Manifest.load(tmp_path / "data" / split / "manifest.json")
+        reader = ShardReader(manifest, shard)
+        offset, _ = reader.location(index, "label")
+        reader.close()
+        with open(manifest.shard_path(shard), "r+b") as file:
+            file.seek(offset)
+            file.write(b"x")
     return tmp_path / "data"
 
 
@@ -61,6 +69,7 @@ def test_masked_samples_are_left_out_counted_and_tolerated_so_far(spoiled: Path,
     masked = [record["data/masked_samples"] for record in alone.records()]
     assert masked == [sum(bad <= step for bad in bad_steps(spoiled)) for step in range(1, STEPS + 1)]
     assert masked[-1] >= 1
+    check_evaluation_masks_too(alone, Manifest.load(spoiled / "test" / "manifest.json"), tmp_path)
 
     first = bad_steps(spoiled)[0]
     elastic = Run(tmp_path / "elastic", spoiled, [*SETTINGS, *mask])
@@ -72,6 +81,20 @@ def test_masked_samples_are_left_out_counted_and_tolerated_so_far(spoiled: Path,
     # Sums in another order, but the same samples and the same divisor: 63 valid ones of 64 weigh more each.
     assert_losses_agree(alone, elastic, 2e-5, STEPS)
     assert [record["data/masked_samples"] for record in elastic.records()] == masked
+
+
+def check_evaluation_masks_too(run: Run, manifest: Manifest, folder: Path) -> None:
+    """Neither metrics nor figures of a run that masks end with a bad sample among the held-out ones."""
+    model, views = load_model(run.output_dir), make_views(manifest.modalities)
+    options: dict[str, Any] = {"seed": 0, "verify": "never", "on_bad_sample": "mask"}
+    evaluate = partial(evaluate_together, batch_size=64, joint_nll_samples=0, **options)
+    assert evaluate(model, manifest, views, Collectives())["eval/masked_samples"] == 1
+    paths = save_figures(model, manifest, views, folder, num_samples=4, **options)
+    assert paths["reconstruction"].exists()
+    # The likelihood of the label can explain none of these: neither 0 nor 1.
+    strange = make_views(manifest.modalities, {"label": [{"name": "scale", "scale": 2.0}]})
+    with pytest.raises(DataError, match="no samples to evaluate"):
+        evaluate(model, manifest, strange, Collectives())
 
 
 def test_to_mask_changes_no_bit_of_a_run_without_bad_samples(digits: Path, tmp_path: Path) -> None:
