@@ -23,7 +23,7 @@ import numpy as np
 
 from jmvae_dist.config import RemoteSection
 from jmvae_dist.data.files import open_regular
-from jmvae_dist.data.index import index_num_bytes
+from jmvae_dist.data.index import MAX_INDEX_BYTES, index_num_bytes
 from jmvae_dist.data.tokenizers import TOKENIZERS
 from jmvae_dist.data.transfer import RemoteFile
 from jmvae_dist.data.urls import Location, is_remote, resolve, shown
@@ -419,7 +419,8 @@ class Manifest:
         path = _location(path)
         if isinstance(path, str):
             content = RemoteFile(path, None, "manifest", remote or RemoteSection()).read_whole(MAX_MANIFEST_BYTES)
-            return _ManifestParser(path).parse(content)
+            with _collector_paused():
+                return _ManifestParser(path).parse(content)
         try:
             with open_regular(path) as file:
                 content = file.read(MAX_MANIFEST_BYTES + 1)
@@ -704,6 +705,8 @@ class _ManifestParser:
             sha256=self._sha256(entry["sha256"], f"{key}.sha256"),
         )
         expected_bytes = index_num_bytes(num_samples, num_modalities)
+        if expected_bytes > MAX_INDEX_BYTES:
+            self._fail(key, f"{num_samples} samples in one shard: an index has at most {MAX_INDEX_BYTES} bytes")
         if index.num_bytes != expected_bytes:
             self._fail(
                 f"{key}.num_bytes",
@@ -731,7 +734,7 @@ def _sound_shards(entries: list[Any], num_modalities: int) -> list[Shard] | None
         if not _are_counts([record["num_bytes"] for record in records]):
             return None
     num_samples = [entry["num_samples"] for entry in entries]
-    if not _are_counts(num_samples):
+    if not _are_counts(num_samples) or index_num_bytes(max(num_samples), num_modalities) > MAX_INDEX_BYTES:
         return None
     if any(
         index["num_bytes"] != index_num_bytes(samples, num_modalities)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
@@ -16,6 +17,8 @@ HTTP_SCHEMES = ("http", "https")
 STORE_SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "abfss", "hf")
 REMOTE_SCHEMES = (*HTTP_SCHEMES, *STORE_SCHEMES)
 
+# In such a path there is nothing to escape, to normalise or to check.
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 Location = Path | str
@@ -71,6 +74,18 @@ def resolve(base: Location, url: str) -> Location:
         return base.parent / url if scheme is None else _local_file(url)
     if scheme == "file" or url.startswith("/"):
         raise ValueError(f"{url!r} is a local file, which a manifest at a URL must not name")
+    if _PLAIN_PATH.fullmatch(url):  # nearly always, and a manifest may have 100,000
+        return f"{_folder(base)}{url}"
+    return _joined(base, url)
+
+
+@lru_cache(maxsize=16)
+def _folder(base: str) -> str:
+    """The URL of the folder of a file, with a slash at the end."""
+    return _joined(base, "x").removesuffix("x")
+
+
+def _joined(base: str, url: str) -> str:
     parts = urlsplit(base)
     path = posixpath.normpath(posixpath.join("/", posixpath.dirname(parts.path), quote(url)))
     if scheme_of(base) in STORE_SCHEMES:  # names of objects, in which nothing is escaped

@@ -27,7 +27,7 @@ from typing import BinaryIO
 import numpy as np
 
 from jmvae_dist.data.exclusive import locked, os_errors_explained
-from jmvae_dist.data.index import MAX_MEMBER_BYTES, RECORD_DTYPE, index_bytes
+from jmvae_dist.data.index import MAX_INDEX_BYTES, MAX_MEMBER_BYTES, RECORD_DTYPE, index_bytes, index_num_bytes
 from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard, check_distinct_names
 from jmvae_dist.data.philox import PURPOSE_PACKING, permutation
 from jmvae_dist.data.processes import Report, default_workers, run_in_processes
@@ -162,6 +162,11 @@ def _check_options(source: Source, samples_per_shard: int, shuffle_seed: int, wo
         raise DataError("the source has no samples")
     if samples_per_shard < 1:
         raise ConfigError(f"--samples-per-shard must be at least 1, not {samples_per_shard}")
+    if index_num_bytes(min(samples_per_shard, len(source)), len(source.modalities)) > MAX_INDEX_BYTES:
+        raise ConfigError(
+            f"--samples-per-shard {samples_per_shard} is too many: the index of a shard would have more "
+            f"than {MAX_INDEX_BYTES} bytes"
+        )
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers must be at least 1, not {workers}")
     check_seed("--shuffle-seed", shuffle_seed)

@@ -114,6 +114,7 @@ def removed(*keys: str | int) -> Callable[[dict[str, Any]], None]:
         (changed("shards", 1, "url", value="a\0b"), r"shards\[1\]\.url: .* printable"),
         (changed("shards", 1, "sha256", value="zz"), r"shards\[1\]\.sha256: must be a sha256"),
         (changed("shards", 1, "num_samples", value=0), r"shards\[1\]\.num_samples: 0 must be"),
+        (changed("shards", 1, "num_samples", value=2**40), r"shards\[1\]\.index: 1099511627776 samples in one shard"),
         (
             changed("shards", 1, "index", "num_bytes", value=96),
             r"shards\[1\]\.index\.num_bytes: says 96, but 4 samples with 2 modalities take 120",

@@ -100,6 +100,9 @@ def test_a_manifest_at_a_url(server: FaultyServer, local: Manifest, remote: Mani
     ("base", "url", "expected"),
     [
         ("http://host/a/manifest.json", "b.tar", "http://host/a/b.tar"),
+        ("http://host/manifest.json?token=1", "b/c-1.tar", "http://host/b/c-1.tar"),
+        ("http://host/a%20b/manifest.json", "c.tar", "http://host/a%20b/c.tar"),
+        ("http://host/a/manifest.json", "b//c.tar", "http://host/a/b/c.tar"),
         ("http://host/a/manifest.json?token=1", "b c#1%.tar", "http://host/a/b%20c%231%25.tar"),
         ("http://host/a/manifest.json", "../../../b.tar", "http://host/b.tar"),
         ("http://host:8080/manifest.json", "x/./b.tar", "http://host:8080/x/b.tar"),
