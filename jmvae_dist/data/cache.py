@@ -164,6 +164,10 @@ class ShardCache:
             file.close()
         return True
 
+    def used_bytes(self) -> int:
+        """What all copies take, with those under way."""
+        return sum(file.num_bytes for file in self._files())
+
     def is_room_asked_for(self) -> bool:
         """Whether a process is waiting for others to close files that they do not need at the moment."""
         try:
@@ -411,7 +415,7 @@ class ShardCache:
             )
 
     def _no_room(self, entry: CacheEntry) -> str:
-        in_use = sum(file.num_bytes for file in self._files())
+        in_use = self.used_bytes()
         limit = "what the disk has" if self._max_bytes is None else f"data.cache.max_bytes ({self._max_bytes})"
         return (
             f"{entry.name} ({entry.num_bytes} bytes) finds no room in {self.folder} ({in_use} bytes in use); "

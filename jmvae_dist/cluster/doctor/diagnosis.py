@@ -12,6 +12,7 @@ from jmvae_dist.cluster.doctor import job, machine, network
 from jmvae_dist.cluster.doctor.check import Check, Context, Results, judge_check, run_checks
 from jmvae_dist.cluster.doctor.layout import Layout, format_ranks
 from jmvae_dist.cluster.doctor.meeting import Meeting, describe_missing
+from jmvae_dist.cluster.doctor.shard_cache import SHARD_CACHE
 from jmvae_dist.cluster.doctor.table import Row, count_by_status
 from jmvae_dist.config import RunConfig
 from jmvae_dist.distributed.environment import ProcessInfo
@@ -25,14 +26,25 @@ _ALONE: tuple[Check, ...] = (
     *machine.LIMITS,
     network.INTERFACE,
     *job.CHECKS,
+    SHARD_CACHE,
 )
 # All ranks at once, as far as rank 0 announces it.
 _TOGETHER: tuple[Check, ...] = (job.SHARED_DIRECTORY, network.CLOCKS, network.PROCESS_GROUP)
 # Order of the table.
 _ORDER = (
     *("ranks", "versions", "code", "device", "threads", "open files", "/dev/shm", "network", "clock", "collectives"),
-    *("configuration", "world size", "engine", "shards", "read speed", "output_dir", "disk space", "checkpoints"),
-    "W&B",
+    *(
+        "configuration",
+        "world size",
+        "engine",
+        "shards",
+        "shard cache",
+        "read speed",
+        "output_dir",
+        "disk space",
+        "checkpoints",
+    ),
+    *("output_dir", "disk space", "checkpoints", "W&B"),
 )
 
 

@@ -23,6 +23,7 @@ from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.plan import default_lanes
 from jmvae_dist.data.reader import ShardSet
 from jmvae_dist.data.transfer import RemoteFile
+from jmvae_dist.data.urls import shown
 from jmvae_dist.data.views import SampleKeys
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.model import JMVAE
@@ -65,7 +66,7 @@ def _gather_configuration(context: Context) -> dict[str, Any]:
 
 def _describe_manifest(manifest: Manifest) -> dict[str, Any]:
     return {
-        "path": str(manifest.path),
+        "path": shown(manifest.path),
         "fingerprint": manifest.fingerprint,
         "num_samples": manifest.num_samples,
         "num_shards": len(manifest.shards),
@@ -197,6 +198,10 @@ def _gather_read_speed(context: Context) -> dict[str, Any]:
     try:
         for step in range(math.ceil(plan.steps_per_epoch)):
             shard_B, index_B = plan.batch(step, lanes)
+            if manifest.has_remote_shards:
+                # Each shard may be downloaded as a whole: one of them has to do.
+                is_in_first = shard_B == plan.batch(0, lanes)[0][0]
+                shard_B, index_B = shard_B[is_in_first], index_B[is_in_first]
             # A batch alone may exceed the bound.
             most = max(1, (_READ_BYTES - samples * stored_bytes) // stored_bytes)
             reader.gather(shard_B[:most], index_B[:most], views, SampleKeys(index_B[:most]))

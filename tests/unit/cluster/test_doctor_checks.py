@@ -13,6 +13,7 @@ import pytest
 from jmvae_dist.cluster.doctor import job, machine
 from jmvae_dist.cluster.doctor.check import Check, Context, Results, run_checks
 from jmvae_dist.cluster.doctor.meeting import Meeting
+from jmvae_dist.cluster.doctor.shard_cache import SHARD_CACHE, file_system_of
 from jmvae_dist.commands.doctor import main
 from jmvae_dist.config_io import parse_run_config
 from jmvae_dist.distributed.environment import ProcessInfo
@@ -40,7 +41,7 @@ def make_context(tmp_path: Path, digits: Path) -> Callable[..., Context]:
 
 def gather(context: Context, *names: str) -> Results:
     """Results of the named checks, after that of the configuration."""
-    checks = (*machine.CHECKS, *machine.LIMITS, *job.CHECKS)
+    checks = (*machine.CHECKS, *machine.LIMITS, *job.CHECKS, SHARD_CACHE)
     chosen = [job.CONFIGURATION, *(check for check in checks if check.name in names)]
     results, hangs = run_checks(chosen, context, timeout_s=60)
     assert not hangs
@@ -104,6 +105,26 @@ def test_shards_at_urls_are_looked_at(make_context: Callable[..., Context], digi
     assert facts["num_problems"] == 2
     assert "5 bytes, the manifest says" in facts["problems"][0]
     assert "answered 404" in facts["problems"][1]
+
+
+def test_the_cache_of_shards_at_urls(make_context: Callable[..., Context], digits: Path, tmp_path: Path) -> None:
+    assert gather(make_context(), "shard cache")["shard cache"]["facts"] == {"is_needed": False}
+    with serving(digits) as server:
+        settings = ["--data.train_manifest", f"{server.url}/train/manifest.json"]
+        assert gather(make_context(*settings), "shard cache")["shard cache"]["facts"]["path"] is None
+        folder = tmp_path / "cache"
+        settings += ["--data.cache.dir", str(folder), "--data.cache.max_bytes", "10000000"]
+        facts = gather(make_context(*settings), "shard cache")["shard cache"]["facts"]
+        assert (facts["path"], facts["room_bytes"]) == (str(folder), 10_000_000)
+        assert 0 < facts["largest_bytes"] < facts["in_use_bytes"] < 10_000_000
+        settings[3] = str(tmp_path / "file" / "cache")
+        (tmp_path / "file").touch()
+        assert "cannot be used" in gather(make_context(*settings), "shard cache")["shard cache"]["error"]
+
+
+def test_the_file_system_of_a_path() -> None:
+    assert file_system_of(Path("/proc/self/status")) == "proc"
+    assert file_system_of(Path("/")) != ""
 
 
 def test_space_is_that_of_the_checkpoints_and_nothing_is_left_behind(

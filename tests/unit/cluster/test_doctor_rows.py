@@ -15,11 +15,12 @@ from jmvae_dist.cluster.doctor.check import Check, judge_check
 from jmvae_dist.cluster.doctor.diagnosis import plan_together
 from jmvae_dist.cluster.doctor.layout import Layout, Place, format_ranks
 from jmvae_dist.cluster.doctor.meeting import describe_missing
+from jmvae_dist.cluster.doctor.shard_cache import SHARD_CACHE
 from jmvae_dist.cluster.doctor.table import Row, print_table
 
 CHECKS = {check.name: check for check in (*machine.CHECKS, *machine.LIMITS, *job.CHECKS, job.CONFIGURATION)}
 CHECKS |= {check.name: check for check in (job.SHARED_DIRECTORY, network.INTERFACE, network.CLOCKS)}
-CHECKS |= {network.PROCESS_GROUP.name: network.PROCESS_GROUP}
+CHECKS |= {check.name: check for check in (network.PROCESS_GROUP, SHARD_CACHE)}
 
 
 def make_layout(*ranks_per_node: int, world_size: int | None = None, **changes: Any) -> Layout:
@@ -421,3 +422,26 @@ def test_wandb() -> None:
     ]
     for facts, status in cases:
         assert judge("W&B", {0: facts}, make_layout(1))[0].status == status
+
+
+def test_shard_cache() -> None:
+    good = {
+        "is_needed": True,
+        "path": "/scratch/cache",
+        "file_system": "ext4",
+        "room_bytes": 10**9,
+        "largest_bytes": 10**8,
+        "in_use_bytes": 10**9,
+    }
+    layout = make_layout(1, 1)
+    assert judge("shard cache", {0: {"is_needed": False}, 1: {"is_needed": False}}, layout) == []
+    assert summarize(judge("shard cache", {0: good, 1: good}, layout)) == [("pass", "all")]
+    for changes, status, word in (
+        ({"path": None}, "warn", "one by one"),
+        ({"room_bytes": 10**7}, "fail", "less than the largest shard"),
+        ({"file_system": "nfs4"}, "warn", "network file system"),
+        ({"in_use_bytes": 10**10}, "warn", "again and again"),
+    ):
+        row = the_problem(judge("shard cache", {0: good, 1: {**good, **changes}}, layout))
+        assert (row.status, row.where) == (status, "node2")
+        assert word in row.found
