@@ -33,17 +33,7 @@ _TOGETHER: tuple[Check, ...] = (job.SHARED_DIRECTORY, network.CLOCKS, network.PR
 # Order of the table.
 _ORDER = (
     *("ranks", "versions", "code", "device", "threads", "open files", "/dev/shm", "network", "clock", "collectives"),
-    *(
-        "configuration",
-        "world size",
-        "engine",
-        "shards",
-        "shard cache",
-        "read speed",
-        "output_dir",
-        "disk space",
-        "checkpoints",
-    ),
+    *("configuration", "world size", "engine", "shards", "shard cache", "read speed"),
     *("output_dir", "disk space", "checkpoints", "W&B"),
 )
 
