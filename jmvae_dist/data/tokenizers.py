@@ -26,7 +26,11 @@ class Tokenizer(Protocol):
     padding_id: int
 
     def encode(self, text: str) -> Sequence[int]:
-        """The ids of a text, in order, without padding; those beyond the fixed length are cut off."""
+        """The ids of a text, in order, without padding; those beyond the fixed length are cut off.
+
+        Raises:
+            ValueError: the text is bad.
+        """
         ...
 
 
@@ -47,10 +51,13 @@ def token_ids(tokenizer: Tokenizer, text: str, length: int) -> np.ndarray:
     """The ids of a text, cut or padded to `length`: int64 (length,).
 
     Raises:
-        DataError: the tokenizer returned something that is not an id of its vocabulary.
+        DataError: the tokenizer refused the text, or returned something that is not an id of its vocabulary.
     """
     ids = np.full(length, tokenizer.padding_id, dtype=np.int64)
-    encoded = np.asarray(tokenizer.encode(text)[:length])
+    try:
+        encoded = np.asarray(tokenizer.encode(text)[:length])
+    except ValueError as error:
+        raise DataError(f"{type(tokenizer).__name__}: {error}") from error
     if encoded.size == 0:
         return ids
     if encoded.ndim != 1 or encoded.dtype.kind not in "iu":

@@ -33,7 +33,7 @@ def batches(manifest: Manifest, lanes: int, world_size: int, start: int, stop: i
     ]
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_attempts_of_any_topology_make_the_same_run(
     example_manifest: MakeManifest, tmp_path: Path, data: st.DataObject

@@ -54,6 +54,8 @@ class Words:
     vocabulary, padding_id = 5, 4
 
     def encode(self, text: str) -> list[int]:
+        if not text.isprintable():
+            raise ValueError("no words")
         return [len(word) for word in text.split()]
 
 
@@ -196,5 +198,7 @@ def test_a_tokenizer_of_the_users_own() -> None:
     assert view.to_model(ids[None], keys(0)).argmax(-1).tolist() == [[1, 2, 4]]
     with pytest.raises(DataError, match=r"Words\.encode returned an id outside its vocabulary of 5"):
         view.decode(b"abcdefg")
+    with pytest.raises(DataError, match="Words: no words"):
+        view.decode(b"a\0b")
     with pytest.raises(ConfigError, match="must have integers `vocabulary`"):
         View(CAPTION, tokenizer=own("Flatten"))
