@@ -5,6 +5,7 @@ Every mistake raises a `ConfigError` with the key, the value and what is allowed
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -246,6 +247,20 @@ class ModelSection(JMVAEConfig):
         return JMVAEConfig(**{**values, "n_modalities": len(names), "input_dims": ordered})
 
 
+def check_wishes(transforms: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> None:
+    """Check `data.transforms` and `data.tokenizers`, but for what depends on their modalities; raises ConfigError."""
+    for modality, entries in transforms.items():
+        _require(isinstance(entries, list), f"data.transforms.{modality}", entries, "a list of steps")
+        for number, entry in enumerate(entries):
+            _check_transform(f"data.transforms.{modality}[{number}]", entry)
+    for modality, settings in tokenizers.items():
+        _check_user_class(f"data.tokenizers.{modality}", settings, {"length"})
+        length = settings.get("length")
+        allowed = "an integer of at least 1, or null for the manifest's"
+        valid = length is None or (is_integer(length) and length >= 1)
+        _require(valid, f"data.tokenizers.{modality}.length", length, allowed)
+
+
 def _check_transform(key: str, entry: Any) -> None:
     """Check one step of `data.transforms`, but for what depends on its modality."""
     allowed = f"a step with a name ({', '.join(TRANSFORM_PARAMETERS)}) or a class_path"
@@ -411,15 +426,7 @@ class DataSection:
         valid = _is_finite(self.bad_sample_tolerance) and 0 <= self.bad_sample_tolerance < 1
         _require(valid, "data.bad_sample_tolerance", self.bad_sample_tolerance, "at least 0 and below 1")
         _require(self.bad_sample_burst >= 0, "data.bad_sample_burst", self.bad_sample_burst, "at least 0")
-        for modality, entries in self.transforms.items():
-            for number, entry in enumerate(entries):
-                _check_transform(f"data.transforms.{modality}[{number}]", entry)
-        for modality, settings in self.tokenizers.items():
-            _check_user_class(f"data.tokenizers.{modality}", settings, {"length"})
-            length = settings.get("length")
-            allowed = "an integer of at least 1, or null for the manifest's"
-            valid = length is None or (is_integer(length) and length >= 1)
-            _require(valid, f"data.tokenizers.{modality}.length", length, allowed)
+        check_wishes(self.transforms, self.tokenizers)
         if self.modalities is not None:
             unique = len(set(self.modalities)) == len(self.modalities) >= 2
             _require(unique, "data.modalities", self.modalities, "at least two different modalities")

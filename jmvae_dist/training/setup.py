@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jmvae_dist.config import DataSection, JMVAEConfig, RunConfig
+from jmvae_dist.config import DataSection, JMVAEConfig, RunConfig, check_wishes, is_integer
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan, default_lanes
 from jmvae_dist.data.store import RemoteAccess
@@ -181,9 +181,14 @@ def evaluation_views(
             value, other = description.get(attribute), found.get(attribute)
             if attribute not in _MAY_DIFFER and other != value:
                 raise _other_modality(key, name, attribute, other, value)
-        wishes = description.get("transforms", ()), description.get("run_tokenizer")
-        view = View(modality, *wishes, seed=description.get("transforms_seed", 0), trusted=trusted)
-        is_resized = any(entry.get("name") == "resize" for entry in wishes[0])
+        transforms, tokenizer = description.get("transforms", []), description.get("run_tokenizer")
+        seed = description.get("transforms_seed", 0)
+        # A checkpoint may come from anywhere.
+        check_wishes({name: transforms}, {} if tokenizer is None else {name: tokenizer})
+        if not is_integer(seed) or not 0 <= seed < 2**64:
+            raise ConfigError(f"the seed of the transforms of {name!r} is {seed!r}, not an integer of 64 bits")
+        view = View(modality, transforms, tokenizer, seed=seed, trusted=trusted)
+        is_resized = any(entry.get("name") == "resize" for entry in transforms)
         shape = description["shape"]
         if list(modality.shape) != shape and not (is_resized and modality.shape[0] == shape[0]):
             raise _other_modality(key, name, "shape", list(modality.shape), shape)

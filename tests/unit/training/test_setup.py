@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,6 +95,27 @@ def test_the_model_sees_the_transformed_shape(digits: Path) -> None:
     trusted = ["tests.unit.training.test_setup.Halve"]
     views = evaluation_views(described, run.train_manifest, "--manifest", trusted=trusted)
     assert [view.to_json() for view in views] == list(described.values())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"transforms": "resize"},
+        {"transforms": [3]},
+        {"transforms": [{"name": "one_hot"}]},
+        {"transforms": [{"name": "resize", "size": [10**9, 10**9]}]},
+        {"transforms": [{"class_path": 5}]},
+        {"run_tokenizer": []},
+        {"transforms_seed": -1},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_from_anywhere_is_checked(digits: Path, damage: dict[str, Any]) -> None:
+    run = resolve(digits)
+    described = run.describe_modalities()
+    described["image"] |= damage
+    with pytest.raises(ConfigError, match="image"):
+        evaluation_views(described, run.train_manifest, "--manifest", trusted=[])
 
 
 def test_other_transforms_are_another_run(digits: Path) -> None:
