@@ -38,6 +38,7 @@ _MAX_BACKOFF_S = 30.0
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+_MAX_DIGITS = 19  # of a 64-bit number; Python refuses to convert thousands of them
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 _DRIVERS = {
     "s3": "s3fs",
@@ -351,9 +352,10 @@ class _HttpSource:
             length = response.headers.get("Content-Length", "")
             if response.status_code == 206:
                 length = response.headers.get("Content-Range", "").rpartition("/")[2]
-            if not length.isdecimal():
+            num_bytes = _number(length)
+            if num_bytes is None:
                 raise _LastingFailure("the server does not say how large the file is")
-            return int(length), response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+            return num_bytes, response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
         finally:
             response.close()
 
@@ -366,7 +368,10 @@ class _HttpSource:
             if response.status_code not in _REDIRECTS or target is None:
                 return response
             response.close()
-            target = urljoin(url, target)
+            try:
+                target = urljoin(url, target)
+            except ValueError:  # such as half an IPv6 address
+                raise _LastingFailure("redirected to something that is no URL") from None
             if scheme_of(target) not in HTTP_SCHEMES:
                 raise _LastingFailure(f"redirected to {shown(target)!r}, which is not http:// or https://")
             if scheme_of(url) == "https" and scheme_of(target) == "http":
@@ -408,8 +413,7 @@ class _HttpSource:
                 raise _LastingFailure("the server's answer to Range is not the part that was asked for")
             total = None if content_range[3] == "*" else int(content_range[3])
         elif status == 200:
-            length = response.headers.get("Content-Length", "")
-            total = int(length) if length.isdecimal() else None
+            total = _number(response.headers.get("Content-Length", ""))
         else:
             self._refuse(response)
         self._check_identity(response, total)
@@ -425,8 +429,8 @@ class _HttpSource:
             raise _WrongFile(reason)
         if status not in _PASSING_STATUSES:
             raise _LastingFailure(reason)
-        pause = response.headers.get("Retry-After", "")
-        raise _PassingFailure(reason, min(_MAX_BACKOFF_S, int(pause)) if pause.isdecimal() else 0.0)
+        pause_s = _number(response.headers.get("Retry-After", "")) or 0
+        raise _PassingFailure(reason, min(_MAX_BACKOFF_S, pause_s))
 
     def _check_identity(self, response: Any, total: int | None) -> None:
         if response.headers.get("Content-Encoding", "identity").lower() not in ("", "identity"):
@@ -591,9 +595,16 @@ def _session() -> Any:
 
     if getattr(_of_thread, "pid", None) != os.getpid():
         session = requests.Session()
+        # Even with allow_redirects=False it would read the whole body of a redirect, which may never end.
+        session.get_redirect_target = lambda response: None  # type: ignore[method-assign]
         session.headers.update({"Accept-Encoding": "identity", "User-Agent": "jmvae-dist"})
         _of_thread.session, _of_thread.pid = session, os.getpid()
     return _of_thread.session
+
+
+def _number(text: str) -> int | None:
+    """A number in a header; None if it is none, or one that nothing has."""
+    return int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS else None
 
 
 def _cause(error: BaseException) -> str:

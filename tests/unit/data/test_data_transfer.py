@@ -94,6 +94,12 @@ LASTING = {
     "redirect to a file": (Fault(302, {"Location": "file:///etc/passwd"}), "redirected to 'file:///etc/passwd'", 1),
     "redirect to a pipe": (Fault(301, {"Location": "pipe:cat /etc/passwd"}), "which is not http:// or https://", 1),
     "redirects for ever": (Fault(307, {"Location": "/a.tar"}), "redirected more than 5 times", 6),
+    "redirect to nowhere": (Fault(302, {"Location": "http://["}), "redirected to something that is no URL", 1),
+    "503 with a pause of 5000 digits": (
+        Fault(503, {"Retry-After": "9" * 5000}),
+        "503 (Service Unavailable); given",
+        3,
+    ),
     "a part not asked for": (Fault(206, {"Content-Range": "bytes 5-9/10"}), "answered 206", 1),
 }
 
@@ -282,6 +288,40 @@ class TestStores:
         pytest.importorskip("fsspec")
         with pytest.raises(DataError, match=r"gs:// needs the packages fsspec and gcsfs"):
             RemoteFile("gs://bucket/a.tar", 10, "shard 7", QUICK).read_range(0, 5)
+
+
+def test_the_body_of_a_redirect_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have no end."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    ended: list[OSError] = []
+
+    class Endless(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65536)
+            self.request.sendall(b"HTTP/1.1 302 Found\r\nLocation: http://[\r\n\r\n")
+            try:
+                while True:
+                    self.request.sendall(bytes(2**16))
+            except OSError as error:
+                ended.append(error)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Endless) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/a"
+        with pytest.raises(DataError, match="redirected to something"):
+            RemoteFile(url, 10, "shard 7", QUICK).read_range(0, 5)
+        thread.join()
+    assert ended
+
+
+@pytest.mark.parametrize("header", ["Content-Length", "Content-Range"])
+def test_a_size_of_5000_digits(server: FaultyServer, header: str) -> None:
+    """Python refuses to convert it, with an error of its own."""
+    status = 206 if header == "Content-Range" else 200
+    server.always["/a.tar"] = Fault(status, {header: f"bytes 0-0/{'9' * 5000}" if status == 206 else "9" * 5000})
+    with pytest.raises(DataError):
+        remote(server).identify()
 
 
 BODY = CONTENT[:2000]
