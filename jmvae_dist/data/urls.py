@@ -97,9 +97,11 @@ def _joined(base: str, url: str) -> str:
 
 def _local_file(url: str) -> Path:
     match = re.fullmatch(r"file://(?:localhost)?(/.*)", url, flags=re.IGNORECASE)
-    if match is None:
+    path = "" if match is None else unquote(match[1])
+    # A zero byte (%00) ends a path for the operating system, and Python refuses it with an error of its own.
+    if not path.isprintable() or not path:
         raise ValueError(f"{url!r} must have the form file:///absolute/path")
-    return Path(unquote(match[1]))
+    return Path(path)
 
 
 def shown(location: Location) -> str:
