@@ -20,7 +20,7 @@ from jmvae_dist.files import writing_atomic
 
 Incomplete = Literal["error", "skip", "keep"]
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,12 @@ class Workspace:
         self._what = json.dumps(what)
 
     def load(self, shard: str, identity: Identity) -> ShardRecord | None:
-        """What an earlier process found in this shard; None if it did not, or if either has changed since."""
+        """What an earlier process found in this shard; None if it did not, or if anything has changed since."""
         try:
-            content = json.loads(self._path(shard, ".json").read_bytes())
+            digest, _, text = self._path(shard, ".json").read_bytes().partition(b"\n")
+            if hashlib.sha256(text).hexdigest().encode() != digest:
+                return None
+            content = json.loads(text)
             if content.pop("version") != _VERSION or content["identity"] != identity or content["shard"] != shard:
                 return None
             record = ShardRecord(**{**content, "findings": Findings.from_json(content["findings"])})
@@ -76,10 +79,9 @@ class Workspace:
             data_sha256=hashlib.sha256(data).hexdigest(),
             findings=scan.findings,
         )
-        for suffix, content in (
-            (".data", data),
-            (".json", json.dumps({"version": _VERSION, **asdict(record)}).encode()),
-        ):
+        text = json.dumps({"version": _VERSION, **asdict(record)}).encode()
+        sealed = hashlib.sha256(text).hexdigest().encode() + b"\n" + text
+        for suffix, content in ((".data", data), (".json", sealed)):
             with writing_atomic(self._path(shard, suffix)) as file:
                 file.write(content)
         return record

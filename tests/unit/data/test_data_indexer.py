@@ -296,6 +296,20 @@ def test_only_what_has_changed_is_read_again(tmp_path: Path, monkeypatch: pytest
     ]
 
 
+@pytest.mark.parametrize("text", [b"", b"5", b"[]", b"x" * 64 + b"\n{}", b"[" * 100_000])
+def test_damaged_notes_of_an_interrupted_run_are_not_used(tmp_path: Path, text: bytes) -> None:
+    paths = [write_tar(tmp_path / f"{n}.tar", members_of([n])) for n in range(2)]
+    good = paths[1].read_bytes()
+    paths[1].write_bytes(good[:600])
+    with pytest.raises(DataError, match="cut off"):
+        index(paths, tmp_path / "m.json")
+    paths[1].write_bytes(good)
+    (notes,) = (tmp_path / ".m.json.indexing").glob("*.json")
+    # As if the disk had damaged it: JSON all the same, but with other types and numbers.
+    notes.write_bytes(text or notes.read_bytes().replace(b'"num_samples": 1', b'"num_samples": []'))
+    assert read_numbers(index(paths, tmp_path / "m.json").manifest) == [0, 1]
+
+
 def test_killed_at_any_time(tmp_path: Path) -> None:
     """Nothing that looks complete is left, and the next process goes on."""
     for n in range(30):
