@@ -32,6 +32,7 @@ _STEP_NAME = re.compile(r"step-(\d{8,})")
 _FILE_NAME = re.compile(r"[\w-]+\.safetensors")
 # A manifest lists fragments, not values: one of this size describes millions of fragments.
 _MAX_MANIFEST_BYTES = 1 << 30
+_MAX_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ class CheckpointManifest:
             manifest = cls(**content)
             manifest._check(where)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{where}: not a checkpoint manifest ({type(error).__name__}: {error})") from None
+            problem = ascii(str(error))[1:-1][:_MAX_SHOWN_CHARACTERS]  # it may quote anything
+            raise CheckpointError(f"{where}: not a checkpoint manifest ({type(error).__name__}: {problem})") from None
         return manifest
 
     def _check(self, where: Path) -> None:

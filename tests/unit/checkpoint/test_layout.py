@@ -98,6 +98,15 @@ def test_what_is_not_a_manifest(text: str) -> None:
         CheckpointManifest.from_json(text, Path("here"))
 
 
+def test_messages_do_not_control_the_terminal() -> None:
+    content = json.loads(make_manifest(global_step=1).to_json()) | {"\x1b[2J": 0}
+    del content["digest"]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    with pytest.raises(CheckpointError, match="not a checkpoint manifest") as caught:
+        CheckpointManifest.from_json(json.dumps({**content, "digest": digest}), Path("here"))
+    assert str(caught.value).isprintable()
+
+
 def test_file_names_cannot_leave_the_directory() -> None:
     manifest = make_manifest(files={"../../secret": FileRecord(1, "0" * 64)})
     with pytest.raises(CheckpointError, match="not allowed"):
