@@ -21,8 +21,8 @@ from jmvae_dist.errors import DataError
 INDEX_VERSION = 1
 RECORD_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4")])
 MAX_MEMBER_BYTES = 2**32 - 1
-# It is held in memory while its shard is open: 44 million samples of two modalities.
-MAX_INDEX_BYTES = 2**30
+# 22 million members: whoever reads a shard holds its index in memory.
+MAX_INDEX_BYTES = 256 * 2**20
 
 _MAGIC = b"JMVAEIDX"
 _HEADER = struct.Struct("<8sIIQ")

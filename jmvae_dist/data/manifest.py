@@ -49,6 +49,8 @@ DTYPES = (
     "float64",
 )
 MAX_MANIFEST_BYTES = 256 * 2**20
+# Two million shards have as many. Each takes up to a hundred bytes as an object, however short it is as text.
+MAX_MANIFEST_VALUES = 20_000_000
 MAX_SAMPLE_BYTES = 2**30
 MAX_CLASSES = 1_000_000
 MAX_DIMENSIONS = 8
@@ -600,6 +602,8 @@ class _ManifestParser:
                 manifest.index_location(shard_number)
 
     def _decode(self, content: bytes) -> Any:
+        if sum(content.count(mark) for mark in (b",", b"[", b"{")) > MAX_MANIFEST_VALUES:
+            self._fail("", f"a manifest has at most {MAX_MANIFEST_VALUES} values")
         try:
             record = json.loads(
                 content.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_refuse_constant
@@ -706,7 +710,10 @@ class _ManifestParser:
         )
         expected_bytes = index_num_bytes(num_samples, num_modalities)
         if expected_bytes > MAX_INDEX_BYTES:
-            self._fail(key, f"{num_samples} samples in one shard: an index has at most {MAX_INDEX_BYTES} bytes")
+            self._fail(
+                key,
+                f"{num_samples} samples in one shard: an index has at most {MAX_INDEX_BYTES} bytes; make smaller shards",
+            )
         if index.num_bytes != expected_bytes:
             self._fail(
                 f"{key}.num_bytes",

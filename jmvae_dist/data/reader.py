@@ -11,6 +11,7 @@ Shape suffixes: N samples of the shard, B samples asked for.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import resource
 import threading
@@ -49,7 +50,7 @@ class ShardReader:
         manifest: the data set.
         shard_number: which of its shards.
         verify: when to compare the sha256 of shard and index with the manifest: `always` (each opening),
-            `first_use` (once per process) or `never` (sizes only).
+            `first_use` (once per process) or `never` (that of the index alone).
         content: the opened shard; opened here without it.
 
     Raises:
@@ -371,7 +372,20 @@ class ShardSet:
 
         Raises:
             DataError: names shard, key, modality and cause.
+            UnreachableError: the batch does not fit into memory, besides.
         """
+        try:
+            return self._gather(shard_B, index_B, views, keys)
+        except MemoryError:
+            largest = max(views, key=lambda view: math.prod(view.shape))
+            raise UnreachableError(
+                f"memory is too small for a batch of {len(shard_B)} samples; one of modality {largest.name!r} has "
+                f"the shape {list(largest.shape)}: use more ranks, or a smaller training.global_batch_size"
+            ) from None
+
+    def _gather(
+        self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], keys: SampleKeys
+    ) -> dict[str, np.ndarray]:
         stored = {view.name: np.empty((len(shard_B), *view.stored_shape), view.dtype) for view in views}
         with self._busy:
             for members in _portions(self._read(shard_B, index_B, views, stored)):

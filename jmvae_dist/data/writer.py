@@ -162,10 +162,11 @@ def _check_options(source: Source, samples_per_shard: int, shuffle_seed: int, wo
         raise DataError("the source has no samples")
     if samples_per_shard < 1:
         raise ConfigError(f"--samples-per-shard must be at least 1, not {samples_per_shard}")
-    if index_num_bytes(min(samples_per_shard, len(source)), len(source.modalities)) > MAX_INDEX_BYTES:
+    largest = min(samples_per_shard, len(source))
+    if index_num_bytes(largest, len(source.modalities)) > MAX_INDEX_BYTES:
         raise ConfigError(
-            f"--samples-per-shard {samples_per_shard} is too many: the index of a shard would have more "
-            f"than {MAX_INDEX_BYTES} bytes"
+            f"{largest} samples of {len(source.modalities)} modalities are too many for one shard: its index would "
+            f"have more than {MAX_INDEX_BYTES} bytes; lower --samples-per-shard"
         )
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers must be at least 1, not {workers}")

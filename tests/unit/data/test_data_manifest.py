@@ -86,6 +86,11 @@ def removed(*keys: str | int) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def shard_of(num_samples: int) -> dict[str, Any]:
+    index = {"url": "b.tar.index", "num_bytes": index_num_bytes(num_samples, 2), "sha256": "c" * 64}
+    return {"url": "b.tar", "num_samples": num_samples, "num_bytes": 2**40, "sha256": "b" * 64, "index": index}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -123,6 +128,12 @@ def removed(*keys: str | int) -> Callable[[dict[str, Any]], None]:
         (changed("modalities", 0, "offset", value=-1e39), r"modalities\[0\]: offset is beyond the range of float32"),
         (changed("modalities", 0, "scale", value=1e-60), r"modalities\[0\]: scale must not be 0 \(as float32\)"),
         (changed("modalities", 0, "a\x1b[2J", value=0), r"modalities\[0\]\.a\\x1b\[2J: is not a known key"),
+        (changed("shards", 1, "url", value="file:///a%00b"), r"shards\[1\]\.url: .* must have the form"),
+        (changed("shards", 1, "url", value="file:///a%1b[2J"), r"shards\[1\]\.url: .* must have the form"),
+        (
+            changed("shards", 1, value=shard_of(30_000_000)),
+            r"shards\[1\]\.index\.num_bytes: an index has at most 268435456 bytes",
+        ),
         (removed("shards", 1, "index", "url"), r"shards\[1\]\.index\.url: is missing"),
         (changed("source", value="text"), "source: must be an object"),
     ],
@@ -146,6 +157,13 @@ def test_anything_but_a_json_object_is_refused(tmp_path: Path, content: bytes) -
     path = tmp_path / "manifest.json"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"manifest\.json: "):
+        Manifest.load(path)
+
+
+def test_short_text_that_would_need_much_memory_is_not_parsed(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_bytes(b'{"shards":[' + b"[]," * 10_000_000 + b"[]]}")
+    with pytest.raises(DataError, match=r"manifest\.json: a manifest has at most 20000000 values"):
         Manifest.load(path)
 
 

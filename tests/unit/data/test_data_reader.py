@@ -19,7 +19,7 @@ from jmvae_dist.data.index import RECORD_DTYPE, index_bytes, read_index
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.reader import ShardReader, ShardSet
 from jmvae_dist.data.views import SampleKeys, make_views
-from jmvae_dist.errors import ConfigError, DataError
+from jmvae_dist.errors import ConfigError, DataError, UnreachableError
 
 MakeManifest = Callable[..., Manifest]
 IMAGE = Modality("image", "float32", (2, 3), offset=1.0, scale=2.0)
@@ -231,6 +231,26 @@ def test_first_use_checks_once_and_always_checks_again(example_manifest: MakeMan
 def test_unknown_verify_mode(example_manifest: MakeManifest) -> None:
     with pytest.raises(ConfigError, match=r"data\.verify must be one of always, first_use, never, not 'sometimes'"):
         ShardReader(example_manifest(), 0, verify="sometimes")  # type: ignore[arg-type]
+
+
+def test_a_damaged_index_is_found_without_verification(example_manifest: MakeManifest) -> None:
+    """Damage to it would make one sample pass for another."""
+    manifest = example_manifest()
+    path = manifest.index_path(0)
+    content = path.read_bytes()
+    path.write_bytes(content[:24] + content[48:72] + content[24:48] + content[72:])  # samples 0 and 1 exchanged
+    with pytest.raises(DataError, match="index does not have the sha256"):
+        ShardReader(manifest, 0, verify="never")
+
+
+def test_a_batch_beyond_all_memory_is_an_error_of_its_size(example_manifest: MakeManifest) -> None:
+    manifest = example_manifest()
+    huge = replace(manifest, modalities=(Modality("image", "float32", (2**28,)), LABEL))
+    rows = np.zeros(2**18, np.int64)
+    views, keys = make_views(huge.modalities), SampleKeys(rows)
+    for gather in (ShardSet(huge).gather, ShardSet(huge).gather_valid):
+        with pytest.raises(UnreachableError, match=r"memory is too small for a batch of 262144 .* 'image'"):
+            gather(rows, rows, views, keys)
 
 
 # Index files

@@ -18,6 +18,7 @@ import pytest
 from data_examples import example_source
 
 from jmvae_dist.commands.shards import main
+from jmvae_dist.data import writer
 from jmvae_dist.data.index import read_index
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.verify import verify_shards
@@ -224,6 +225,13 @@ def test_an_error_in_a_worker_process_arrives(tmp_path: Path) -> None:
 def test_impossible_options(tmp_path: Path, options: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         write_shards(example_source(5), tmp_path / "shards", **options)  # type: ignore[arg-type]
+
+
+def test_shards_of_too_many_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "MAX_INDEX_BYTES", 200)
+    with pytest.raises(ConfigError, match=r"10 samples of 2 modalities are too many.*--samples-per-shard"):
+        write_shards(example_source(20), tmp_path / "shards")
+    write_shards(example_source(20), tmp_path / "shards", samples_per_shard=5)
 
 
 WRITE_NPZ = [sys.executable, "-m", "jmvae_dist", "shards", "write", "npz", "--samples-per-shard", "20"]
