@@ -596,7 +596,7 @@ def _session() -> Any:
     if getattr(_of_thread, "pid", None) != os.getpid():
         session = requests.Session()
         # Even with allow_redirects=False it would read the whole body of a redirect, which may never end.
-        session.get_redirect_target = lambda response: None  # type: ignore[method-assign]
+        session.get_redirect_target = lambda response: None  # type: ignore[assignment, method-assign]
         session.headers.update({"Accept-Encoding": "identity", "User-Agent": "jmvae-dist"})
         _of_thread.session, _of_thread.pid = session, os.getpid()
     return _of_thread.session

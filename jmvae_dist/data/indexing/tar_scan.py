@@ -203,10 +203,12 @@ class TarScanner:
     def _extended_header(self, size: int, start: int) -> bytes:
         if size > MAX_EXTENDED_HEADER_BYTES:
             self._fail(start, f"an extended header of {size} bytes, more than {MAX_EXTENDED_HEADER_BYTES}")
-        content = self._read(size)
-        self._skip(-size % BLOCK_BYTES)
-        if len(content) < size:
+        content, padding = self._read(size), self._read(-size % BLOCK_BYTES)
+        if len(content) < size or len(padding) < -size % BLOCK_BYTES:
             self._fail_truncated("within an extended header")
+        # Some readers go by the size, others (Python) go on to a zero: they must find the same.
+        if b"\0" not in content and padding and padding[0]:
+            self._fail(start, "an extended header whose content goes on behind its size")
         self.extended_header_bytes += self._offset - start
         return content
 

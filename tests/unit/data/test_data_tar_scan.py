@@ -114,6 +114,11 @@ def test_a_flipped_byte_in_any_header_is_found() -> None:
                 scan(bytes(damaged))
 
 
+def long_name_of_stated_size(size: int) -> bytes:
+    content = make_tar({LONG_NAME: b""}, tarfile.GNU_FORMAT)
+    return with_checksum(content[:124] + b"%011o\0" % size + content[136:512]) + content[512:]
+
+
 def special(kind: bytes, **attributes: object) -> bytes:
     return make_tar({"a.txt": b"1"})[:1024] + make_tar({"b.txt": b""}, type=kind, **attributes)
 
@@ -141,6 +146,7 @@ def special(kind: bytes, **attributes: object) -> bytes:
         (make_tar({"a.txt": b""}, tarfile.PAX_FORMAT, pax_headers={"note": "x" * 2**21}), "an extended header of"),
         (make_tar({"n" * 5000: b""}, tarfile.PAX_FORMAT), "name of 1 to 4096 bytes"),
         (make_tar({LONG_NAME: b""}, tarfile.GNU_FORMAT)[:1024] + bytes(1024), "extended header without its member"),
+        (long_name_of_stated_size(5), "whose content goes on behind its size"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
