@@ -1,0 +1,1 @@
+"""Fuzzing of everything that reads data: see `python -m tests.fuzz --help`, and docs/development.md."""
