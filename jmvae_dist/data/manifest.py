@@ -710,10 +710,8 @@ class _ManifestParser:
         )
         expected_bytes = index_num_bytes(num_samples, num_modalities)
         if expected_bytes > MAX_INDEX_BYTES:
-            self._fail(
-                key,
-                f"{num_samples} samples in one shard: an index has at most {MAX_INDEX_BYTES} bytes; make smaller shards",
-            )
+            limit = f"an index has at most {MAX_INDEX_BYTES} bytes; make smaller shards"
+            self._fail(key, f"{num_samples} samples in one shard: {limit}")
         if index.num_bytes != expected_bytes:
             self._fail(
                 f"{key}.num_bytes",

@@ -132,7 +132,7 @@ def shard_of(num_samples: int) -> dict[str, Any]:
         (changed("shards", 1, "url", value="file:///a%1b[2J"), r"shards\[1\]\.url: .* must have the form"),
         (
             changed("shards", 1, value=shard_of(30_000_000)),
-            r"shards\[1\]\.index\.num_bytes: an index has at most 268435456 bytes",
+            r"shards\[1\]\.index: 30000000 samples in one shard: an index has at most 268435456 bytes",
         ),
         (removed("shards", 1, "index", "url"), r"shards\[1\]\.index\.url: is missing"),
         (changed("source", value="text"), "source: must be an object"),
