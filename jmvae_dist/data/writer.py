@@ -391,9 +391,7 @@ class _Staging:
         return self.out.with_name(f".{self.out.name}.writing-{secrets.token_hex(8)}")
 
     def __enter__(self) -> _Staging:
-        if self._is_locked:
-            for leftover in self.out.parent.glob(f".{glob.escape(self.out.name)}.writing-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+        self._remove_leftovers()
         self.path.mkdir()
         return self
 
@@ -409,3 +407,10 @@ class _Staging:
         os.rename(self.path, self.out)
         fsync_path(self.out.parent)
         shutil.rmtree(retired, ignore_errors=True)
+        # Again: worker processes that outlived their killed writer may have written on while we removed it.
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        if self._is_locked:
+            for leftover in self.out.parent.glob(f".{glob.escape(self.out.name)}.writing-*"):
+                shutil.rmtree(leftover, ignore_errors=True)

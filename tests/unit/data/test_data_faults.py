@@ -216,9 +216,11 @@ def test_no_more_of_a_member_is_read_than_it_may_have(tmp_path: Path, modality: 
     records = np.array(read_index(index_path, SIZE, len(MODALITIES), manifest.shards[BAD_SHARD].num_bytes, None))
     records[:, modality] = path.stat().st_size, 2**31  # a hole, which takes no room on disk
     os.truncate(path, path.stat().st_size + 2**31)
-    index_path.write_bytes(index_bytes(records))
+    content = index_bytes(records)
+    index_path.write_bytes(content)
     shards = list(manifest.shards)
-    shards[BAD_SHARD] = replace(shards[BAD_SHARD], num_bytes=path.stat().st_size)
+    index = replace(shards[BAD_SHARD].index, sha256=hashlib.sha256(content).hexdigest())
+    shards[BAD_SHARD] = replace(shards[BAD_SHARD], num_bytes=path.stat().st_size, index=index)
     hostile = replace(manifest, shards=tuple(shards))
     views = make_views(hostile.select([MODALITIES[modality].name]))
     tracemalloc.start()
