@@ -149,10 +149,7 @@ def start_runtime(
         yield Runtime(accelerator, process, collectives, engine, precision)
     except Exception as error:
         if is_on_all_ranks(error):
-            # Free the engine, which the traceback holds, before its process group: the other way round the
-            # interpreter is aborted at its end now and then.
             traceback.clear_frames(error.__traceback__)
-            gc.collect()
             _leave_process_group()
         raise
     _leave_process_group()
@@ -163,6 +160,9 @@ def _leave_process_group() -> None:
 
     A process that ends without it may be aborted by gloo's threads, which find their peers gone.
     """
+    # The engine goes first, also out of reference cycles: the other way round the interpreter is aborted at its end
+    # now and then ("terminate called without an active exception").
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 
