@@ -26,6 +26,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,6 +42,9 @@ from jmvae_dist.errors import ConfigError, DataError
 
 DEFAULT_LANES_LIMIT = 64
 _CACHED_EPOCHS = 4
+# Steps are worked out together, because a step of few samples costs nearly as much as many: about so many rows.
+_ROWS_PER_BLOCK = 4096
+_MOST_STEPS_PER_BLOCK = 16
 _SAMPLES_SEEN_LIMIT = 2**62
 
 
@@ -51,6 +55,15 @@ def default_lanes(global_batch_size: int) -> int:
     return next(
         lanes for lanes in range(min(DEFAULT_LANES_LIMIT, global_batch_size), 0, -1) if global_batch_size % lanes == 0
     )
+
+
+class _Block(NamedTuple):
+    """The samples of some lanes in some steps: shard number and sample-in-shard, int64 (lanes, steps, b)."""
+
+    steps: range
+    lanes: range
+    shard_numbers: np.ndarray
+    indices: np.ndarray
 
 
 class SamplePlan:
@@ -90,6 +103,7 @@ class SamplePlan:
         self._epoch_orders: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         # A lane reads one window at a time, so one slot per lane is all that can be reused.
         self._lane_windows: dict[int, tuple[tuple[int, int], np.ndarray]] = {}
+        self._block: _Block | None = None
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
@@ -149,9 +163,23 @@ class SamplePlan:
         assert lanes.step == 1
         assert 0 <= lanes.start < lanes.stop <= self.lanes
         self._check_step(global_step)
-        lane_B, epoch_B, offset_B = self._locate(global_step, lanes)
-        position_B = self._shuffled_positions(lane_B, epoch_B, offset_B)
-        return self._resolve(epoch_B, position_B)
+        if self._block is None or self._block.lanes != lanes or global_step not in self._block.steps:
+            self._block = self._make_block(global_step, lanes)
+        step = global_step - self._block.steps.start
+        return self._block.shard_numbers[:, step].reshape(-1), self._block.indices[:, step].reshape(-1)
+
+    def _make_block(self, first_step: int, lanes: range) -> _Block:
+        """The samples of a step and of some after it."""
+        rows = len(lanes) * self.samples_per_lane
+        steps = range(first_step, first_step + max(1, min(_MOST_STEPS_PER_BLOCK, _ROWS_PER_BLOCK // rows)))
+        try:
+            self._check_step(steps[-1])
+        except ConfigError:
+            steps = steps[:1]
+        lane_B, epoch_B, offset_B = self._locate(steps, lanes)
+        shard_B, index_B = self._resolve(epoch_B, self._shuffled_positions(lane_B, epoch_B, offset_B))
+        shape = len(lanes), len(steps), self.samples_per_lane
+        return _Block(steps, lanes, shard_B.reshape(shape), index_B.reshape(shape))
 
     def _check_step(self, global_step: int) -> None:
         """Bounds every product below: each is at most the samples seen after this step, plus N and C."""
@@ -161,11 +189,11 @@ class SamplePlan:
         if seen >= _SAMPLES_SEEN_LIMIT or seen // self.num_samples >= MAX_EPOCH - 1:
             raise ConfigError(f"global step {global_step} lies beyond the {MAX_EPOCH} epochs that an order has")
 
-    def _locate(self, global_step: int, lanes: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lane, epoch, and offset in the lane's interval of that epoch, for every row."""
+    def _locate(self, steps: range, lanes: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lane, epoch, and offset in the lane's interval of that epoch, of every row of the lanes, lane by lane."""
         b, n, c = self.samples_per_lane, self.num_samples, self.lanes
-        lane_B = np.repeat(np.arange(lanes.start, lanes.stop, dtype=np.int64), b)
-        stream_B = np.tile(np.arange(global_step * b, (global_step + 1) * b, dtype=np.int64), len(lanes))
+        lane_B = np.repeat(np.arange(lanes.start, lanes.stop, dtype=np.int64), len(steps) * b)
+        stream_B = np.tile(np.arange(steps.start * b, steps.stop * b, dtype=np.int64), len(lanes))
         # The last epoch that starts at or before stream position p: T_c(e) <= p  <=>  e*N + c < (p+1)*C.
         epoch_B = ((stream_B + 1) * c - lane_B - 1) // n
         offset_B = stream_B - (epoch_B * n + lane_B) // c
@@ -194,11 +222,13 @@ class SamplePlan:
         changed = np.zeros(len(lane_B), dtype=bool)
         for column in (lane_B, epoch_B, window_B):
             changed[1:] |= column[1:] != column[:-1]
-        boundaries = [0, *np.flatnonzero(changed).tolist(), len(lane_B)]
-        for start, stop in pairwise(boundaries):
-            window = int(window_B[start])
-            positions = self._window_positions(int(lane_B[start]), int(epoch_B[start]), window)
-            first = int(offset_B[start]) - window * self.shuffle_window
+        starts = np.concatenate(([0], np.flatnonzero(changed)))
+        # As Python's own numbers, in one go: numpy's take several times as long one by one.
+        columns = [column[starts].tolist() for column in (lane_B, epoch_B, window_B, offset_B)]
+        bounds = pairwise([*starts.tolist(), len(lane_B)])
+        for (start, stop), lane, epoch, window, offset in zip(bounds, *columns, strict=True):
+            positions = self._window_positions(lane, epoch, window)
+            first = offset - window * self.shuffle_window
             position_B[start:stop] = positions[first : first + stop - start]
         return position_B
 
@@ -219,7 +249,8 @@ class SamplePlan:
     def _resolve(self, epoch_B: np.ndarray, position_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard number and sample-in-shard of positions in the epochs' shard orders."""
         shard_B, index_B = np.empty_like(position_B), np.empty_like(position_B)
-        for epoch in np.unique(epoch_B).tolist():
+        # Not with np.unique, whose first use imports numpy.ma: longer than all the rest of a first batch.
+        for epoch in sorted(set(epoch_B.tolist())):
             order, starts = self._epoch_order(epoch)
             rows = np.flatnonzero(epoch_B == epoch)
             place = np.searchsorted(starts, position_B[rows], side="right") - 1
