@@ -26,7 +26,7 @@ MAX_IMAGE_PIXELS = 2**25
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_DOCUMENT_BYTES = 16 * 2**20
 _MAX_NPY_HEADER_BYTES = 4096
-_NPY_MAGIC_BYTES = 16
+MAX_NPY_HEADER_BYTES = _MAX_NPY_HEADER_BYTES + 16  # with magic, version and length
 _MAX_CLASS_CHARACTERS = 24
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNK_BYTES = 12  # length, type and checksum around a chunk's data
@@ -46,7 +46,7 @@ def max_member_bytes(modality: Modality) -> int:
         return MAX_IMAGE_BYTES
     if modality.encoding in ("text", "json"):
         return MAX_DOCUMENT_BYTES
-    return _MAX_NPY_HEADER_BYTES + _NPY_MAGIC_BYTES + modality.stored_bytes
+    return MAX_NPY_HEADER_BYTES + modality.stored_bytes
 
 
 def decode_member(
@@ -101,7 +101,7 @@ def parse_npy_header(content: bytes) -> tuple[np.dtype, tuple[int, ...], bool, i
     Raises:
         DataError: not a sound npy header.
     """
-    file = io.BytesIO(content[: _MAX_NPY_HEADER_BYTES + _NPY_MAGIC_BYTES])
+    file = io.BytesIO(content[:MAX_NPY_HEADER_BYTES])
     try:
         version = np.lib.format.read_magic(file)
         if version == (1, 0):
@@ -137,7 +137,7 @@ def _decode_class(content: bytes, modality: Modality) -> int:
 
 
 def _decode_image(content: bytes, modality: Modality, rework: Rework | None) -> np.ndarray:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if len(content) > MAX_IMAGE_BYTES:
         raise DataError(f"more than {MAX_IMAGE_BYTES} bytes, the limit of an image")
@@ -153,6 +153,8 @@ def _decode_image(content: bytes, modality: Modality, rework: Rework | None) -> 
             pixels = np.asarray(converted if rework is None else rework(converted), dtype=np.uint8)
     except (DataError, MemoryError):  # a lack of memory says nothing against the picture
         raise
+    except UnidentifiedImageError:  # its message is about the object that held the bytes
+        raise DataError("not a sound PNG or JPEG: cannot identify what it is") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, EOFError, zlib and struct errors
         raise DataError(f"not a sound PNG or JPEG: {str(error)[:200] or type(error).__name__}") from None
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -184,7 +186,7 @@ def image_header(content: bytes) -> tuple[str, int, int]:
     Raises:
         DataError: not a PNG or JPEG, or one that would not be decoded.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(content), formats=_IMAGE_FORMATS) as image:
@@ -192,6 +194,8 @@ def image_header(content: bytes) -> tuple[str, int, int]:
             return image.mode, image.height, image.width
     except DataError:
         raise
+    except UnidentifiedImageError:
+        raise DataError("not a sound PNG or JPEG: cannot identify what it is") from None
     except Exception as error:  # as above
         raise DataError(f"not a sound PNG or JPEG: {str(error)[:200] or type(error).__name__}") from None
 

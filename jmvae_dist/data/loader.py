@@ -372,17 +372,8 @@ def _iterate(
 ) -> Generator[Batch, None, None]:
     if not numbers:
         return
-    loader: DataLoader[Batch | _Failure] = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        collate_fn=_unchanged,
-        pin_memory=pin_memory,
-        prefetch_factor=PREFETCH_BATCHES_PER_WORKER if workers else None,
-    )
     with _signals_left_to_the_rank(), _child_signal_kept():
-        batches = iter(loader)
+        batches = _start(dataset, numbers, workers, pin_memory)
     try:
         # After the workers have been forked: they would inherit its locks in whatever state they are.
         if prefetcher is not None:
@@ -399,6 +390,21 @@ def _iterate(
             prefetcher.stop()
         _shut_down(batches)
         dataset.close()
+
+
+def _start(dataset: _Batches, numbers: range, workers: int, pin_memory: bool) -> Iterator[Batch | _Failure]:
+    if workers == 0 and not pin_memory:
+        return map(dataset.__getitem__, numbers)  # DataLoader would do the same, with some work around each batch
+    loader: DataLoader[Batch | _Failure] = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory,
+        prefetch_factor=PREFETCH_BATCHES_PER_WORKER if workers else None,
+    )
+    return iter(loader)
 
 
 def _next_batch(batches: Iterator[Batch | _Failure], workers: int) -> Batch | _Failure:

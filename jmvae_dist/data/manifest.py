@@ -291,6 +291,21 @@ class Modality:
             return values.astype(np.float32, copy=False)
 
     @cached_property
+    def is_always_finite(self) -> bool:
+        """Whether `to_model` gives finite values for everything that the dtype can hold."""
+        if self.encoding in ("cls", "text"):
+            return True
+        dtype = np.dtype(self.dtype)
+        if dtype.kind not in "bui":
+            return False
+        # The transform is linear: what is largest afterwards was at one end of the range before.
+        ends = [0, 1] if dtype.kind == "b" else [np.iinfo(dtype).min, np.iinfo(dtype).max]
+        offset, scale = self._transform
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = [((np.array(end, self._compute_dtype) - offset) * scale).astype(np.float32) for end in ends]
+        return bool(np.isfinite(values).all())
+
+    @cached_property
     def _compute_dtype(self) -> np.dtype:
         exact_in_float32 = np.can_cast(self.dtype, np.float32, casting="safe")
         return np.dtype(np.float32 if exact_in_float32 else np.float64)

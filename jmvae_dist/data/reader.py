@@ -1,9 +1,9 @@
 """Reads samples out of tar shards by number, through the index, without unpacking or scanning.
 
-A shard is mapped into memory. Where all samples of a modality have one layout (same size, same distance, same
-npy header), which is how `jmvae-dist shards write` lays them out, the modality is a strided array over the
-tar itself and any set of samples is one gather. Otherwise each sample is decoded by its index entry, by several
-threads. Both paths give the same values.
+A shard is mapped into memory. Where the members of a modality have one size and lie at even distances, which is how
+`jmvae-dist shards write` lays them out, the modality is a strided array over the tar itself: any set of samples is
+one gather, and their headers are compared with that of the first member. Otherwise, and where a header differs, each
+sample is decoded by its index entry, by several threads. Both paths give the same values.
 
 Shape suffixes: N samples of the shard, B samples asked for.
 """
@@ -19,11 +19,12 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from jmvae_dist.data.encodings import decode_member, max_member_bytes, parse_npy_header
+from jmvae_dist.data.encodings import MAX_NPY_HEADER_BYTES, decode_member, max_member_bytes, parse_npy_header
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import read_index
 from jmvae_dist.data.manifest import Manifest, Modality
@@ -37,7 +38,7 @@ DEFAULT_MAX_OPEN = 128
 _MOST_UNDECODED_BYTES = 256 * 2**20
 # How often an idle process looks whether another one waits for room in the cache.
 _LOOK_EVERY_S = 0.5
-_ASCII_ZERO = ord("0")
+_ASCII_ZERO = np.uint8(ord("0"))
 
 # What webdataset calls the key: the path up to the first dot of the file's name.
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.[^/]*$", re.DOTALL)
@@ -70,11 +71,11 @@ class ShardReader:
         self._modalities = {modality.name: modality for modality in manifest.modalities}
         self._columns = {modality.name: column for column, modality in enumerate(manifest.modalities)}
         self._records_NM = self.content.records_NM
-        self._strided: dict[str, np.ndarray | None] = {}
+        self._opened_columns: dict[str, Column | None] = {}
 
     def close(self) -> None:
         """Release the mapping; the reader cannot be used afterwards."""
-        self._strided.clear()
+        self._opened_columns.clear()
         self.content.close()
 
     def read(self, indices: Sequence[int] | np.ndarray, modality: str) -> np.ndarray:
@@ -97,26 +98,19 @@ class ShardReader:
 
         Raises like `read`, except that values may be non-finite.
         """
-        values = self.read_strided(index_B, modality)
-        return self._decode_each(index_B, modality) if values is None else values
-
-    def read_strided(self, index_B: np.ndarray, modality: str) -> np.ndarray | None:
-        """Like `read_stored`; None if the modality is not one strided array."""
         self._check_indices(index_B)
-        if modality not in self._strided:
-            self._strided[modality] = self._open_strided(modality)
-        array = self._strided[modality]
-        if array is None:
-            return None
-        if self._modalities[modality].encoding == "npy":
-            return array[index_B]
-        return self._parse_classes(array[index_B], index_B, modality)
+        column = self.column(modality)
+        if column is None:
+            return self._decode_each(index_B, modality)
+        stored, is_other_B = parse_members(column.members[index_B], column.header, self._modalities[modality])
+        # The general path knows what else a member may be, and explains what is wrong.
+        return self._decode_each(index_B, modality) if is_other_B.any() else stored
 
-    def is_strided(self, modality: str) -> bool:
-        """Whether the modality is read as one strided array."""
-        if modality not in self._strided:
-            self._strided[modality] = self._open_strided(modality)
-        return self._strided[modality] is not None
+    def column(self, modality: str) -> Column | None:
+        """The modality as one array over the tar, or None if its members differ in size or distance."""
+        if modality not in self._opened_columns:
+            self._opened_columns[modality] = self._open_column(modality)
+        return self._opened_columns[modality]
 
     def key(self, index: int, modality: str) -> str:
         """The key of a sample, from the tar header before its member; for messages only, never a path."""
@@ -157,7 +151,9 @@ class ShardReader:
         )
 
     def _check_indices(self, index_B: np.ndarray) -> None:
-        outside = (index_B < 0) | (index_B >= self.num_samples)
+        """Raise DataError unless the shard has all these samples."""
+        # As unsigned numbers negative ones are large: one comparison finds both kinds.
+        outside = index_B.view(np.uint64) >= self.num_samples
         if outside.any():
             index = int(index_B[np.argmax(outside)])
             raise DataError(f"{self.path}: sample {index} does not exist; the shard has {self.num_samples} samples")
@@ -181,11 +177,7 @@ class ShardReader:
 
     # Strided path
 
-    def _open_strided(self, modality: str) -> np.ndarray | None:
-        """The modality as one array over the tar, or None if its samples differ in layout.
-
-        `npy`: (N, *shape) in the stored dtype; `cls`: the ASCII digits, uint8 (N, digits).
-        """
+    def _open_column(self, modality: str) -> Column | None:
         spec = self._modalities[modality]
         if self.content.buffer is None or spec.encoding not in ("npy", "cls"):
             return None
@@ -201,37 +193,23 @@ class ShardReader:
         offset, size = int(offset_N[0]), int(size_N[0])
         if size >= self._most_bytes(modality):
             return None
-        member_N = np.ndarray((self.num_samples, size), np.uint8, self.content.buffer, offset, (stride, 1))
+        members = np.ndarray((self.num_samples, size), np.uint8, self.content.buffer, offset, (stride, 1))
         if spec.encoding == "cls":
-            return member_N if 1 <= size <= spec.class_digits else None
-        return self._open_strided_npy(member_N, modality, offset, stride)
+            return Column(members, b"") if 1 <= size <= spec.class_digits else None
+        return self._open_npy_column(members, spec)
 
-    def _open_strided_npy(self, member_N: np.ndarray, modality: str, offset: int, stride: int) -> np.ndarray | None:
-        spec = self._modalities[modality]
+    @staticmethod
+    def _open_npy_column(members: np.ndarray, spec: Modality) -> Column | None:
+        """The column if its first member is what the manifest says."""
         try:
-            dtype, shape, fortran_order, header_bytes = parse_npy_header(bytes(member_N[0]))
+            dtype, shape, fortran_order, header_bytes = parse_npy_header(bytes(members[0, :MAX_NPY_HEADER_BYTES]))
         except DataError:
             return None
-        declared = (np.dtype(spec.dtype), spec.fixed_shape)
-        if (dtype, shape) != declared or fortran_order:
+        if (dtype, shape) != (np.dtype(spec.dtype), spec.fixed_shape) or fortran_order:
             return None
-        if member_N.shape[1] != header_bytes + spec.stored_bytes:
+        if members.shape[1] != header_bytes + spec.stored_bytes:
             return None
-        if np.any(member_N[:, :header_bytes] != member_N[0, :header_bytes]):
-            return None
-        inner_strides = np.empty(shape, dtype).strides
-        return np.ndarray(
-            (self.num_samples, *shape), dtype, self.content.buffer, offset + header_bytes, (stride, *inner_strides)
-        )
-
-    def _parse_classes(self, ascii_BD: np.ndarray, index_B: np.ndarray, modality: str) -> np.ndarray:
-        digits_BD = ascii_BD.astype(np.int64) - _ASCII_ZERO
-        place_values = 10 ** np.arange(ascii_BD.shape[1] - 1, -1, -1, dtype=np.int64)
-        class_B = digits_BD @ place_values
-        num_classes = self._modalities[modality].num_classes
-        bad_B = ((digits_BD < 0) | (digits_BD > 9)).any(axis=1) | (class_B >= num_classes)
-        # The general path knows what else may stand for a class index, and explains what is wrong.
-        return self._decode_each(index_B, modality) if bad_B.any() else class_B
+        return Column(members, bytes(members[0, :header_bytes]))
 
     # General path
 
@@ -249,6 +227,18 @@ class ShardReader:
             return decode_member(content, self._modalities[modality])
         except DataError as error:
             self.fail(index, modality, str(error))
+
+
+class Column(NamedTuple):
+    """The members of a modality in a shard as one array over the tar.
+
+    Attributes:
+        members: uint8 (N, size).
+        header: how the members must begin to be read all alike; empty for `cls`.
+    """
+
+    members: np.ndarray
+    header: bytes
 
 
 class _Member(NamedTuple):
@@ -328,20 +318,23 @@ class ShardSet:
         self._open.popitem(last=False)[1].close()
         return True
 
+    def _open_together(self, shard_numbers: Sequence[int]) -> None:
+        """Open what is not open yet with several threads: sums over whole shards and answers of servers take time."""
+        missing = [number for number in shard_numbers if number not in self._open and number not in self._unsound]
+        if not missing:
+            return
+        # Those that are open and needed must not be closed for the missing ones.
+        for number in shard_numbers:
+            if number in self._open:
+                self._open.move_to_end(number)
+        for number, content in self._store.open_together(missing).items():
+            self._add(number, content)
+
     def _load(self, index_by_shard: dict[int, np.ndarray], modalities: Sequence[str]) -> None:
         """Bring the members of a batch that lie on a server, with several requests at a time."""
-        if not self._store.reads_ranges:
-            return
         for number, done_with in self._open.items():
             if number not in index_by_shard and isinstance(done_with.content, RangedShard):
                 done_with.content.unload()
-        known = self._open.keys() | self._unsound.keys()
-        missing = [number for number in index_by_shard if self._store.is_ranged(number) and number not in known]
-        # Those that are open and needed must not be closed for the missing ones.
-        for number in index_by_shard.keys() & self._open.keys():
-            self._open.move_to_end(number)
-        for number, content in self._store.open_ranged(missing).items():
-            self._add(number, content)
         requests = []
         for number, index_B in index_by_shard.items():
             reader = self._open.get(number)
@@ -386,6 +379,7 @@ class ShardSet:
     def _gather(
         self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], keys: SampleKeys
     ) -> dict[str, np.ndarray]:
+        assert index_B.min(initial=0) >= 0, "numpy would count from the end"
         stored = {view.name: np.empty((len(shard_B), *view.stored_shape), view.dtype) for view in views}
         with self._busy:
             for members in _portions(self._read(shard_B, index_B, views, stored)):
@@ -398,20 +392,30 @@ class ShardSet:
         self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], stored: dict[str, np.ndarray]
     ) -> Iterator[_Member]:
         """Fill in what lies in strided arrays, and yield the members that are still to be decoded."""
+        alike: dict[str, _Alike] = {}
         parts = list(_rows_by_shard(shard_B))
         for start in range(0, len(parts), self._max_open):
             part = parts[start : start + self._max_open]
-            self._load({shard_number: index_B[rows] for shard_number, rows in part}, [view.name for view in views])
+            self._open_together([shard_number for shard_number, _ in part])
+            if self._store.reads_ranges:
+                self._load({number: index_B[rows] for number, rows in part}, [view.name for view in views])
             for shard_number, rows in part:
                 wanted = index_B[rows]
                 reader = self._reader_for(shard_number, wanted, views[0].name)
                 for view in views:
-                    values = reader.read_strided(wanted, view.name)
-                    if values is not None:
-                        stored[view.name][rows] = values
-                        continue
+                    column = reader.column(view.name)
+                    if column is not None:
+                        if view.name not in alike:
+                            alike[view.name] = _Alike(view.modality, column, len(shard_B))
+                        if alike[view.name].take(column, rows, wanted):
+                            continue
                     for row, index in zip(rows.tolist(), wanted.tolist(), strict=True):
                         yield _Member(view, row, reader.member_bytes(index, view.name))
+        for view in views:
+            if view.name in alike:
+                for row in alike[view.name].parse_into(stored, view.name):
+                    content = self.reader(int(shard_B[row])).member_bytes(int(index_B[row]), view.name)
+                    yield _Member(view, row, content)
 
     def gather_valid(
         self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], keys: SampleKeys
@@ -499,7 +503,7 @@ class ShardSet:
                 except DataError as error:
                     self._fail(shard_B, index_B, row, view.name, str(error))
             raise
-        bad_row = first_non_finite_row(values)
+        bad_row = None if view.is_always_finite else first_non_finite_row(values)
         if bad_row is not None:
             self._fail(shard_B, index_B, bad_row, view.name, "value is not finite (NaN or infinite)")
         return values
@@ -532,6 +536,67 @@ def _portions(members: Iterator[_Member]) -> Iterator[list[_Member]]:
         yield portion
 
 
+class _Alike:
+    """The members of a batch that lie in columns of one layout, whichever shards they are from.
+
+    They are parsed together: a batch may have a few samples of each of very many shards.
+    """
+
+    def __init__(self, modality: Modality, first: Column, num_rows: int) -> None:
+        self._modality = modality
+        self._header = first.header
+        size = modality.class_digits if modality.encoding == "cls" else first.members.shape[1]
+        self._members_BS = np.empty((num_rows, size), np.uint8)
+        if modality.encoding == "cls":
+            self._members_BS[:] = _ASCII_ZERO  # before shorter indices
+        self._rows: list[np.ndarray] = []
+
+    def take(self, column: Column, rows: np.ndarray, indices: np.ndarray) -> bool:
+        """Copy some members of a shard to some rows; False if its layout is another."""
+        size = column.members.shape[1]
+        if self._modality.encoding == "cls":
+            self._members_BS[rows, -size:] = column.members[indices]
+        elif size == self._members_BS.shape[1] and column.header == self._header:
+            self._members_BS[rows] = column.members[indices]
+        else:
+            return False
+        self._rows.append(rows)
+        return True
+
+    def parse_into(self, stored: dict[str, np.ndarray], name: str) -> list[int]:
+        """Put the decoded values into the rows that were taken; returns those where a member is something else."""
+        values, is_other_B = parse_members(self._members_BS, self._header, self._modality)
+        if sum(map(len, self._rows)) == len(values):
+            stored[name] = values
+            return np.flatnonzero(is_other_B).tolist()
+        rows = np.concatenate(self._rows)
+        stored[name][rows] = values[rows]
+        return rows[is_other_B[rows]].tolist()
+
+
+def parse_members(members_BS: np.ndarray, header: bytes, modality: Modality) -> tuple[np.ndarray, np.ndarray]:
+    """Decoded values (B, *stored_shape) of members of one size, uint8 (B, size), and where they are not: bool (B,).
+
+    The values are a view of `members_BS` where that is possible.
+    """
+    if modality.encoding == "cls":
+        assert modality.num_classes is not None
+        digits_BS = members_BS - _ASCII_ZERO  # what is below "0" wraps around to a large number
+        class_B = digits_BS[:, 0].astype(np.int64)
+        for column in range(1, digits_BS.shape[1]):
+            class_B = class_B * 10 + digits_BS[:, column]
+        is_too_large_B: np.ndarray = class_B >= modality.num_classes
+        return class_B, _any_in_row(digits_BS > 9) | is_too_large_B
+    is_other_B = _any_in_row(members_BS[:, : len(header)] != np.frombuffer(header, np.uint8))
+    values = members_BS[:, len(header) :].view(modality.dtype)
+    return values.reshape(len(members_BS), *modality.fixed_shape), is_other_B
+
+
+def _any_in_row(is_true_BN: np.ndarray) -> np.ndarray:
+    """`any` along the second axis; fast where nothing is true."""
+    return np.asarray(is_true_BN.any(axis=1)) if is_true_BN.any() else np.zeros(len(is_true_BN), bool)
+
+
 def _decode_members(members: Sequence[_Member], stored: dict[str, np.ndarray]) -> list[tuple[_Member, DataError]]:
     failed = []
     for member in members:
@@ -545,8 +610,10 @@ def _decode_members(members: Sequence[_Member], stored: dict[str, np.ndarray]) -
 def _rows_by_shard(shard_B: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Shard numbers, and which rows of the batch each one has."""
     by_shard = np.argsort(shard_B, kind="stable")
-    shard_numbers, first = np.unique(shard_B[by_shard], return_index=True)
-    yield from zip(shard_numbers.tolist(), np.split(by_shard, first[1:]), strict=True)
+    ordered_B = shard_B[by_shard]
+    bounds = [0, *(np.flatnonzero(ordered_B[1:] != ordered_B[:-1]) + 1).tolist(), len(ordered_B)]
+    for start, stop in pairwise(bounds):
+        yield int(ordered_B[start]), by_shard[start:stop]
 
 
 def _key_in(header: bytes, modality: Modality) -> str:

@@ -228,8 +228,8 @@ class ShardStore:
         requests = [request for shard, members in wanted for request in shard.load(members)]
         self._run_together(requests)
 
-    def open_ranged(self, shard_numbers: Sequence[int]) -> dict[int, ShardBytes]:
-        """Open several shards that are read over the network, some at a time; leaves those out that `open` refuses.
+    def open_together(self, shard_numbers: Sequence[int]) -> dict[int, ShardBytes]:
+        """Open several shards, some at a time; leaves those out that `open` refuses, and those in the cache.
 
         Raises:
             UnreachableError: one of them is not to be had at the moment.
@@ -244,8 +244,13 @@ class ShardStore:
             except DataError:
                 pass  # whoever needs the shard meets the error again, and knows which sample needs it
 
-        self._run_together([partial(open_one, shard_number) for shard_number in shard_numbers])
+        takes_time = [number for number in shard_numbers if self.is_ranged(number) or self._is_hashed(number)]
+        self._run_together([partial(open_one, shard_number) for shard_number in takes_time])
         return opened
+
+    def _is_hashed(self, shard_number: int) -> bool:
+        """Whether to open a shard may mean to read all of it from a local disk."""
+        return self._verify != "never" and isinstance(self._manifest.shard_location(shard_number), Path)
 
     def is_ranged(self, shard_number: int) -> bool:
         """Whether a shard is read over the network, member by member."""
@@ -270,7 +275,7 @@ class ShardStore:
                 request()
             return
         if self._executor is None or self._pid != os.getpid():  # threads do not live on in a forked process
-            self._executor = ThreadPoolExecutor(self._access.remote.connections, "jmvae-range")
+            self._executor = ThreadPoolExecutor(self._access.remote.connections, "jmvae-shards")
             self._pid = os.getpid()
         futures = [self._executor.submit(request) for request in requests]
         try:

@@ -222,6 +222,7 @@ class View:
                 raise ConfigError(f"{self._key(number)}: {error}") from None
             self._steps.append(step)
         self.shape = shape
+        self.is_always_finite = modality.is_always_finite and not self._steps
 
     def decode(self, content: bytes) -> np.ndarray | int:
         """One member's bytes to the decoded value, of `dtype` and `stored_shape`; raises DataError."""

@@ -127,8 +127,8 @@ FAULTS = {
     "zero_length": whole("0 bytes, .* truncated", lambda path: path.write_bytes(b"") and None, "never", "unknown"),
     "html": whole("22 bytes, .* truncated", html, "first_use", "unknown"),
     "html_of_the_same_size": Fault(
-        "label",
-        "' ' is not a class index",
+        "photo",
+        "not a sound PNG or JPEG: cannot identify what it is",
         damage=html_of_the_same_size,
         verify="never",
         is_whole_shard=True,
