@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 BLOCK = 512
@@ -263,7 +264,7 @@ HOSTILE_VALUES: tuple[Any, ...] = (
 
 def mutate_json(rng: Random, document: Any, seal: Callable[[Any], None] = lambda document: None) -> bytes:
     """Changes of a document's tree; `seal` then makes digests in it fit again."""
-    changed = json.loads(json.dumps(document))
+    changed = deepcopy(document)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         _change_tree(rng, changed)
     if rng.random() < 0.85:
@@ -287,16 +288,17 @@ def _change_tree(rng: Random, document: Any) -> None:
     owner, key = rng.choice(places)
     kind = rng.randrange(10)
     if kind <= 5:
-        owner[key] = rng.choice(HOSTILE_VALUES)
+        # Copies everywhere: what later changes do to a value must not reach another place, or the next case.
+        owner[key] = deepcopy(rng.choice(HOSTILE_VALUES))
     elif kind == 6:
         other, other_key = rng.choice(places)
-        owner[key] = json.loads(json.dumps(other[other_key]))
+        owner[key] = deepcopy(other[other_key])
     elif kind == 7:
         del owner[key]
     elif isinstance(owner, dict):
-        owner[rng.choice((*owner, "surprise", "__class__", "\x1b[0m", ""))] = owner[key]
+        owner[rng.choice((*owner, "surprise", "__class__", "\x1b[0m", ""))] = deepcopy(owner[key])
     else:
-        owner.insert(key, json.loads(json.dumps(owner[key])))
+        owner.insert(key, deepcopy(owner[key]))
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
