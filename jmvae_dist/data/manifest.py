@@ -284,11 +284,19 @@ class Modality:
         offset, scale = self._transform
         # What is beyond the float32 range becomes infinite here; writer and reader report it as not finite.
         with np.errstate(over="ignore", invalid="ignore"):
-            if np.any(offset):
+            if self._has_offset:
                 values -= offset
-            if np.any(scale != 1):
+            if self._has_scale:
                 values *= scale
             return values.astype(np.float32, copy=False)
+
+    @cached_property
+    def _has_offset(self) -> bool:
+        return bool(np.any(self._transform[0]))
+
+    @cached_property
+    def _has_scale(self) -> bool:
+        return bool(np.any(self._transform[1] != 1))
 
     @cached_property
     def is_always_finite(self) -> bool:

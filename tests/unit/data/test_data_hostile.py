@@ -64,7 +64,7 @@ def test_members_that_other_decoders_run_are_not_looked_at(
     asked_for = ["index", str(tmp_path / "a.tar"), "--out", out, "--modality", f"x={extension}"]
     with pytest.raises(ConfigError, match="which encoding"):
         main(asked_for)
-    with pytest.raises(DataError, match="no readable member .* not a valid npy array"):
+    with pytest.raises(DataError, match=r"no readable member .* not a valid npy array"):
         main([*asked_for, "--encoding", "x=npy"])
     assert main(["index", str(tmp_path / "a.tar"), "--out", out]) == 0
     assert f"with extension {extension}" in capsys.readouterr().out
@@ -126,7 +126,7 @@ def test_an_index_for_more_than_there_is_reserves_no_memory(example_manifest: Ma
     many = index_bytes(np.zeros((10, 2), RECORD_DTYPE)).ljust(200 * 2**20, b"\0")
     index = replace(shards.shards[0].index, num_bytes=len(many))
     changed = [replace(shards.shards[0], num_samples=8_738_132, index=index), *shards.shards[1:]]
-    with pytest.raises(DataError, match="index should have .* bytes but has only"):
+    with pytest.raises(DataError, match=r"index should have .* bytes but has only"):
         ShardReader(Manifest.create(shards.modalities, changed, {}, shards.path), 0)
 
 
