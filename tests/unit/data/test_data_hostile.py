@@ -17,7 +17,7 @@ from data_examples import example_source, npy_bytes
 
 from jmvae_dist.commands.shards import main
 from jmvae_dist.config import CacheSection, RemoteSection
-from jmvae_dist.data import encodings, manifest, store
+from jmvae_dist.data import manifest
 from jmvae_dist.data.index import RECORD_DTYPE, index_bytes
 from jmvae_dist.data.manifest import IndexFile, Manifest
 from jmvae_dist.data.reader import ShardReader, ShardSet
@@ -102,23 +102,6 @@ def test_a_manifest_beyond_the_limit_is_not_parsed(
     monkeypatch.setattr(manifest, "MAX_MANIFEST_BYTES", 1000)
     with pytest.raises(DataError, match="a manifest has at most 1000 bytes"):
         Manifest.load(path)
-
-
-def test_an_image_file_beyond_the_limit_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encodings, "MAX_IMAGE_BYTES", 100)
-    with pytest.raises(DataError, match="101 bytes; an image has at most 100"):
-        encodings.decode_member(bytes(101), manifest.Modality.image("x", (3, 4, 4)))
-
-
-def test_a_member_beyond_the_limit_is_not_requested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An index may name members of gigabytes; without a cache each is held in memory."""
-    write_shards(example_source(3), tmp_path / "shards")
-    with serving(tmp_path) as server:
-        shards = Manifest.load(f"{server.url}/shards/manifest.json", QUICK)
-        monkeypatch.setattr(store, "_MAX_MEMBER_BYTES", 100)
-        with pytest.raises(DataError, match="a member of 152 bytes; the most is 100"):
-            gather(shards, RemoteAccess(remote=QUICK))
-        assert server.count("/shards/shard-000000.tar") == 0
 
 
 def test_an_index_for_more_than_there_is_reserves_no_memory(example_manifest: MakeManifest) -> None:
