@@ -4,16 +4,20 @@ Every mistake raises a `ConfigError` with the key, the value and what is allowed
 """
 
 import dataclasses
-import sys
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args
 
+from jmvae_dist.checks import check_user_class, is_integer, is_object_path
+from jmvae_dist.checks import is_finite as _is_finite
+from jmvae_dist.checks import require as _require
 from jmvae_dist.errors import ConfigError
+from jmvae_dist.networks_config import NetworksConfig
+from jmvae_dist.user_code import path_of
 
 # Who computes KL terms, products of experts and likelihoods (kernels/gaussian.py).
 Kernels = Literal["auto", "reference", "compiled", "triton"]
-Likelihood = Literal["normal", "laplace", "bernoulli", "categorical"]
 # Parameters that each likelihood takes in `decoder_dist_params`, with their types.
 LIKELIHOOD_PARAMETERS: dict[str, dict[str, type]] = {
     "normal": {"scale": float},
@@ -33,20 +37,11 @@ TRANSFORM_PARAMETERS: dict[str, dict[str, tuple[str, bool]]] = {
 _MAX_IMAGE_SIDE = 2**15
 
 
-def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key}: {value!r} is not allowed; it must be {allowed}")
-
-
-def _is_finite(value: float) -> bool:
-    # `math.isfinite` would raise for an integer beyond the range of floats.
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max
-
-
-def is_integer(value: Any) -> bool:
-    """Whether `value` is an int; True and False, which Python counts as ints, are not."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_likelihood(value: Any) -> bool:
+    """Whether `value` can be an entry of `decoders_dist`: a known name, a function, or the path of one."""
+    if isinstance(value, str):
+        return value in LIKELIHOOD_PARAMETERS or is_object_path(value)
+    return callable(value)
 
 
 @dataclass
@@ -60,10 +55,12 @@ class JMVAEConfig:
         uses_likelihood_rescaling: Weigh each modality's reconstruction term by
             ``max_k prod(input_dims[k]) / prod(input_dims[m])`` (or by ``rescale_factors``).
         rescale_factors: Weight per modality; used only with ``uses_likelihood_rescaling``.
-        decoders_dist: Likelihood per modality: normal (default), laplace, bernoulli, categorical.
+        decoders_dist: Likelihood per modality: normal (default), laplace, bernoulli, categorical, or a function of
+            your own ``(recon, target) -> log p`` per element, itself or its place as ``module.function``.
         decoder_dist_params: Parameters per modality: ``scale`` (> 0, default 1) for normal and laplace;
             ``soft_targets`` for bernoulli (accept targets between 0 and 1, e.g. grey scale) and for
-            categorical (accept any distribution over the classes, not only one-hot).
+            categorical (accept any distribution over the classes, not only one-hot); keyword arguments of a
+            function of your own.
         custom_architectures: Names of the networks that the user supplies in place of the defaults.
         alpha: Weight of the KL terms to the unimodal posteriors.
         warmup: Epochs during which the weight of all KL terms grows from 0 to 1.
@@ -79,7 +76,7 @@ class JMVAEConfig:
     input_dims: dict[str, tuple[int, ...]] | None = None
     uses_likelihood_rescaling: bool = False
     rescale_factors: dict[str, float] | None = None
-    decoders_dist: dict[str, Likelihood] | None = None
+    decoders_dist: dict[str, Any] | None = None
     decoder_dist_params: dict[str, dict[str, Any]] | None = None
     custom_architectures: list[str] = field(default_factory=list)
     alpha: float = 0.1
@@ -123,8 +120,8 @@ class JMVAEConfig:
 
     def _check_likelihoods(self) -> None:
         for name, distribution in (self.decoders_dist or {}).items():
-            known = list(LIKELIHOOD_PARAMETERS)
-            _require(distribution in known, f"decoders_dist.{name}", distribution, f"one of {known}")
+            allowed = f"one of {list(LIKELIHOOD_PARAMETERS)}, or module.function"
+            _require(is_likelihood(distribution), f"decoders_dist.{name}", distribution, allowed)
         for name, factor in (self.rescale_factors or {}).items():
             _require(_is_finite(factor) and factor > 0, f"rescale_factors.{name}", factor, "greater than 0")
         for name, parameters in (self.decoder_dist_params or {}).items():
@@ -135,7 +132,9 @@ class JMVAEConfig:
             allowed = "a dictionary of parameters"
             _require(isinstance(parameters, dict), f"decoder_dist_params.{name}", parameters, allowed)
             distribution = (self.decoders_dist or {}).get(name, "normal")
-            types = LIKELIHOOD_PARAMETERS[distribution]
+            types = LIKELIHOOD_PARAMETERS.get(distribution) if isinstance(distribution, str) else None
+            if types is None:
+                continue  # a function of the user's knows its arguments
             for parameter, value in parameters.items():
                 key = f"decoder_dist_params.{name}.{parameter}"
                 if parameter not in types:
@@ -145,6 +144,28 @@ class JMVAEConfig:
                     _require(isinstance(value, bool), key, value, "true or false")
                 else:
                     _require(_is_finite(value) and value > 0, key, value, "a number greater than 0")
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values, from which `JMVAEConfig(**values)` is the same again; functions by their place.
+
+        Raises:
+            ConfigError: A function of the user's has no place, e.g. a lambda.
+        """
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(JMVAEConfig)}
+        if self.decoders_dist is not None:
+            values["decoders_dist"] = {
+                name: value if isinstance(value, str) else path_of(f"decoders_dist.{name}", value)
+                for name, value in self.decoders_dist.items()
+            }
+        return json.loads(json.dumps(values))
+
+    def function_paths(self) -> dict[str, str]:
+        """The likelihoods that are functions of the user's, `module.function` by the setting that names them."""
+        return {
+            f"model.decoders_dist.{name}": value
+            for name, value in (self.decoders_dist or {}).items()
+            if isinstance(value, str) and value not in LIKELIHOOD_PARAMETERS
+        }
 
     def check_modalities(self, modalities: list[str]) -> None:
         """Check that every dictionary keyed by modality names only `modalities`, and the complete ones all.
@@ -168,37 +189,11 @@ class JMVAEConfig:
 
 
 @dataclass
-class NetworksConfig:
-    """Sizes of the default networks (multilayer perceptrons).
-
-    Args:
-        encoder_hidden_dims: Hidden layers of every unimodal encoder.
-        decoder_hidden_dims: Hidden layers of every decoder.
-        joint_hidden_dims: Hidden layers of the joint encoder, which reads all modalities concatenated.
-        activation: Non-linearity between layers.
-    """
-
-    encoder_hidden_dims: list[int] = field(default_factory=lambda: [512, 512])
-    decoder_hidden_dims: list[int] = field(default_factory=lambda: [512, 512])
-    joint_hidden_dims: list[int] = field(default_factory=lambda: [512, 512])
-    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
-
-    def __post_init__(self) -> None:
-        for name in ("encoder_hidden_dims", "decoder_hidden_dims", "joint_hidden_dims"):
-            sizes = getattr(self, name)
-            valid = isinstance(sizes, (list, tuple)) and len(sizes) > 0
-            valid = valid and all(is_integer(size) and size >= 1 for size in sizes)
-            _require(valid, f"model.networks.{name}", sizes, "a non-empty list of positive integers")
-        known = get_args(get_type_hints(type(self))["activation"])
-        _require(self.activation in known, "model.networks.activation", self.activation, f"one of {list(known)}")
-
-
-@dataclass
 class ModelSection(JMVAEConfig):
     """`JMVAEConfig` as a section of a run: `n_modalities` and `input_dims` may be left to the manifest.
 
     Args:
-        networks: The default networks' sizes.
+        networks: Kinds and sizes of the networks, or classes of your own.
         kernels: Who computes KL terms, products of experts and likelihoods: reference (torch); compiled (the
             first two through torch.compile, where they are large enough to gain); triton (fused kernels, on
             GPUs); auto takes triton on a GPU, else the reference. They agree up to rounding. The environment
@@ -214,7 +209,7 @@ class ModelSection(JMVAEConfig):
             super().__post_init__()
         except ConfigError as error:
             raise ConfigError(f"model.{error}") from None
-        allowed = "empty: networks of your own are given in Python, to JMVAE(...)"
+        allowed = "empty: it names networks given in Python, to JMVAE(...); classes go into model.networks"
         known = list(get_args(Kernels))
         _require(self.kernels in known, "model.kernels", self.kernels, f"one of {known}")
         _require(not self.custom_architectures, "model.custom_architectures", self.custom_architectures, allowed)
@@ -254,7 +249,7 @@ def check_wishes(transforms: Mapping[str, Any], tokenizers: Mapping[str, Any]) -
         for number, entry in enumerate(entries):
             _check_transform(f"data.transforms.{modality}[{number}]", entry)
     for modality, settings in tokenizers.items():
-        _check_user_class(f"data.tokenizers.{modality}", settings, {"length"})
+        check_user_class(f"data.tokenizers.{modality}", settings, {"length"})
         length = settings.get("length")
         allowed = "an integer of at least 1, or null for the manifest's"
         valid = length is None or (is_integer(length) and length >= 1)
@@ -266,7 +261,7 @@ def _check_transform(key: str, entry: Any) -> None:
     allowed = f"a step with a name ({', '.join(TRANSFORM_PARAMETERS)}) or a class_path"
     _require(isinstance(entry, dict) and ("name" in entry) != ("class_path" in entry), key, entry, allowed)
     if "class_path" in entry:
-        _check_user_class(key, entry, set())
+        check_user_class(key, entry)
         return
     known = list(TRANSFORM_PARAMETERS)
     _require(entry["name"] in known, f"{key}.name", entry["name"], f"one of {known}")
@@ -299,19 +294,6 @@ def _check_transform_parameter(key: str, value: Any, kind: str) -> None:
     }
     is_valid, allowed = checks[kind]
     _require(is_valid, key, value, allowed)
-
-
-def _check_user_class(key: str, settings: Any, more_keys: set[str]) -> None:
-    allowed = "a section with a class_path"
-    _require(isinstance(settings, dict) and "class_path" in settings, key, settings, allowed)
-    path = settings["class_path"]
-    valid = isinstance(path, str) and "." in path and all(part.isidentifier() for part in path.split("."))
-    _require(valid, f"{key}.class_path", path, "module.Class")
-    unknown = sorted(settings.keys() - {"class_path", "init_args"} - more_keys)
-    if unknown:
-        raise ConfigError(f"{key}: unknown key {unknown[0]!r}; allowed: class_path, init_args")
-    arguments = settings.get("init_args")
-    _require(arguments is None or isinstance(arguments, dict), f"{key}.init_args", arguments, "a dictionary, or null")
 
 
 @dataclass

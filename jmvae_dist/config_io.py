@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 from jmvae_dist.config import RunConfig
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.files import write_text_atomic
+from jmvae_dist.user_code import path_of
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -106,7 +107,7 @@ def to_plain(config: RunConfig) -> dict[str, Any]:
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [plain(item) for item in value]
-        return value
+        return path_of("model.decoders_dist", value) if callable(value) else value
 
     return plain(dataclasses.asdict(config))
 

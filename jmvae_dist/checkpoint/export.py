@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ from jmvae_dist.checkpoint.fragments import check_same_entries, read_fragments
 from jmvae_dist.checkpoint.layout import CheckpointManifest, find_intact
 from jmvae_dist.checkpoint.live_state import MOMENTS, weights_and_buffers
 from jmvae_dist.config import JMVAEConfig, NetworksConfig
-from jmvae_dist.errors import CheckpointError
+from jmvae_dist.errors import CheckpointError, ConfigError
 from jmvae_dist.files import sha256_of, write_text_atomic
+from jmvae_dist.user_code import check_trusted
 
 if TYPE_CHECKING:
     from jmvae_dist.model import JMVAE
@@ -23,30 +25,35 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
 
-def load_model(path: str | Path, **networks: Any) -> JMVAE:
+def load_model(path: str | Path, *, trusted: Collection[str] = (), **networks: Any) -> JMVAE:
     """Rebuild a trained model, on the CPU, in evaluation mode.
 
     Args:
         path: A run directory (its newest intact checkpoint), a checkpoint, or an export.
-        networks: `encoders`, `decoders`, `joint_encoder`, if the model was trained with the user's own.
+        trusted: Classes and functions of yours, `module.name`, that the model was trained with and that may be
+            imported: a checkpoint may name them, but not decide that their code runs.
+        networks: `encoders`, `decoders`, `joint_encoder` as modules, in place of what the checkpoint names.
 
     Raises:
         CheckpointError: Nothing intact is there, or the networks do not fit.
+        ConfigError: The model needs code that is not trusted.
     """
-    return load_described(Path(path), **networks)[0]
+    return load_described(Path(path), trusted=trusted, **networks)[0]
 
 
-def load_described(path: Path, **networks: Any) -> tuple[JMVAE, dict[str, Any]]:
+def load_described(path: Path, *, trusted: Collection[str] = (), **networks: Any) -> tuple[JMVAE, dict[str, Any]]:
     """Like `load_model`, with the training data's modalities: the manifest's entries by name."""
     if (path / CONFIG_NAME).is_file():
-        return _load_export(path, networks)
+        return _load_export(path, trusted, networks)
     checkpoint, manifest = find_intact(path)
-    return model_from_checkpoint(checkpoint, manifest, **networks), manifest.modalities
+    return model_from_checkpoint(checkpoint, manifest, trusted=trusted, **networks), manifest.modalities
 
 
-def model_from_checkpoint(checkpoint: Path, manifest: CheckpointManifest, **networks: Any) -> JMVAE:
+def model_from_checkpoint(
+    checkpoint: Path, manifest: CheckpointManifest, *, trusted: Collection[str] = (), **networks: Any
+) -> JMVAE:
     """Rebuild the model of a checkpoint whose files were verified."""
-    model = _build(manifest.model, networks)
+    model = _build(manifest.model, trusted, networks)
     state = weights_and_buffers(model)
     weights = {name: record for name, record in manifest.tensors.items() if not name.startswith(MOMENTS)}
     reduced = CheckpointManifest(**{**vars(manifest), "tensors": weights})
@@ -55,11 +62,12 @@ def model_from_checkpoint(checkpoint: Path, manifest: CheckpointManifest, **netw
     return model.eval()
 
 
-def export_model(source: Path, out: Path) -> Path:
+def export_model(source: Path, out: Path, *, trusted: Collection[str] = ()) -> Path:
     """Write `model.safetensors` and `config.json` for a checkpoint or the newest intact one of a run.
 
     Raises:
         CheckpointError: The source is not intact, `out` exists and is not empty, or it cannot be written.
+        ConfigError: The model needs code that is not trusted; see `load_model`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -67,7 +75,7 @@ def export_model(source: Path, out: Path) -> Path:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out}: exists and is not an empty directory; choose another --out")
     checkpoint, manifest = find_intact(source)
-    model = model_from_checkpoint(checkpoint, manifest)
+    model = model_from_checkpoint(checkpoint, manifest, trusted=trusted)
     out.mkdir(parents=True, exist_ok=True)
     try:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out / WEIGHTS_NAME)
@@ -86,7 +94,7 @@ def export_model(source: Path, out: Path) -> Path:
     return out
 
 
-def _load_export(path: Path, networks: dict[str, Any]) -> tuple[JMVAE, dict[str, Any]]:
+def _load_export(path: Path, trusted: Collection[str], networks: dict[str, Any]) -> tuple[JMVAE, dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -97,17 +105,17 @@ def _load_export(path: Path, networks: dict[str, Any]) -> tuple[JMVAE, dict[str,
             raise CheckpointError(f"{path}: export format {version!r}; this version reads {EXPORT_FORMAT_VERSION}")
         if sha256_of(path / WEIGHTS_NAME) != description["weights_sha256"]:
             raise CheckpointError(f"{path / WEIGHTS_NAME}: sha256 differs from {CONFIG_NAME}'s")
-        model = _build(description["model"], networks)
+        model = _build(description["model"], trusted, networks)
         model.load_state_dict(load_file(path / WEIGHTS_NAME))
         modalities = dict(description["modalities"])
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, (CheckpointError, ConfigError)):
             raise
         raise CheckpointError(f"{path}: not an intact export ({type(error).__name__}: {error})") from None
     return model.eval(), modalities
 
 
-def _build(description: dict[str, Any], networks: dict[str, Any]) -> JMVAE:
+def _build(description: dict[str, Any], trusted: Collection[str], networks: dict[str, Any]) -> JMVAE:
     from jmvae_dist.model import JMVAE
 
     try:
@@ -115,6 +123,11 @@ def _build(description: dict[str, Any], networks: dict[str, Any]) -> JMVAE:
         sizes = NetworksConfig(**description["networks"])
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's model configuration is not valid: {error}") from None
+    # What is given as modules is not imported.
+    given = tuple({"encoders": ".encoder", "decoders": ".decoder"}.get(key, f".{key}") for key in networks)
+    classes = {key: section["class_path"] for key, section in sizes.class_sections().items()}
+    named = {key: path for key, path in classes.items() if not key.endswith(given)} | config.function_paths()
+    check_trusted(named, trusted)
     model: nn.Module = JMVAE(config, networks=sizes, **networks)
     assert isinstance(model, JMVAE)
     return model

@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jmvae_dist.config import JMVAEConfig, Kernels, NetworksConfig, is_integer
+from jmvae_dist.checks import is_integer
+from jmvae_dist.config import JMVAEConfig, Kernels, NetworksConfig
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.kernels.gaussian import gaussian_kl_terms, product_of_experts
 from jmvae_dist.kernels.noise import KeyedNoise
 from jmvae_dist.kernels.reference import computation_dtype
 from jmvae_dist.model.inputs import check_structure, check_values, per_sample, require_tensor
 from jmvae_dist.model.likelihoods import build_likelihood, log_prob
-from jmvae_dist.model.networks import GaussianParams, build_networks
+from jmvae_dist.model.modules import GaussianParams, module_dict
+from jmvae_dist.model.networks import build_networks
 from jmvae_dist.model.objective import ObjectiveTerms, combine, resolve_rescale_factors
 
 # Log-variances of all posteriors are limited to this range (standard deviations from 4.5e-5 to 2.2e4).
@@ -96,24 +98,6 @@ def _in_weights_dtype(module: nn.Module, tensor: Tensor) -> Tensor:
     return tensor.to(parameter.dtype)
 
 
-def _module_dict(key: str, modules: dict[str, nn.Module], modalities: list[str]) -> nn.ModuleDict:
-    """Register user-supplied or default modules in the order of the modalities.
-
-    Raises:
-        ConfigError: A modality is missing or unknown, something is not a module, or a name cannot be
-            registered.
-    """
-    if set(modules) != set(modalities):
-        raise ConfigError(f"{key}: given for {list(modules)}, but the modalities are {modalities}")
-    for name, module in modules.items():
-        if not isinstance(module, nn.Module):
-            raise ConfigError(f"{key}.{name}: a {type(module).__name__} is not a torch.nn.Module")
-    try:
-        return nn.ModuleDict({name: modules[name] for name in modalities})
-    except KeyError as error:
-        raise ConfigError(f"{key}: torch cannot register a module under this name: {error.args[0]}") from None
-
-
 class JMVAE(nn.Module):
     """Joint Multimodal VAE.
 
@@ -122,8 +106,9 @@ class JMVAE(nn.Module):
         encoders: Your unimodal encoders by modality, ``(B, *shape) -> GaussianParams`` or a plain pair.
         decoders: Your decoders by modality, ``(B, D) -> (B, *shape)``: means for normal and laplace, logits
             for bernoulli and categorical.
-        joint_encoder: Your joint encoder, ``{modality: (B, *shape)} -> GaussianParams``.
-        networks: Sizes of the default networks that stand in for what is not given.
+        joint_encoder: Your joint encoder, ``{modality: (B, *shape)} -> GaussianParams``; if it is not given and
+            your encoders are, it is built from copies of them.
+        networks: Kinds and sizes of the networks that stand in for what is not given.
         kernels: Who computes KL terms, products of experts and likelihoods; see `config.ModelSection`.
 
     Attributes:
@@ -149,11 +134,9 @@ class JMVAE(nn.Module):
         self.kernels = kernels
         given = {"encoders": encoders, "decoders": decoders, "joint_encoder": joint_encoder}
         self.config = _with_custom_architectures(config, [key for key, value in given.items() if value is not None])
-        if encoders is None or decoders is None or joint_encoder is None:
-            default = build_networks(config, networks)
-            encoders = default.encoders if encoders is None else encoders
-            decoders = default.decoders if decoders is None else decoders
-            joint_encoder = default.joint_encoder if joint_encoder is None else joint_encoder
+        encoders, decoders, joint_encoder = build_networks(
+            config, networks, encoders=encoders, decoders=decoders, joint_encoder=joint_encoder
+        )
         if not isinstance(joint_encoder, nn.Module):
             raise ConfigError(f"joint_encoder: a {type(joint_encoder).__name__} is not a torch.nn.Module")
         self.modalities = list(config.input_dims or encoders)
@@ -163,8 +146,8 @@ class JMVAE(nn.Module):
         if config.uses_likelihood_rescaling and config.rescale_factors is None and config.input_dims is None:
             raise ConfigError("uses_likelihood_rescaling: needs input_dims or rescale_factors")
 
-        self.encoders = _module_dict("encoders", encoders, self.modalities)
-        self.decoders = _module_dict("decoders", decoders, self.modalities)
+        self.encoders = module_dict("encoders", encoders, self.modalities)
+        self.decoders = module_dict("decoders", decoders, self.modalities)
         self.joint_encoder = joint_encoder
         distributions, parameters = config.decoders_dist or {}, config.decoder_dist_params or {}
         self.likelihoods = {
@@ -203,8 +186,9 @@ class JMVAE(nn.Module):
             ConfigError: A user-supplied network returns wrong shapes.
         """
         batch_size = self._check(inputs, self.modalities, check_inputs)
-        joint = self._encode_joint(inputs)
+        # First the encoders, so that a wrong one is named, and not the copy of it in a joint encoder.
         unimodal = {name: self._encode_unimodal(name, inputs[name]) for name in self.modalities}
+        joint = self._encode_joint(inputs)
         if noise is None:
             noise = torch.randn_like(joint.mu)
         if not isinstance(noise, KeyedNoise):
@@ -228,7 +212,6 @@ class JMVAE(nn.Module):
 
     # Inference
 
-    @torch.no_grad()
     def encode(
         self,
         inputs: dict[str, Tensor],
@@ -242,6 +225,7 @@ class JMVAE(nn.Module):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         check_inputs: bool = True,
+        with_gradient: bool = False,
     ) -> LatentOutput:
         """Sample the posterior given all modalities or some of them.
 
@@ -262,6 +246,7 @@ class JMVAE(nn.Module):
             noise: Standard normal noise (N, B, D); drawn if None.
             generator: Generator to draw the noise from, on the model's device.
             check_inputs: Check the values too; shapes are always checked.
+            with_gradient: Let gradients flow to weights and inputs (unless torch.no_grad() is in force).
 
         Raises:
             ConfigError: `cond_mod` names no or unknown modalities, or N is below 1.
@@ -269,20 +254,26 @@ class JMVAE(nn.Module):
         """
         names = self._select("cond_mod", cond_mod)
         _check_count("N", N)
-        if mask is None:
-            self._check(inputs, names, check_inputs)
-            posterior = self._posterior(inputs, names, prior_expert)
-        else:
-            posterior = self._masked_posterior(inputs, names, mask, prior_expert, check_inputs)
-        shape_NBD = (N, *posterior.mu.shape)
-        if return_mean:
-            z = posterior.mu.expand(shape_NBD)
-        else:
-            z = _sample(posterior, _draw(noise, shape_NBD, posterior.mu, generator))
-        return LatentOutput(z.flatten(0, 1) if flatten else z, posterior.mu, posterior.logvar)
+        with _gradient(with_gradient):
+            if mask is None:
+                self._check(inputs, names, check_inputs)
+                posterior = self._posterior(inputs, names, prior_expert)
+            else:
+                posterior = self._masked_posterior(inputs, names, mask, prior_expert, check_inputs)
+            shape_NBD = (N, *posterior.mu.shape)
+            if return_mean:
+                z = posterior.mu.expand(shape_NBD)
+            else:
+                z = _sample(posterior, _draw(noise, shape_NBD, posterior.mu, generator))
+            return LatentOutput(z.flatten(0, 1) if flatten else z, posterior.mu, posterior.logvar)
 
-    @torch.no_grad()
-    def decode(self, z: Tensor | LatentOutput | JMVAEOutput, modalities: Modalities = "all") -> dict[str, Tensor]:
+    def decode(
+        self,
+        z: Tensor | LatentOutput | JMVAEOutput,
+        modalities: Modalities = "all",
+        *,
+        with_gradient: bool = False,
+    ) -> dict[str, Tensor]:
         """Decode latents: means for normal and laplace, logits for bernoulli and categorical.
 
         `model.likelihoods[name].mean` turns the result into the expected value of x.
@@ -290,6 +281,7 @@ class JMVAE(nn.Module):
         Args:
             z: (*leading, D) with any leading dimensions, or an output that holds such a `z`.
             modalities: "all", a name, or several names.
+            with_gradient: See `encode`.
 
         Returns:
             (*leading, *shape) per modality, in the model's order.
@@ -298,7 +290,9 @@ class JMVAE(nn.Module):
         require_tensor("z", latents)
         if latents.ndim == 0 or latents.shape[-1] != self.latent_dim:
             raise ConfigError(f"z: shape {tuple(latents.shape)} does not end in latent_dim={self.latent_dim}")
-        return self._decode(latents, self._select("modalities", modalities))
+        names = self._select("modalities", modalities)
+        with _gradient(with_gradient):
+            return self._decode(latents, names)
 
     def predict(
         self,
@@ -307,6 +301,8 @@ class JMVAE(nn.Module):
         gen_mod: Modalities = "all",
         N: int = 1,
         flatten: bool = False,
+        *,
+        with_gradient: bool = False,
         **encode_options: Any,
     ) -> dict[str, Tensor]:
         """Generate modalities from others: `encode`, then `decode`.
@@ -317,12 +313,14 @@ class JMVAE(nn.Module):
             gen_mod: What to generate: "all", a name, or several names.
             N: Samples per data point.
             flatten: Merge the first two dimensions, sample-major.
+            with_gradient: See `encode`.
             **encode_options: Other options of `encode`, e.g. `return_mean`, `mask`, `generator`.
 
         Returns:
             (N, B, *shape) per modality, or (N * B, *shape) if flattened; decoder outputs as in `decode`.
         """
-        return self.decode(self.encode(inputs, cond_mod, N, flatten=flatten, **encode_options), gen_mod)
+        latent = self.encode(inputs, cond_mod, N, flatten=flatten, with_gradient=with_gradient, **encode_options)
+        return self.decode(latent, gen_mod, with_gradient=with_gradient)
 
     @torch.no_grad()
     def generate_from_prior(
@@ -581,6 +579,11 @@ def _with_custom_architectures(config: JMVAEConfig, given: list[str]) -> JMVAECo
     if missing:
         raise ConfigError(f"custom_architectures: names {missing[0]!r}, but JMVAE was built without that argument")
     return dataclasses.replace(config, custom_architectures=given)
+
+
+def _gradient(is_wanted: bool) -> torch.set_grad_enabled:
+    """Gradients as asked for, but never against the caller's torch.no_grad()."""
+    return torch.set_grad_enabled(is_wanted and torch.is_grad_enabled())
 
 
 def _presence(name: str, mask: dict[str, Tensor], x: Tensor) -> Tensor:

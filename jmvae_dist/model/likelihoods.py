@@ -8,15 +8,18 @@ over `shape`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jmvae_dist.errors import ConfigError
 from jmvae_dist.kernels.likelihood import fused_log_prob, is_fused
 from jmvae_dist.kernels.reference import computation_dtype
+from jmvae_dist.user_code import import_object
 
 # Targets of a categorical with soft targets must sum to 1 up to the rounding of float32 or bfloat16 storage.
 _SUM_TOLERANCE = 1e-2
@@ -123,12 +126,48 @@ class Categorical:
         return ((target != 0) & (target != 1)) | (totals != 1), wanted
 
 
+@dataclass(frozen=True)
+class UserLikelihood:
+    """A function of the user's, ``(recon, target) -> log p`` per element, in nats.
+
+    It gets the decoder's output and the data in one shape, (*leading, *shape), and returns that shape, or one
+    without some of its last dimensions, over which it has summed. The expected value is the function's attribute
+    `mean`, if it has one (a callable), else the decoder's output.
+    """
+
+    name: ClassVar[str] = "user"
+    function: Callable[..., Tensor]
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    def log_prob_per_element(self, decoded: Tensor, target: Tensor) -> Tensor:
+        values = self.function(decoded, target.expand_as(decoded), **self.parameters)
+        if not isinstance(values, Tensor):
+            raise ConfigError(f"decoders_dist: {self.function!r} returned a {type(values).__name__}, not a tensor")
+        return values
+
+    def mean(self, decoded: Tensor) -> Tensor:
+        mean = getattr(self.function, "mean", None)
+        return mean(decoded) if callable(mean) else decoded
+
+    def invalid(self, target: Tensor) -> tuple[Tensor, str]:
+        return torch.zeros_like(target, dtype=torch.bool), "finite"
+
+
 _LIKELIHOODS: dict[str, type[Any]] = {kind.name: kind for kind in (Normal, Laplace, Bernoulli, Categorical)}
 
 
-def build_likelihood(distribution: str, parameters: dict[str, Any]) -> Likelihood:
-    """The likelihood named `distribution`; name and parameters have been checked by `JMVAEConfig`."""
-    return _LIKELIHOODS[distribution](**parameters)
+def build_likelihood(distribution: str | Callable[..., Tensor], parameters: dict[str, Any]) -> Likelihood:
+    """The likelihood named `distribution`; name and parameters have been checked by `JMVAEConfig`.
+
+    Raises:
+        ConfigError: A function of the user's cannot be imported.
+    """
+    if isinstance(distribution, str) and distribution in _LIKELIHOODS:
+        return _LIKELIHOODS[distribution](**parameters)
+    function = import_object("decoders_dist", distribution) if isinstance(distribution, str) else distribution
+    if not callable(function) or isinstance(function, type):
+        raise ConfigError(f"decoders_dist: {distribution} is not a function (recon, target) -> log p")
+    return UserLikelihood(function, parameters)
 
 
 def log_prob(likelihood: Likelihood, decoded: Tensor, target: Tensor, kernels: str = "auto") -> Tensor:
@@ -148,4 +187,10 @@ def log_prob(likelihood: Likelihood, decoded: Tensor, target: Tensor, kernels: s
     dtype = computation_dtype((decoded, target))
     with torch.autocast(decoded.device.type, enabled=False):
         values = likelihood.log_prob_per_element(decoded.to(dtype), target.to(dtype))
-        return values.flatten(decoded.ndim - target.ndim + 1).sum(-1)
+    num_leading = decoded.ndim - target.ndim + 1
+    if values.shape != decoded.shape[: values.ndim] or values.ndim < num_leading:
+        raise ConfigError(
+            f"decoders_dist: {likelihood} returned shape {tuple(values.shape)} for values of shape "
+            f"{tuple(decoded.shape)}; it must keep all dimensions, or leave out last ones that it sums over"
+        )
+    return values.flatten(num_leading).sum(-1) if values.ndim > num_leading else values

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jmvae_dist.config import DataSection, JMVAEConfig, RunConfig, check_wishes, is_integer
+from jmvae_dist.checks import is_integer
+from jmvae_dist.config import DataSection, JMVAEConfig, NetworksConfig, RunConfig, check_wishes
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan, default_lanes
 from jmvae_dist.data.store import RemoteAccess
@@ -24,6 +25,7 @@ from jmvae_dist.schedules import (
     resolve_annealing,
     resolve_learning_rate,
 )
+from jmvae_dist.user_code import constructor, import_object
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,10 @@ class ResolvedRun:
 
     def describe_model(self) -> dict[str, Any]:
         """What `load_model` needs to rebuild the model, as JSON values (lists in place of tuples)."""
-        description = {"config": asdict(self.model_config), "networks": asdict(self.config.model.networks)}
-        return json.loads(json.dumps(description))
+        return {
+            "config": self.model_config.to_json(),
+            "networks": json.loads(json.dumps(asdict(resolve_networks(self.config, self.model_config)))),
+        }
 
 
 def resolve_run(config: RunConfig, world_size: int) -> ResolvedRun:
@@ -93,6 +97,7 @@ def resolve_run(config: RunConfig, world_size: int) -> ResolvedRun:
     views = {view.name: view for view in _make_views(config, selected)}
     model_config = config.model.resolve({name: view.shape for name, view in views.items()})
     assert model_config.input_dims is not None
+    resolve_networks(config, model_config)
     views = {name: views[name] for name in model_config.input_dims}
     eval_views: tuple[View, ...] = ()
     if eval_manifest is not None:
@@ -124,6 +129,21 @@ def resolve_run(config: RunConfig, world_size: int) -> ResolvedRun:
         learning_rate=resolve_learning_rate(config.schedule.learning_rate, total_steps=total_steps, **sizes),
         deepspeed_config=_make_deepspeed_config(config, plan, world_size),
     )
+
+
+def resolve_networks(config: RunConfig, model_config: JMVAEConfig) -> NetworksConfig:
+    """The networks of the run with all choices and sizes written out, and the user's classes tried.
+
+    Raises:
+        ConfigError: A size does not fit a shape; a class cannot be imported or does not take its arguments.
+    """
+    assert model_config.input_dims is not None
+    networks = config.model.networks.resolve(model_config.input_dims, model_config.decoders_dist or {})
+    for key, settings in networks.class_sections().items():
+        constructor(key, settings, dict.fromkeys(("latent_dim", "shape", "shapes")))
+    for key, path in model_config.function_paths().items():
+        import_object(key, path)
+    return networks
 
 
 def check_machine(config: RunConfig) -> None:
@@ -277,10 +297,12 @@ def check_same_model(saved: dict[str, Any], current: dict[str, Any]) -> None:
         for key in _MODEL_KEYS
         if saved["config"].get(key) != current["config"][key]
     ]
+    # Settings that a checkpoint does not know had no other value than their default when it was written.
+    networks = {**asdict(NetworksConfig()), **saved["networks"]}
     differences += [
-        f"model.networks.{key} was {saved['networks'].get(key)}, is now {value}"
+        f"model.networks.{key} was {networks.get(key)}, is now {value}"
         for key, value in current["networks"].items()
-        if saved["networks"].get(key) != value
+        if networks.get(key) != value
     ]
     if differences:
         raise ConfigError(
