@@ -12,6 +12,8 @@ from jmvae_dist.checks import check_user_class, is_integer, is_sizes, require
 from jmvae_dist.errors import ConfigError
 
 Shape = tuple[int, ...]
+# Not `Any`: jsonargparse would take a section with a class_path in its place for a class to be built at once.
+Setting = None | bool | int | float | str | list | dict
 
 _KEY = "model.networks"
 # Parameters of each kind of network, with what they must be.
@@ -70,8 +72,8 @@ class NetworksConfig:
     joint_hidden_dims: list[int] = field(default_factory=lambda: [512, 512])
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
     default: Literal["mlp", "auto"] = "mlp"
-    modalities: dict[str, dict[str, Any]] = field(default_factory=dict)
-    joint_encoder: dict[str, Any] = field(default_factory=dict)
+    modalities: dict[str, dict[str, Setting]] = field(default_factory=dict)
+    joint_encoder: dict[str, Setting] = field(default_factory=dict)
     sigma: Literal["exp", "softplus"] = "exp"
 
     def __post_init__(self) -> None:
@@ -116,7 +118,7 @@ class NetworksConfig:
 
     def class_sections(self) -> dict[str, dict[str, Any]]:
         """The classes of the user's, `{class_path, init_args}` by the setting."""
-        sections = {
+        sections: dict[str, Any] = {
             f"{_KEY}.modalities.{name}.{section}": entry[section]
             for name, entry in self.modalities.items()
             for section in _CLASS_SECTIONS
@@ -153,7 +155,7 @@ class NetworksConfig:
         return dataclasses.replace(self, default="mlp", modalities=modalities, joint_encoder=joint)
 
     def _resolve_modality(self, name: str, shape: Shape, distribution: Any) -> dict[str, Any]:
-        entry = dict(self.modalities.get(name, {}))
+        entry: dict[str, Any] = dict(self.modalities.get(name, {}))
         if all(section in entry for section in _CLASS_SECTIONS):
             return entry
         kind = entry.pop("kind", self.default)

@@ -119,7 +119,8 @@ class _Builder:
 
     def joint_encoder(self, encoders: dict[str, nn.Module], are_given: bool) -> nn.Module:
         """The configured joint encoder; copies stand for `encoders` that were given or are classes of the user's."""
-        networks, settings = self._networks, self._networks.joint_encoder
+        networks = self._networks
+        settings: Settings = networks.joint_encoder
         if "class_path" in settings:
             return self._own("joint_encoder", settings, shapes=self._shapes)
         kind = settings.get("kind", "fusion" if are_given else "concat")

@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor, distributions
 
 from jmvae_dist import load_model
 from jmvae_dist.checkpoint.export import CONFIG_NAME, EXPORT_FORMAT_VERSION, WEIGHTS_NAME
-from jmvae_dist.config import JMVAEConfig, ModelSection, NetworksConfig
+from jmvae_dist.config import JMVAEConfig, NetworksConfig
+from jmvae_dist.config_io import dump_run_config, parse_run_config
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.files import sha256_of
 from jmvae_dist.model import JMVAE
+from jmvae_dist.training.setup import resolve_networks
+from tests.conftest import ROOT
 from tests.unit.model import user_networks
 
 HERE = "tests.unit.model.user_networks"
@@ -151,13 +155,35 @@ class TestNetworks:
         with pytest.raises(ConfigError, match=message):
             JMVAE(make_config(), networks=NetworksConfig(modalities={"counts": {"encoder": section}}))
 
-    def test_a_run_names_them_in_yaml(self) -> None:
-        section = ModelSection(networks=NetworksConfig(modalities=OWN), decoders_dist=dict(LIKELIHOODS))
-        config = section.resolve(dict(SHAPES))
-        assert config.function_paths() == {
-            "model.decoders_dist.counts": f"{HERE}.poisson",
-            "model.decoders_dist.word": f"{HERE}.summed_categorical",
+    def test_a_configuration_file_is_read_without_importing_what_it_names(self, tmp_path: Path) -> None:
+        section = {"class_path": "no.such.Encoder", "init_args": {"a": 1, "part": {"class_path": "no.such.Part"}}}
+        model = {
+            "decoders_dist": {"image": "no.such.function", "label": "categorical"},
+            "networks": {"modalities": {"image": {"encoder": section}}, "joint_encoder": section},
         }
+        file = tmp_path / "own.yaml"
+        file.write_text(yaml.safe_dump({"model": {**model, "decoder_dist_params": None}}))
+        config = parse_run_config(["--config", str(ROOT / "configs" / "digits.yaml"), "--config", str(file)])
+        assert config.model.networks.modalities == {"image": {"encoder": section}}
+        assert config.model.networks.joint_encoder == section
+        file.write_text(dump_run_config(config))
+        assert parse_run_config(["--config", str(file)]) == config
+
+    def test_a_run_tries_them_before_it_starts(self) -> None:
+        config = parse_run_config(["--config", str(ROOT / "configs" / "digits.yaml")])
+        shapes = {"image": (1, 8, 8), "label": (10,)}
+        for modalities, message in (
+            ({"image": {"encoder": {"class_path": f"{HERE}.Missing"}}}, "cannot be imported"),
+            ({"image": {"decoder": {"class_path": f"{HERE}.Decoder", "init_args": {"a": 1}}}}, "does not take them"),
+            ({"image": {"kind": "conv", "channels": [4] * 4}}, "can be halved 3 times"),
+        ):
+            config.model.networks = NetworksConfig(modalities=modalities)
+            with pytest.raises(ConfigError, match=message):
+                resolve_networks(config, config.model.resolve(shapes))
+        config.model.networks = NetworksConfig()
+        config.model.decoders_dist = {"image": f"{HERE}.missing", "label": "categorical"}
+        with pytest.raises(ConfigError, match=r"model\.decoders_dist\.image: .* cannot be imported"):
+            resolve_networks(config, config.model.resolve(shapes))
 
 
 class TestTrust:
