@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     import jsonargparse
     import yaml
 
-# Handled before the parser: it asks for something else than a run.
+# Handled before the parser: they ask for something else than a run.
 CHECK_OPTION = "--check"
+DRY_RUN_OPTION = "--dry_run"
 
 _PARSER_MODE = "strict_yaml"
 _MAX_SHOWN_CHARACTERS = 60
@@ -50,7 +51,9 @@ def make_parser(prog: str = "jmvae-dist train") -> jsonargparse.ArgumentParser:
         parser_mode=_PARSER_MODE,
         allow_abbrev=False,
         description="Train a JMVAE, or resume the run in output_dir.",
-        epilog=f"{CHECK_OPTION}: check configuration and data, say what would run, and exit",
+        epilog=f"{CHECK_OPTION}: check configuration and data, say what would run, and exit. {DRY_RUN_OPTION} "
+        f"[{DRY_RUN_OPTION}.ranks N] [{DRY_RUN_OPTION}.samples N]: say what the run needs (parameters, memory per "
+        "rank for each engine, steps, checkpoints) and exit; the data need not exist",
     )
     parser.add_argument("--config", action="config", help="YAML file; may be repeated, later files win")
     parser.add_class_arguments(RunConfig)

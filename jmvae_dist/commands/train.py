@@ -6,11 +6,12 @@ import os
 import uuid
 from typing import TYPE_CHECKING
 
-from jmvae_dist.config_io import CHECK_OPTION, parse_run_config
-from jmvae_dist.errors import PeerError, is_on_all_ranks
+from jmvae_dist.config_io import CHECK_OPTION, DRY_RUN_OPTION, parse_run_config
+from jmvae_dist.errors import ConfigError, PeerError, is_on_all_ranks
 from jmvae_dist.training.signals import StopSignals
 
 if TYPE_CHECKING:
+    from jmvae_dist.config import RunConfig
     from jmvae_dist.distributed.environment import ProcessInfo
     from jmvae_dist.training.setup import ResolvedRun
 
@@ -26,7 +27,10 @@ def _main(arguments: list[str], signals: StopSignals) -> int:
     # Everything up to the runtime is checked without torch and without other processes, so that a mistake is
     # one line after half a second.
     check_only = CHECK_OPTION in arguments
-    config = parse_run_config([argument for argument in arguments if argument != CHECK_OPTION])
+    arguments, dry_run = _take_dry_run([argument for argument in arguments if argument != CHECK_OPTION])
+    config = parse_run_config(arguments)
+    if dry_run is not None:
+        return _plan(config, dry_run)
     from jmvae_dist.distributed.environment import detect_process
     from jmvae_dist.training.setup import check_machine, resolve_run, summarize
 
@@ -37,6 +41,36 @@ def _main(arguments: list[str], signals: StopSignals) -> int:
     if process.rank == 0 and (check_only or "JMVAE_DIST_EXIT_CODE_FILE" not in os.environ):
         print(summarize(run, process.world_size), flush=True)
     return 0 if check_only else _train(run, process, signals)
+
+
+def _take_dry_run(arguments: list[str]) -> tuple[list[str], dict[str, int] | None]:
+    """The other arguments, and the options of a dry run by name; None without one."""
+    kept, options, asked = [], {}, False
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, has_value, value = argument.partition("=")
+        if name == DRY_RUN_OPTION and not has_value:
+            asked = True
+        elif name in (f"{DRY_RUN_OPTION}.ranks", f"{DRY_RUN_OPTION}.samples"):
+            text = value if has_value else next(remaining, "")
+            if not (text.isascii() and text.isdigit() and int(text) >= 1):
+                raise ConfigError(f"{name}: {text!r} is not allowed; it must be an integer and at least 1")
+            options[name.rpartition(".")[2]], asked = int(text), True
+        else:
+            kept.append(argument)
+    return kept, options if asked else None
+
+
+def _plan(config: RunConfig, options: dict[str, int]) -> int:
+    from jmvae_dist.distributed.environment import detect_process
+    from jmvae_dist.training.dry_run import estimate_run, render
+
+    process = detect_process()
+    num_ranks = options.get("ranks", process.world_size)
+    estimate = estimate_run(config, num_ranks, options.get("samples"))
+    if process.rank == 0:
+        print(render(estimate, config))
+    return 0
 
 
 def _train(run: ResolvedRun, process: ProcessInfo, signals: StopSignals) -> int:

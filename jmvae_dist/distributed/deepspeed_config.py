@@ -10,7 +10,7 @@ from jmvae_dist.config import DeepSpeedSection
 from jmvae_dist.errors import ConfigError
 
 # Elements per bucket. DeepSpeed's default of 5e8 allocates 2 GB of float32 per rank, several times this model.
-_BUCKET_ELEMENTS = 50_000_000
+BUCKET_ELEMENTS = 50_000_000
 # What the run's configuration decides; the same key in a user's file would silently contradict it.
 _RESERVED_KEYS = {
     "train_batch_size": "training.global_batch_size",
@@ -56,8 +56,8 @@ def build_config(engine: str, section: DeepSpeedSection, num_micro_batches: int)
     stage = int(engine.removeprefix("zero"))
     given = {} if section.config_file is None else _read_options(Path(section.config_file).expanduser())
     zero = {
-        "reduce_bucket_size": _BUCKET_ELEMENTS,
-        "allgather_bucket_size": _BUCKET_ELEMENTS,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
         **given.pop("zero_optimization", {}),
         "stage": stage,
     }

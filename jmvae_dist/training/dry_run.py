@@ -1,0 +1,275 @@
+"""What a run would need, before it has a machine: parameters, memory per rank for each engine, steps, checkpoints.
+
+The model is built on torch's meta device, which knows shapes and holds no values, so that a model of any size is
+planned on any machine. Manifests need not exist: the shapes are then those of `model.input_dims`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from jmvae_dist.config import JMVAEConfig, RunConfig
+from jmvae_dist.data.plan import default_lanes
+from jmvae_dist.distributed.deepspeed_config import BUCKET_ELEMENTS
+from jmvae_dist.distributed.engine import ForwardPass
+from jmvae_dist.errors import ConfigError
+from jmvae_dist.model import JMVAE
+from jmvae_dist.progress import format_bytes
+from jmvae_dist.schedules import epochs_to_steps
+from jmvae_dist.training.setup import resolve_networks, resolve_run
+
+ENGINES = ("ddp", "zero1", "zero2", "zero3")
+# Weights, gradients and moments are float32 with every engine and precision.
+_BYTES_PER_ELEMENT = 4
+_MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes that one rank holds throughout a step.
+
+    Args:
+        weights: With the float32 partition that zero1 and zero2 keep beside the weights.
+        gradients: After the backward pass; zero1 holds all of them during it.
+        moments: Adam's two.
+        buffers: A bucket, in which DeepSpeed reduces gradients.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.weights + self.gradients + self.moments + self.buffers
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """What a run needs.
+
+    Args:
+        networks: Parameters by network, in the model's order.
+        num_ranks: Number of processes.
+        rank_batch_size: Most samples of a step on one rank.
+        micro_batch_size: Most samples of one forward pass on one rank.
+        memory: By engine.
+        largest_layer_bytes: Weights that zero3 must at least gather at a time.
+        activation_bytes: Estimate of what autograd keeps of one forward pass; None: not known.
+        activation_problem: Why not.
+        checkpoint_bytes: Weights, buffers and moments.
+        num_samples: Of the training data; None: not known.
+        global_batch_size: Samples of a step.
+        total_steps: Of the run; None: not known.
+        origin: Where the shapes come from.
+        keep_last: Checkpoints that are kept.
+    """
+
+    networks: dict[str, int]
+    num_ranks: int
+    rank_batch_size: int
+    micro_batch_size: int
+    memory: dict[str, EngineMemory]
+    largest_layer_bytes: int
+    activation_bytes: int | None
+    activation_problem: str
+    checkpoint_bytes: int
+    num_samples: int | None
+    global_batch_size: int
+    total_steps: int | None
+    origin: str
+    keep_last: int
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model."""
+        return sum(self.networks.values())
+
+
+def estimate_run(config: RunConfig, num_ranks: int, num_samples: int | None = None) -> RunEstimate:
+    """Plan a run.
+
+    Args:
+        config: The run.
+        num_ranks: Number of processes to plan for.
+        num_samples: Size of the training data, where its manifest does not exist.
+
+    Raises:
+        ConfigError: The configuration is not sound, or there is neither a manifest nor `model.input_dims`.
+        DataError: A manifest is damaged.
+    """
+    manifest = Path(config.data.train_manifest).expanduser()
+    if manifest.exists():
+        run = resolve_run(config, num_ranks)
+        model_config, num_samples = run.model_config, run.train_manifest.num_samples
+        origin = str(manifest)
+    else:
+        model_config, origin = _without_manifest(config, num_ranks)
+    batch = config.training.global_batch_size
+    lanes = config.data.lanes or default_lanes(batch)
+    rank_batch_size = math.ceil(lanes / num_ranks) * (batch // lanes)
+    num_micro_batches = math.ceil(rank_batch_size / (config.training.micro_batch_size or rank_batch_size))
+    micro_batch_size = math.ceil(rank_batch_size / num_micro_batches)
+
+    with torch.device("meta"):
+        model = JMVAE(model_config, networks=resolve_networks(config, model_config), kernels="reference")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    activations, problem = _estimate_activations(config, model_config, micro_batch_size)
+    return RunEstimate(
+        networks={name: _count(network) for name, network in _networks(model)},
+        num_ranks=num_ranks,
+        rank_batch_size=rank_batch_size,
+        micro_batch_size=micro_batch_size,
+        memory={engine: engine_memory(engine, parameters, num_ranks) for engine in ENGINES},
+        largest_layer_bytes=_BYTES_PER_ELEMENT * max(_count(module, recurse=False) for module in model.modules()),
+        activation_bytes=activations,
+        activation_problem=problem,
+        checkpoint_bytes=(1 + _MOMENTS) * _BYTES_PER_ELEMENT * parameters + buffers,
+        num_samples=num_samples,
+        global_batch_size=batch,
+        total_steps=_total_steps(config, num_samples),
+        origin=origin,
+        keep_last=config.checkpoint.keep_last,
+    )
+
+
+def engine_memory(engine: str, num_parameters: int, num_ranks: int) -> EngineMemory:
+    """What a rank holds throughout a step with an engine, in bytes (Rajbhandari et al. 2020, all in float32).
+
+    With one rank DeepSpeed cuts nothing, and its copies come on top.
+    """
+    whole = _BYTES_PER_ELEMENT * num_parameters
+    part = _BYTES_PER_ELEMENT * math.ceil(num_parameters / num_ranks)
+    bucket = _BYTES_PER_ELEMENT * min(num_parameters, BUCKET_ELEMENTS)
+    return {
+        "ddp": EngineMemory(whole, whole, _MOMENTS * whole, 0),
+        "zero1": EngineMemory(whole + part, whole + part, _MOMENTS * part, bucket),
+        "zero2": EngineMemory(whole + part, part, _MOMENTS * part, bucket),
+        "zero3": EngineMemory(part, part, _MOMENTS * part, bucket),
+    }[engine]
+
+
+def render(estimate: RunEstimate, config: RunConfig) -> str:
+    """The estimate as text for people."""
+    width = max(map(len, estimate.networks))
+    lines = [f"parameters (shapes of {estimate.origin})"]
+    lines += [f"  {name:<{width}}  {count:>15,}" for name, count in estimate.networks.items()]
+    lines += [f"  {'together':<{width}}  {estimate.num_parameters:>15,}", "", *_schedule_lines(estimate), ""]
+    lines.append(
+        f"memory per rank, {estimate.num_ranks} rank(s) (--dry_run.ranks) with {estimate.rank_batch_size} samples "
+        f"each, in forward passes of {estimate.micro_batch_size}"
+    )
+    header = ("engine", "weights", "gradients", "moments", "buffers", "together", "+ activations*")
+    lines.append("  " + "".join(f"{name:>11}" for name in header[:-1]) + f"{header[-1]:>16}")
+    for engine, memory in estimate.memory.items():
+        with_activations = "?"
+        if estimate.activation_bytes is not None:
+            with_activations = format_bytes(memory.total + estimate.activation_bytes)
+        sizes = (memory.weights, memory.gradients, memory.moments, memory.buffers, memory.total)
+        chosen = " <- training.engine" if engine == config.training.engine.replace("zero0", "ddp") else ""
+        cells = "".join(f"{text:>11}" for text in (engine, *map(format_bytes, sizes)))
+        lines.append(f"  {cells}{with_activations:>16}{chosen}")
+    return "\n".join([*lines, "", *_notes(estimate, config)])
+
+
+def _schedule_lines(estimate: RunEstimate) -> Iterator[str]:
+    batch = estimate.global_batch_size
+    if estimate.num_samples is None:
+        yield (
+            f"steps of {batch:,} samples; per epoch: not known without a manifest (give the number of samples with "
+            "--dry_run.samples N)"
+        )
+    else:
+        epoch = estimate.num_samples / batch
+        yield f"steps of {batch:,} samples; {epoch:,.1f} per epoch of {estimate.num_samples:,} samples"
+    if estimate.total_steps is not None:
+        yield f"steps of the run: {estimate.total_steps:,}"
+    size, kept = estimate.checkpoint_bytes, estimate.keep_last
+    yield f"checkpoint: {format_bytes(size)}; the last {kept} are kept: {format_bytes(kept * size)}"
+
+
+def _notes(estimate: RunEstimate, config: RunConfig) -> Iterator[str]:
+    if estimate.activation_bytes is None:
+        yield f"* not estimated: the model does not run without values ({estimate.activation_problem})"
+    else:
+        yield (
+            f"* an estimate: {format_bytes(estimate.activation_bytes)} that autograd keeps of one forward pass in "
+            f"{config.training.precision}; workspaces, fragmentation and the device's context come on top"
+        )
+    yield (
+        f"zero3 also gathers layers while they are in use: at least {format_bytes(estimate.largest_layer_bytes)}, "
+        "and all of them where DeepSpeed's stage3_max_live_parameters allows it"
+    )
+    if "cpu" in (config.training.deepspeed.offload_optimizer, config.training.deepspeed.offload_parameters):
+        yield "training.deepspeed moves what it offloads to host memory; the table counts it on the device"
+
+
+def _without_manifest(config: RunConfig, num_ranks: int) -> tuple[JMVAEConfig, str]:
+    shapes = config.model.input_dims
+    if shapes is None:
+        raise ConfigError(
+            f"data.train_manifest: no manifest at {config.data.train_manifest}, and without it a dry run needs "
+            "model.input_dims"
+        )
+    lanes = config.data.lanes or default_lanes(config.training.global_batch_size)
+    if num_ranks > lanes:
+        raise ConfigError(f"data.lanes: {lanes} lanes cannot be shared by {num_ranks} processes, which need one each")
+    return config.model.resolve(shapes), "model.input_dims"
+
+
+def _total_steps(config: RunConfig, num_samples: int | None) -> int | None:
+    if config.training.steps is not None:
+        return config.training.steps
+    assert config.training.epochs is not None
+    if num_samples is None:
+        return None
+    batch = config.training.global_batch_size
+    return max(1, epochs_to_steps(config.training.epochs, num_samples=num_samples, global_batch_size=batch))
+
+
+def _networks(model: JMVAE) -> Iterator[tuple[str, nn.Module]]:
+    for part in ("encoders", "decoders"):
+        for name in model.modalities:
+            yield f"{part}.{name}", getattr(model, part)[name]
+    yield "joint_encoder", model.joint_encoder
+
+
+def _count(module: nn.Module, recurse: bool = True) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse))
+
+
+def _estimate_activations(config: RunConfig, model_config: JMVAEConfig, batch_size: int) -> tuple[int | None, str]:
+    """Bytes that autograd keeps of one forward pass besides the weights; or None, and why not."""
+    assert model_config.input_dims is not None
+    kept: dict[int, Tensor] = {}  # by storage, which must live for its address to stay its own
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    # Tensors of the meta device that claim to be on another one: autocast does not know meta itself.
+    try:
+        with FakeTensorMode():
+            networks = resolve_networks(config, model_config)
+            model = ForwardPass(
+                JMVAE(model_config, networks=networks, kernels="reference"), config.training.precision, "cpu"
+            )
+            inputs = {name: torch.empty(batch_size, *shape) for name, shape in model_config.input_dims.items()}
+            noise = torch.empty(batch_size, model_config.latent_dim)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss_sum, _ = model(inputs, noise=noise, check_inputs=False)
+            assert loss_sum.requires_grad
+            weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    except Exception as error:  # a network of the user's may look at values
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights), ""

@@ -1,0 +1,145 @@
+"""The dry run: what a model needs, without data, weights or the cluster it is meant for."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jmvae_dist.commands.train import main
+from jmvae_dist.config import DataSection, ModelSection, NetworksConfig, RunConfig, TrainingSection
+from jmvae_dist.config_io import parse_run_config
+from jmvae_dist.errors import ConfigError
+from jmvae_dist.model import JMVAE
+from jmvae_dist.training.dry_run import engine_memory, estimate_run, render
+from jmvae_dist.training.setup import resolve_run
+from tests.conftest import ROOT
+from tests.unit.model import user_networks
+
+SHAPES = {"picture": (3, 16, 16), "caption": (8, 11), "label": (4,)}
+DISTRIBUTIONS = {"picture": "normal", "caption": "categorical", "label": "categorical"}
+KINDS: dict[str, dict[str, Any]] = {
+    "picture": {"kind": "conv", "channels": [8, 16]},
+    "caption": {"kind": "transformer", "embedding_dim": 16, "layers": 2, "heads": 2},
+}
+
+
+def make_config(modalities: dict[str, dict[str, Any]] | None = None, **training: Any) -> RunConfig:
+    model = ModelSection(
+        latent_dim=3,
+        input_dims=dict(SHAPES),
+        decoders_dist=dict(DISTRIBUTIONS),
+        networks=NetworksConfig([8], [8], [8], modalities=KINDS if modalities is None else modalities),
+    )
+    training = {"global_batch_size": 24, "epochs": 2, **training}
+    return RunConfig("runs/none", DataSection("nowhere/manifest.json"), TrainingSection(**training), model)
+
+
+def test_it_counts_what_a_real_model_has_and_keeps() -> None:
+    estimate = estimate_run(make_config(micro_batch_size=3), num_ranks=4, num_samples=100)
+    config = make_config().model
+    model = JMVAE(config.resolve(dict(SHAPES)), networks=config.networks)
+    assert estimate.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert list(estimate.networks) == [
+        *(f"encoders.{name}" for name in SHAPES),
+        *(f"decoders.{name}" for name in SHAPES),
+        "joint_encoder",
+    ]
+    assert (estimate.rank_batch_size, estimate.micro_batch_size) == (6, 3)
+    assert estimate.total_steps == math.ceil(2 * 100 / 24)
+    assert estimate.checkpoint_bytes == 12 * estimate.num_parameters
+
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    inputs = {name: torch.rand(3, *shape) for name, shape in SHAPES.items()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(inputs, check_inputs=False)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    measured = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
+    assert estimate.activation_bytes == pytest.approx(measured, rel=0.02)
+
+
+def test_activations_follow_batch_and_precision() -> None:
+    def activations(size: int, precision: str) -> int:
+        estimate = estimate_run(make_config(micro_batch_size=size, precision=precision), 1)
+        assert estimate.activation_bytes is not None
+        return estimate.activation_bytes
+
+    assert activations(8, "fp32") == 4 * activations(2, "fp32")
+    # Autocast also keeps 16-bit copies of the weights, whatever the batch.
+    per_sample = (activations(8, "bf16") - activations(2, "bf16")) / 6
+    assert 0.5 < per_sample / (activations(2, "fp32") / 2) < 0.95
+
+
+def test_zero_cuts_one_thing_after_the_other() -> None:
+    ddp, *zero = (engine_memory(engine, 10**9, 64) for engine in ("ddp", "zero1", "zero2", "zero3"))
+    assert ddp.total == 16 * 10**9
+    assert [memory.moments for memory in zero] == [ddp.moments // 64] * 3
+    assert zero[0].gradients > ddp.gradients > zero[1].gradients == zero[2].gradients == ddp.gradients // 64
+    assert zero[1].weights > ddp.weights > zero[2].weights == ddp.weights // 64
+    assert ddp.total > zero[0].total > zero[1].total > zero[2].total
+
+
+def test_networks_that_need_values_are_said_to_be_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def looks_at_values(self: user_networks.Decoder, z: torch.Tensor) -> torch.Tensor:
+        return self.layer(z).unflatten(-1, self.shape) * float(z.detach().sum())
+
+    monkeypatch.setattr(user_networks.Decoder, "forward", looks_at_values)
+    own = {**KINDS, "label": {"decoder": {"class_path": "tests.unit.model.user_networks.Decoder"}}}
+    estimate = estimate_run(make_config(own), 2)
+    assert estimate.activation_bytes is None
+    assert "not estimated" in render(estimate, make_config(own))
+
+
+def test_without_manifest_and_shapes() -> None:
+    config = make_config()
+    config.model.input_dims = None
+    with pytest.raises(ConfigError, match=r"no manifest at nowhere/manifest\.json, .* model\.input_dims"):
+        estimate_run(config, 1)
+    with pytest.raises(ConfigError, match=r"data\.lanes: 24 lanes cannot be shared by 25"):
+        estimate_run(make_config(), 25)
+
+
+def test_with_a_manifest(digits: Path) -> None:
+    manifest = str(digits / "train" / "manifest.json")
+    arguments = ["--config", str(ROOT / "configs" / "digits.yaml"), "--data.train_manifest", manifest]
+    config = parse_run_config([*arguments, "--data.eval_manifest", "null"])
+    estimate, run = estimate_run(config, 2), resolve_run(config, 2)
+    assert estimate.num_samples == run.train_manifest.num_samples
+    assert estimate.total_steps == run.total_steps
+    assert estimate.origin == manifest
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("polymnist", 25e6), ("image_text", 1.1e9)])
+def test_shipped_configurations_without_their_data(
+    name: str, parameters: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", str(ROOT / "configs" / f"{name}.yaml")]
+    assert main([*arguments, "--dry_run.ranks", "64", "--dry_run.samples=12000000", "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    together = next(line for line in text.splitlines() if line.split()[0:1] == ["together"])
+    assert float(together.split()[1].replace(",", "")) == pytest.approx(parameters, rel=0.1)
+    assert "per epoch of 12,000,000 samples" in text
+    assert "64 rank(s)" in text
+    assert "not estimated" not in text
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--dry_run.ranks", "0"], r"--dry_run\.ranks: '0'"),
+        (["--dry_run.samples"], r"--dry_run\.samples: ''"),
+        (["--dry_run.ranks=-2"], "'-2'"),
+        (["--dry_run=3"], "dry_run: unknown key"),
+    ],
+)
+def test_mistakes(option: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(["--config", str(ROOT / "configs" / "digits.yaml"), *option])
