@@ -69,28 +69,46 @@ def export_model(source: Path, out: Path, *, trusted: Collection[str] = ()) -> P
         CheckpointError: The source is not intact, `out` exists and is not empty, or it cannot be written.
         ConfigError: The model needs code that is not trusted; see `load_model`.
     """
+    check_empty(out)
+    checkpoint, manifest = find_intact(source)
+    model = model_from_checkpoint(checkpoint, manifest, trusted=trusted)
+    origin = {"global_step": manifest.global_step, "versions": manifest.versions}
+    return write_export(out, model, {"model": manifest.model, "modalities": manifest.modalities, **origin})
+
+
+def check_empty(out: Path) -> None:
+    """Refuse to write over something.
+
+    Raises:
+        CheckpointError: `out` exists and is not an empty directory.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out}: exists and is not an empty directory; choose another --out")
+
+
+def write_export(out: Path, model: nn.Module, description: dict[str, Any]) -> Path:
+    """Write a model and what it is.
+
+    Args:
+        out: An empty directory, or the place of one.
+        model: With all its weights.
+        description: `model` (`ResolvedRun.describe_model`), `modalities`, and whatever else is worth keeping.
+
+    Raises:
+        CheckpointError: The weights cannot be written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out}: exists and is not an empty directory; choose another --out")
-    checkpoint, manifest = find_intact(source)
-    model = model_from_checkpoint(checkpoint, manifest, trusted=trusted)
     out.mkdir(parents=True, exist_ok=True)
     try:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out / WEIGHTS_NAME)
     except SafetensorError as error:
         raise CheckpointError(f"{out / WEIGHTS_NAME}: cannot be written ({error})") from error
-    description = {
-        "format_version": EXPORT_FORMAT_VERSION,
-        "model": manifest.model,
-        "modalities": manifest.modalities,
-        "global_step": manifest.global_step,
-        "versions": manifest.versions,
-        "weights_sha256": sha256_of(out / WEIGHTS_NAME),
-    }
+    weights = {"weights_sha256": sha256_of(out / WEIGHTS_NAME)}
     # Written last: a directory without it is not an export.
-    write_text_atomic(out / CONFIG_NAME, json.dumps(description, indent=2) + "\n")
+    text = json.dumps({"format_version": EXPORT_FORMAT_VERSION, **description, **weights}, indent=2)
+    write_text_atomic(out / CONFIG_NAME, text + "\n")
     return out
 
 

@@ -1,4 +1,4 @@
-"""`jmvae-dist checkpoint list|verify|export`."""
+"""`jmvae-dist checkpoint list|verify|export|import`."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from jmvae_dist.errors import CheckpointError, ConfigError
 
 
 def main(arguments: list[str]) -> int:
-    """List, verify or export checkpoints; `verify` returns 1 if anything is damaged."""
-    parser = make_parser("jmvae-dist checkpoint", "List, verify and export checkpoints.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|verify|export")
+    """List, verify, export or import models; `verify` returns 1 if anything is damaged."""
+    parser = make_parser("jmvae-dist checkpoint", "List, verify and export checkpoints; import models of MultiVae.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="list|verify|export|import")
     for verb, summary in (
         ("list", "steps, sizes and origin"),
         ("verify", "check every file's sha256"),
-        ("export", "write model.safetensors and config.json"),
+        ("export", "write model.safetensors and config.json, or a folder of MultiVae"),
+        ("import", "make an export of a folder of MultiVae"),
     ):
         subparser = verbs.add_parser(verb, help=summary)
-        subparser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
-        if verb == "export":
+        subparser.add_argument("path", type=Path, metavar="FOLDER" if verb == "import" else "RUN_OR_CHECKPOINT")
+        if verb in ("export", "import"):
             subparser.add_argument("--out", type=Path, required=True, metavar="DIR")
+        if verb == "export":
+            subparser.add_argument("--format", choices=("safetensors", "multivae"), default="safetensors")
     options = parser.parse_args(arguments)
     if not options.path.is_dir():
         raise ConfigError(f"{options.path}: no such directory; give a run directory or a checkpoint")
-    if options.verb == "export":
-        return _export(options)
+    if options.verb in ("export", "import"):
+        return _export(options) if options.verb == "export" else _import(options)
     checkpoints = _checkpoints_at(options.path)
     return _list(checkpoints) if options.verb == "list" else _verify(checkpoints)
 
@@ -77,8 +80,22 @@ def _verify(checkpoints: list[Path]) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    if options.format == "multivae":
+        from jmvae_dist.checkpoint.multivae import export_multivae
+
+        out = export_multivae(options.path, options.out)
+        print(f"exported to {out}; load it with multivae.models.AutoModel.load_from_folder({str(out)!r})")
+        return 0
     from jmvae_dist.checkpoint.export import export_model
 
     out = export_model(options.path, options.out)
     print(f"exported to {out}; load it with jmvae_dist.load_model({str(out)!r})")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from jmvae_dist.checkpoint.multivae import import_multivae
+
+    out = import_multivae(options.path, options.out)
+    print(f"imported to {out}; load it with jmvae_dist.load_model({str(out)!r})")
     return 0

@@ -77,6 +77,9 @@ class GaussianHeads(nn.Linear):
         super().__init__(num_features, 2 * latent_dim)
         self.sigma = sigma
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, sigma={self.sigma}"
+
     def gaussian(self, features_BF: Tensor) -> GaussianParams:
         """Mean and log-variance, each (B, D)."""
         mu_BD, h_BD = self(features_BF).chunk(2, dim=-1)
@@ -139,6 +142,9 @@ class MLPDecoder(nn.Module):
         self.ends_in_sigmoid = output == "sigmoid"
         self.hidden = MLP(latent_dim, hidden_dims, activation, layer_norm)
         self.output = nn.Linear(hidden_dims[-1], math.prod(shape))
+
+    def extra_repr(self) -> str:
+        return "ends in a sigmoid" if self.ends_in_sigmoid else ""
 
     def forward(self, z: Tensor) -> Tensor:
         decoded = self.output(self.hidden(z)).unflatten(-1, self.shape)
