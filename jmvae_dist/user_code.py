@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from jmvae_dist.errors import ConfigError
@@ -47,7 +48,9 @@ def import_object(key: str, path: str) -> Any:
         raise ConfigError(f"{key}: {path} cannot be imported ({error}); is its folder in PYTHONPATH?") from None
 
 
-def constructor(key: str, settings: Mapping[str, Any], offered: Mapping[str, Any]) -> tuple[type, dict[str, Any]]:
+def constructor(
+    key: str, settings: Mapping[str, Any], offered: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[type, dict[str, Any]]:
     """The class of a `{class_path, init_args}` section and its arguments, which are checked against its signature.
 
     Args:
@@ -72,7 +75,7 @@ def constructor(key: str, settings: Mapping[str, Any], offered: Mapping[str, Any
     return kind, arguments
 
 
-def construct(key: str, settings: Mapping[str, Any], offered: Mapping[str, Any]) -> Any:
+def construct(key: str, settings: Mapping[str, Any], offered: Mapping[str, Any] = MappingProxyType({})) -> Any:
     """An instance of the class that a `{class_path, init_args}` section names; see `constructor`.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from jmvae_dist.commands.cli import make_parser
+from jmvae_dist.commands.cli import add_trust_option, make_parser
 from jmvae_dist.errors import CheckpointError, ConfigError
 
 
@@ -25,6 +25,7 @@ def main(arguments: list[str]) -> int:
             subparser.add_argument("--out", type=Path, required=True, metavar="DIR")
         if verb == "export":
             subparser.add_argument("--format", choices=("safetensors", "multivae"), default="safetensors")
+            add_trust_option(subparser)
     options = parser.parse_args(arguments)
     if not options.path.is_dir():
         raise ConfigError(f"{options.path}: no such directory; give a run directory or a checkpoint")
@@ -83,12 +84,12 @@ def _export(options: argparse.Namespace) -> int:
     if options.format == "multivae":
         from jmvae_dist.checkpoint.multivae import export_multivae
 
-        out = export_multivae(options.path, options.out)
+        out = export_multivae(options.path, options.out, trusted=options.trust_class)
         print(f"exported to {out}; load it with multivae.models.AutoModel.load_from_folder({str(out)!r})")
         return 0
     from jmvae_dist.checkpoint.export import export_model
 
-    out = export_model(options.path, options.out)
+    out = export_model(options.path, options.out, trusted=options.trust_class)
     print(f"exported to {out}; load it with jmvae_dist.load_model({str(out)!r})")
     return 0
 

@@ -25,13 +25,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def add_trust_option(parser: argparse.ArgumentParser) -> None:
-    """`--trust-class`: a checkpoint may name the user's own transforms, but not decide that they run."""
+    """`--trust-class`: a checkpoint may name code of the user's, but not decide that it runs."""
     parser.add_argument(
         "--trust-class",
         action="append",
         default=[],
         metavar="MODULE.CLASS",
-        help="a transform or tokenizer of yours that the run was trained with and that may be imported; repeatable",
+        help="a class or function of yours that the run was trained with and that may be imported; repeatable",
     )
 
 

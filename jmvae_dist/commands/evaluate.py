@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
             manifest = Manifest.load(options.manifest)
             described = read_manifest(checkpoint)
             views = evaluation_views(described.modalities, manifest, "--manifest", trusted=options.trust_class)
-            model = model_from_checkpoint(checkpoint, described).to(runtime.device)
+            model = model_from_checkpoint(checkpoint, described, trusted=options.trust_class).to(runtime.device)
             _check_metrics(options.metrics, model)
         metrics = _evaluate(options, runtime, model, manifest, views)
         if runtime.is_main:

@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     from jmvae_dist.evaluation.figures import save_png
     from jmvae_dist.files import writing_atomic
 
-    model, described = load_described(options.path)
+    model, described = load_described(options.path, trusted=options.trust_class)
     given = _given_modalities(options.given, model.modalities)
     tensors, figure = _sample_given(options, model, described, given) if given else _sample_prior(options, model)
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
@@ -110,6 +110,12 @@ def _sample_given(
     # Modalities that are not given are shown beside the generated ones where the manifest has them.
     available = {modality.name for modality in manifest.modalities}
     wanted = [name for name in model.modalities if name in given or name in available]
+    unknown = [name for name in wanted if name not in described]
+    if unknown:
+        raise ConfigError(
+            f"--given: {options.path} does not say how {unknown[0]!r} is stored, as its model comes from elsewhere; "
+            "give it tensors in Python, with jmvae_dist.load_model"
+        )
     expected = {name: described[name] for name in wanted}
     views = evaluation_views(expected, manifest, "--manifest", trusted=options.trust_class)
     access = remote_access(options)

@@ -9,7 +9,6 @@ Shape suffix: B samples.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from jmvae_dist.data.manifest import Modality, one_hot
 from jmvae_dist.data.philox import PURPOSE_EVALUATION_TRANSFORM, PURPOSE_TRAIN_TRANSFORM, uniform_words
 from jmvae_dist.data.tokenizers import Tokenizer
 from jmvae_dist.errors import ConfigError, DataError
+from jmvae_dist.user_code import check_trusted, construct
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -354,23 +354,9 @@ def _user_object(key: str, settings: Mapping[str, Any], trusted: Collection[str]
     Raises:
         ConfigError: it is not trusted, does not exist, or cannot be built.
     """
-    path = settings["class_path"]
-    if trusted is not None and path not in trusted:
-        raise ConfigError(
-            f"{key}: the run was trained with your class {path}; it is code, which no checkpoint may choose to run: "
-            f"add --trust-class {path}"
-        )
-    module, _, name = path.rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"{key}.class_path: {path} cannot be imported ({error}); is its folder in PYTHONPATH?"
-        ) from None
-    try:
-        return kind(**(settings.get("init_args") or {}))
-    except Exception as error:  # whatever the user's class objects to
-        raise ConfigError(f"{key}: {path} cannot be built: {type(error).__name__}: {error}") from error
+    if trusted is not None:
+        check_trusted({key: settings["class_path"]}, trusted)
+    return construct(key, settings)
 
 
 def _modality_key(seed: int, name: str) -> int:

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jmvae_dist.config import JMVAEConfig, RunConfig
 from jmvae_dist.data.plan import default_lanes
+from jmvae_dist.data.urls import is_remote, shown
 from jmvae_dist.distributed.deepspeed_config import BUCKET_ELEMENTS
 from jmvae_dist.distributed.engine import ForwardPass
 from jmvae_dist.errors import ConfigError
@@ -107,11 +108,11 @@ def estimate_run(config: RunConfig, num_ranks: int, num_samples: int | None = No
         ConfigError: The configuration is not sound, or there is neither a manifest nor `model.input_dims`.
         DataError: A manifest is damaged.
     """
-    manifest = Path(config.data.train_manifest).expanduser()
-    if manifest.exists():
+    manifest = config.data.train_manifest
+    if is_remote(manifest) or Path(manifest).expanduser().exists():
         run = resolve_run(config, num_ranks)
         model_config, num_samples = run.model_config, run.train_manifest.num_samples
-        origin = str(manifest)
+        origin = shown(manifest)
     else:
         model_config, origin = _without_manifest(config, num_ranks)
     batch = config.training.global_batch_size

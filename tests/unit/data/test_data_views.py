@@ -109,7 +109,7 @@ def test_images_of_any_size_need_a_resize() -> None:
         (PHOTO, [{"name": "scale"}, {"name": "resize", "size": [2, 2]}], r"photo\[1\]: resize .* comes first"),
         (X, [own("Missing")], "Missing cannot be imported"),
         (X, [{"class_path": "no_such_module_here.Missing"}], "cannot be imported"),
-        (X, [own("AddPosition", wrong=1)], "cannot be built: TypeError"),
+        (X, [own("AddPosition", wrong=1)], "does not take them .*'wrong'"),
     ],
     ids=["array", "second", "no_class", "no_module", "init_args"],
 )

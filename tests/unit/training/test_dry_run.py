@@ -117,7 +117,7 @@ def test_with_a_manifest(digits: Path) -> None:
     assert estimate.origin == manifest
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("polymnist", 25e6), ("image_text", 1.1e9)])
+@pytest.mark.parametrize(("name", "parameters"), [("polymnist", 27e6), ("image_text", 1.1e9), ("mnist", 3.1e6)])
 def test_shipped_configurations_without_their_data(
     name: str, parameters: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
