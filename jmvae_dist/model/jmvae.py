@@ -255,7 +255,7 @@ class JMVAE(nn.Module):
         names = self._select("cond_mod", cond_mod)
         _check_count("N", N)
         with _gradient(with_gradient):
-            if mask is None:
+            if not mask:
                 self._check(inputs, names, check_inputs)
                 posterior = self._posterior(inputs, names, prior_expert)
             else:

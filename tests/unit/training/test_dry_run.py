@@ -122,12 +122,12 @@ def test_shipped_configurations_without_their_data(
     name: str, parameters: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--config", str(ROOT / "configs" / f"{name}.yaml")]
-    assert main([*arguments, "--dry_run.ranks", "64", "--dry_run.samples=12000000", "--dry_run"]) == 0
+    assert main([*arguments, "--dry_run.ranks", "32", "--dry_run.samples=12000000", "--dry_run"]) == 0
     text = capsys.readouterr().out
     together = next(line for line in text.splitlines() if line.split()[0:1] == ["together"])
     assert float(together.split()[1].replace(",", "")) == pytest.approx(parameters, rel=0.1)
     assert "per epoch of 12,000,000 samples" in text
-    assert "64 rank(s)" in text
+    assert "32 rank(s)" in text
     assert "not estimated" not in text
 
 
