@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from jmvae_dist.config import is_integer
+from jmvae_dist.checks import is_integer
 from jmvae_dist.errors import CheckpointError
 from jmvae_dist.files import fsync_path, sha256_of, write_text_atomic
 
