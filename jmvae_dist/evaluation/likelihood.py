@@ -7,20 +7,12 @@ floating-point sums.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from jmvae_dist.kernels.noise import Stream, normal_noise
+from jmvae_dist.kernels.noise import KeyedNoise, Stream, normal_noise
 from jmvae_dist.model import JMVAE
 from jmvae_dist.model.objective import metric_keys
-
-# Elements, of all modalities together, that are decoded at once while importance sampling: bounds the memory for
-# any batch size and any sample size.
-_ELEMENTS_PER_CHUNK = 1 << 24
-# A latent counts as at least this many elements: the hidden layers of a decoder need memory too.
-_MIN_ELEMENTS_PER_LATENT = 1 << 10
 
 
 def companion_key(key: str, suffix: str) -> str:
@@ -77,24 +69,8 @@ def likelihood_sums(
 def _importance_sampled_nlls(
     model: JMVAE, inputs: dict[str, Tensor], rows: Tensor, seed: int, num_draws: int
 ) -> dict[str, Tensor]:
-    """`joint_nll` and `marginal_nll/<m>` of every sample, (B,) each, in blocks of samples and draws."""
+    """`joint_nll` and `marginal_nll/<m>` of every sample, (B,) each."""
     groups = {"joint_nll": model.modalities, **{f"marginal_nll/{name}": [name] for name in model.modalities}}
-    elements = sum(math.prod(inputs[name].shape[1:]) for name in model.modalities)
-    latents = max(1, _ELEMENTS_PER_CHUNK // max(elements, _MIN_ELEMENTS_PER_LATENT))
-    blocks = []
-    # An empty batch is one empty block.
-    for start in range(0, max(1, len(rows)), latents):
-        block = {name: tensor[start : start + latents] for name, tensor in inputs.items()}
-        block_rows = rows[start : start + latents]
-
-        def importance_noise(draws: range, block_rows: Tensor = block_rows) -> Tensor:
-            noise = [normal_noise(seed, draw, block_rows, model.latent_dim, Stream.IMPORTANCE) for draw in draws]
-            return torch.stack(noise)
-
-        draws_at_once = max(1, latents // max(1, len(block_rows)))
-        blocks.append(
-            model.compute_joint_nlls(
-                block, groups, num_draws, draws_at_once, noise=importance_noise, check_inputs=False
-            )
-        )
-    return {key: torch.cat([nlls[key] for nlls in blocks]) for key in groups}
+    noise = KeyedNoise(seed, 0, rows, Stream.IMPORTANCE)
+    estimates = model.estimate_nlls(inputs, groups, K=num_draws, noise=noise, check_inputs=False)
+    return {key: estimate.nll for key, estimate in estimates.items()}

@@ -85,6 +85,11 @@ class KeyedNoise(NamedTuple):
         """The noise itself: float32, shape (B, dim)."""
         return normal_noise(self.seed, self.global_step, self.rows, dim, self.stream)
 
+    def draw_steps(self, offsets: range, dim: int) -> Tensor:
+        """The noise of the steps `global_step + offsets`: float32, shape (len(offsets), B, dim)."""
+        steps = range(self.global_step + offsets.start, self.global_step + offsets.stop)
+        return normal_noise_of_steps(self.seed, steps, self.rows, dim, self.stream)
+
 
 def check_key(key: KeyedNoise) -> None:
     """Refuse numbers out of range: two different ones would otherwise get the same noise.
@@ -120,12 +125,24 @@ def normal_noise(seed: int, global_step: int, rows: Tensor, dim: int, stream: in
     Raises:
         ValueError: An argument is out of range: two different ones would otherwise get the same noise.
     """
-    check_key(KeyedNoise(seed, global_step, rows, stream))
+    return normal_noise_of_steps(seed, range(global_step, global_step + 1), rows, dim, stream)[0]
+
+
+def normal_noise_of_steps(seed: int, steps: range, rows: Tensor, dim: int, stream: int = Stream.LATENT) -> Tensor:
+    """`normal_noise` of consecutive steps at once: float32, shape (len(steps), B, dim).
+
+    Raises:
+        ValueError: As `normal_noise`, or `steps` is empty or not consecutive.
+    """
+    if len(steps) < 1 or steps.step != 1:
+        raise ValueError(f"steps: {steps} must be consecutive and at least one")
+    for step in (steps.start, steps.stop - 1):
+        check_key(KeyedNoise(seed, step, rows, stream))
     groups = torch.arange((dim + 3) // 4, device=rows.device)
-    step_and_stream = (global_step & _WORD_MASK, int(stream) << 16 | global_step >> 32)
     # Filled on the device: copying numbers from the host would make it wait.
-    words = [torch.full((1, 1), word, dtype=torch.int64, device=rows.device) for word in step_and_stream]
-    counter = [groups[None, :], (rows & _WORD_MASK)[:, None], *words]
+    steps_S11 = torch.arange(steps.start, steps.stop, device=rows.device)[:, None, None]
+    words = (steps_S11 & _WORD_MASK, steps_S11 >> 32 | int(stream) << 16)
+    counter = [groups[None, None, :], (rows & _WORD_MASK)[None, :, None], *words]
     w0, w1, w2, w3 = _philox(counter, [seed & _WORD_MASK, seed >> 32])
     normals = torch.stack((*_box_muller(w0, w1), *_box_muller(w2, w3)), dim=-1)
-    return normals.flatten(1)[:, :dim]
+    return normals.flatten(2)[..., :dim]

@@ -6,9 +6,8 @@ Shape suffixes: B batch, D latent dimension, M modalities, N samples per data po
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.kernels.gaussian import gaussian_kl_terms, product_of_experts
 from jmvae_dist.kernels.noise import KeyedNoise
 from jmvae_dist.kernels.reference import computation_dtype
+from jmvae_dist.model.importance import PRIOR_TERM, DecodingChunks, LogWeightSums, NLLEstimate
 from jmvae_dist.model.inputs import check_structure, check_values, per_sample, require_tensor
 from jmvae_dist.model.likelihoods import build_likelihood, log_prob
 from jmvae_dist.model.modules import GaussianParams, module_dict
@@ -354,9 +354,7 @@ class JMVAE(nn.Module):
         batch_size_K: int = 100,
         *,
         modalities: Modalities = "all",
-        noise: DrawNoise | None = None,
-        generator: torch.Generator | None = None,
-        check_inputs: bool = True,
+        **options: Any,
     ) -> Tensor:
         """-log p(x) in nats, (B,), by importance sampling with the joint posterior as proposal.
 
@@ -365,41 +363,47 @@ class JMVAE(nn.Module):
         Args:
             inputs: Every modality, (B, *shape).
             K: Importance samples per data point; the estimate is above -log p(x) on average and falls with K.
-            batch_size_K: Samples decoded together; bounds the memory.
+            batch_size_K: At most this many draws are decoded together.
             modalities: The modalities whose joint likelihood is estimated; the proposal always sees all.
-                Suzuki et al. (2016) report log p(image) in this way.
-            noise: Noise of given draws; drawn if None.
-            generator: Generator to draw the noise from, on the model's device.
-            check_inputs: Check the values too; shapes are always checked.
+            **options: `memory_budget_bytes`, `noise`, `generator`, `check_inputs`: see `estimate_nlls`, which
+                also returns standard errors.
         """
         groups = {"joint": self._select("modalities", modalities)}
-        options: dict[str, Any] = {"noise": noise, "generator": generator, "check_inputs": check_inputs}
-        return self.compute_joint_nlls(inputs, groups, K, batch_size_K, **options)["joint"]
+        return self._nlls(inputs, groups, "all", K, batch_size_K, options)["joint"]
 
-    @torch.no_grad()
-    def compute_joint_nlls(
+    def compute_marginal_nll(
         self,
         inputs: dict[str, Tensor],
-        groups: dict[str, list[str]],
+        modality: str,
         K: int = 1000,
         batch_size_K: int = 100,
         *,
-        noise: DrawNoise | None = None,
-        generator: torch.Generator | None = None,
-        check_inputs: bool = True,
-    ) -> dict[str, Tensor]:
-        """`compute_joint_nll` for several groups of modalities from the same samples: {group: (B,)}.
+        proposal: Literal["joint", "unimodal"] = "joint",
+        **options: Any,
+    ) -> Tensor:
+        """-log p(x_m) of one modality in nats, (B,), by importance sampling.
+
+        ``log p(x_m) ~ log 1/K sum_k p(x_m | z_k) p(z_k) / q(z_k)``, with z_k from the proposal q.
+
+        Args:
+            inputs: The modality (B, *shape), and for the joint proposal all others too.
+            modality: Its name.
+            K: Importance samples per data point.
+            batch_size_K: At most this many draws are decoded together.
+            proposal: q: `joint` is the joint posterior q(z | x_1 ... x_M), which Suzuki et al. (2016) report;
+                `unimodal` is q(z | x_m), which does not look at the other modalities. Both estimate the same
+                number; where the model's posteriors fit badly, they need different K.
+            **options: `memory_budget_bytes`, `noise`, `generator`, `check_inputs`: see `estimate_nlls`.
 
         Raises:
-            ConfigError: A group names no or unknown modalities, or K or batch_size_K is below 1.
-            DataError: Names, dtypes, shapes or values of the inputs are wrong.
+            ConfigError: The modality or the proposal is unknown.
         """
-        groups = {key: self._select(f"groups.{key}", names) for key, names in groups.items()}
-        self._check(inputs, self.modalities, check_inputs)
-        proposal = self._encode_joint(inputs)
-        return self._monte_carlo_nll(inputs, proposal, groups, True, K, batch_size_K, noise, generator)
+        if proposal not in ("joint", "unimodal"):
+            raise ConfigError(f"proposal: {proposal!r} is not allowed; it must be 'joint' or 'unimodal'")
+        (name,) = self._select("modality", [modality])
+        given = "all" if proposal == "joint" else name
+        return self._nlls(inputs, {name: [name]}, given, K, batch_size_K, options)[name]
 
-    @torch.no_grad()
     def compute_cond_nll(
         self,
         inputs: dict[str, Tensor],
@@ -409,9 +413,7 @@ class JMVAE(nn.Module):
         batch_size_K: int = 100,
         *,
         prior_expert: bool = False,
-        noise: DrawNoise | None = None,
-        generator: torch.Generator | None = None,
-        check_inputs: bool = True,
+        **options: Any,
     ) -> dict[str, Tensor]:
         """-log p(x_m | x_cond) in nats, {m: (B,)}, by sampling z from the posterior given `cond_mod`.
 
@@ -422,18 +424,127 @@ class JMVAE(nn.Module):
             cond_mod: What to condition on; see `encode`.
             pred_mods: What to predict: "all", a name, or several names.
             K: Samples per data point.
-            batch_size_K: Samples decoded together; bounds the memory.
+            batch_size_K: At most this many draws are decoded together.
             prior_expert: See `encode`.
-            noise: Noise of given draws; drawn if None.
-            generator: Generator to draw the noise from, on the model's device.
-            check_inputs: Check the values too; shapes are always checked.
+            **options: `memory_budget_bytes`, `noise`, `generator`, `check_inputs`: see `estimate_nlls`.
         """
-        given, predicted = self._select("cond_mod", cond_mod), self._select("pred_mods", pred_mods)
-        required = [name for name in self.modalities if name in given or name in predicted]
-        self._check(inputs, required, check_inputs)
+        groups = {name: [name] for name in self._select("pred_mods", pred_mods)}
+        options |= {"conditional": True, "prior_expert": prior_expert}
+        return self._nlls(inputs, groups, cond_mod, K, batch_size_K, options)
+
+    @torch.no_grad()
+    def estimate_nlls(
+        self,
+        inputs: dict[str, Tensor],
+        groups: dict[str, list[str]],
+        proposal: Modalities = "all",
+        *,
+        conditional: bool = False,
+        K: int = 1000,
+        batch_size_K: int | None = None,
+        memory_budget_bytes: int | None = None,
+        prior_expert: bool = False,
+        noise: DrawNoise | KeyedNoise | None = None,
+        generator: torch.Generator | None = None,
+        check_inputs: bool = True,
+    ) -> dict[str, NLLEstimate]:
+        """Negative log-likelihoods of several groups of modalities from the same draws, with standard errors.
+
+        With z_1 ... z_K from the posterior q given the modalities `proposal`, it is ``-log 1/K sum_k w_k``, with
+        ``w_k = p(x_group | z_k) p(z_k) / q(z_k)``, or with ``w_k = p(x_group | z_k)`` if `conditional`. Terms
+        are computed in the model's precision and added up in float64.
+
+        Args:
+            inputs: The modalities of `proposal` and of all groups, (B, *shape) each.
+            groups: Names of the modalities whose joint likelihood is wanted, by any key.
+            proposal: Whose posterior the draws come from; see `encode`.
+            conditional: Estimate -log p(x_group | x_proposal), not -log p(x_group).
+            K: Draws per data point.
+            batch_size_K: At most this many draws are decoded together; None: as many as the budget permits.
+            memory_budget_bytes: About how much memory decoding may take; None: 2 MiB on a CPU, whose caches
+                that suits, 1 GiB elsewhere. A single latent is always decoded, whatever it takes.
+            prior_expert: See `encode`.
+            noise: Where standard normal noise comes from. A key: draw k of sample b is noise of the step
+                `global_step + k` and of `rows[b]`, which depends on no chunk, batch or rank. A function: it
+                gets a range of draws and returns (n, B, D). None: drawn from `generator`; the result then
+                depends on the chunks.
+            generator: Generator to draw the noise from, on the model's device; None: torch's own.
+            check_inputs: Check the values too; shapes are always checked.
+
+        Raises:
+            ConfigError: A group or the proposal names no or unknown modalities, or a number is below 1.
+            DataError: Names, dtypes, shapes or values of the inputs are wrong.
+        """
+        given = self._select("proposal", proposal)
+        groups = {key: self._select(f"groups.{key}", names) for key, names in groups.items()}
+        predicted = [name for name in self.modalities if any(name in group for group in groups.values())]
+        self._check(inputs, [name for name in self.modalities if name in given + predicted], check_inputs)
+        _check_count("K", K)
+        for key, value in (("batch_size_K", batch_size_K), ("memory_budget_bytes", memory_budget_bytes)):
+            if value is not None:
+                _check_count(key, value)
         posterior = self._posterior(inputs, given, prior_expert)
-        groups = {name: [name] for name in predicted}
-        return self._monte_carlo_nll(inputs, posterior, groups, False, K, batch_size_K, noise, generator)
+        chunks = DecodingChunks(self.decoders, predicted, memory_budget_bytes, batch_size_K, posterior.mu.device)
+        sums = {key: LogWeightSums(posterior.mu) for key in groups}
+        num_samples, start = len(posterior.mu), 0
+        while start < K:
+            stop = min(K, start + chunks.noise_draws(num_samples, self.latent_dim))
+            noise_KBD = self._draws(range(start, stop), posterior, noise, generator)
+            for draws, block in chunks.cut(stop - start, num_samples):
+                with chunks.measured():
+                    terms = self._log_weights(
+                        inputs, posterior, predicted, noise_KBD[draws, block], block, conditional
+                    )
+                for key, group in groups.items():
+                    sums[key].add(block, sum((terms[name] for name in group), start=terms[PRIOR_TERM]))
+            start = stop
+        return {key: total.estimate() for key, total in sums.items()}
+
+    def _draws(
+        self,
+        draws: range,
+        posterior: GaussianParams,
+        noise: DrawNoise | KeyedNoise | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Noise of some draws, (n, B, D)."""
+        if isinstance(noise, KeyedNoise):
+            given: Tensor | None = noise.draw_steps(draws, self.latent_dim)
+        else:
+            given = None if noise is None else noise(draws)
+        return _draw(given, (len(draws), *posterior.mu.shape), posterior.mu, generator)
+
+    def _log_weights(
+        self,
+        inputs: dict[str, Tensor],
+        posterior: GaussianParams,
+        names: list[str],
+        noise_KBD: Tensor,
+        block: slice,
+        conditional: bool,
+    ) -> dict[str, Tensor]:
+        """Parts of log w_k, float64 (n, B) each: log p(x_m | z_k), and PRIOR_TERM, log p(z_k) - log q(z_k) or 0."""
+        part = GaussianParams(posterior.mu[block], posterior.logvar[block])
+        z_KBD = _sample(part, noise_KBD)
+        selected = {name: inputs[name][block] for name in names}
+        terms = {name: term.double() for name, term in self._log_likelihoods(z_KBD, selected, names).items()}
+        # (z - mu) / sigma is the noise.
+        prior = 0.5 * (noise_KBD.square() + part.logvar - z_KBD.square()).sum(-1).double()
+        return {**terms, PRIOR_TERM: torch.zeros_like(prior) if conditional else prior}
+
+    def _nlls(
+        self,
+        inputs: dict[str, Tensor],
+        groups: dict[str, list[str]],
+        proposal: Modalities,
+        K: int,
+        batch_size_K: int,
+        options: dict[str, Any],
+    ) -> dict[str, Tensor]:
+        """`estimate_nlls` without the errors, in the precision of the model."""
+        estimates = self.estimate_nlls(inputs, groups, proposal, K=K, batch_size_K=batch_size_K, **options)
+        dtype = computation_dtype(tuple(inputs[name] for group in groups.values() for name in group))
+        return {key: estimate.nll.to(dtype) for key, estimate in estimates.items()}
 
     # Parts
 
@@ -530,47 +641,15 @@ class JMVAE(nn.Module):
 
     def _log_likelihoods(self, z: Tensor, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         """log p(x_m | z) per modality, each with the leading shape of z, which ends in B."""
-        decoded = self._decode(z, names)
+        values = {}
         for name in names:
-            shape, target_shape = tuple(decoded[name].shape[z.ndim - 1 :]), tuple(inputs[name].shape[1:])
+            # One after the other: without gradients, only one modality at a time is decoded in memory.
+            decoded = self._decode(z, [name])[name]
+            shape, target_shape = tuple(decoded.shape[z.ndim - 1 :]), tuple(inputs[name].shape[1:])
             if shape != target_shape:
                 raise ConfigError(f"decoders.{name}: returned samples of shape {shape}, the data has {target_shape}")
-        return {name: log_prob(self.likelihoods[name], decoded[name], inputs[name], self.kernels) for name in names}
-
-    def _monte_carlo_nll(
-        self,
-        inputs: dict[str, Tensor],
-        posterior: GaussianParams,
-        groups: dict[str, list[str]],
-        weighted: bool,
-        K: int,
-        batch_size_K: int,
-        noise: DrawNoise | None,
-        generator: torch.Generator | None,
-    ) -> dict[str, Tensor]:
-        """-log 1/K sum_k w_k p(x_group | z_k), with w_k = p(z_k) / q(z_k) if weighted, else 1."""
-        _check_count("K", K)
-        _check_count("batch_size_K", batch_size_K)
-        mu_BD, logvar_BD = posterior
-        names = [name for name in self.modalities if any(name in group for group in groups.values())]
-        # Log-sum-exp runs in float64: K terms are added up one chunk after the other.
-        totals = {
-            key: torch.full(mu_BD.shape[:1], -math.inf, dtype=torch.float64, device=mu_BD.device) for key in groups
-        }
-        for start in range(0, K, batch_size_K):
-            draws = range(start, min(start + batch_size_K, K))
-            given = None if noise is None else noise(draws)
-            noise_KBD = _draw(given, (len(draws), *mu_BD.shape), mu_BD, generator)
-            z_KBD = _sample(posterior, noise_KBD)
-            log_likelihoods = self._log_likelihoods(z_KBD, inputs, names)
-            # log p(z) - log q(z), where (z - mu) / sigma is the noise.
-            log_weights_KB = 0.5 * (noise_KBD.square() + logvar_BD - z_KBD.square()).sum(-1).double()
-            for key, group in groups.items():
-                log_terms_KB = log_weights_KB if weighted else torch.zeros_like(log_weights_KB)
-                for name in group:
-                    log_terms_KB = log_terms_KB + log_likelihoods[name]
-                totals[key] = torch.logaddexp(totals[key], torch.logsumexp(log_terms_KB, dim=0))
-        return {key: (math.log(K) - total_B).to(mu_BD.dtype) for key, total_B in totals.items()}
+            values[name] = log_prob(self.likelihoods[name], decoded, inputs[name], self.kernels)
+        return values
 
 
 def _with_custom_architectures(config: JMVAEConfig, given: list[str]) -> JMVAEConfig:

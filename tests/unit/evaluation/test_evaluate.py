@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.errors import DataError
-from jmvae_dist.evaluation import EvaluationSums, evaluate_batches, evaluation_mode, finalize, likelihood
+from jmvae_dist.evaluation import EvaluationSums, evaluate_batches, evaluation_mode, finalize
 from jmvae_dist.kernels.noise import Stream, normal_noise
 from jmvae_dist.model import JMVAE
 
@@ -114,40 +113,6 @@ def test_numbers_are_those_of_the_model() -> None:
         stderr = nll.double().std(correction=1).item() / NUM_SAMPLES**0.5
         assert results[f"{quantity}_stderr{slash}{name}"] == pytest.approx(stderr, rel=1e-4)
     assert results["samples"] == NUM_SAMPLES
-
-
-# Of 33 elements per latent, in batches of 10 samples: 3 draws at once; blocks of 4 samples; one latent at a time.
-@pytest.mark.parametrize(("limit", "max_latents"), [(33 * 30, 30), (33 * 4, 4), (1, 1)])
-def test_importance_sampling_is_bounded_by_elements(
-    monkeypatch: pytest.MonkeyPatch, limit: int, max_latents: int
-) -> None:
-    model, batches = make_model(), make_batches(EVERYTHING, 10)
-    expected = evaluate(model, batches).vector()
-    monkeypatch.setattr(likelihood, "_ELEMENTS_PER_CHUNK", limit)
-    monkeypatch.setattr(likelihood, "_MIN_ELEMENTS_PER_LATENT", 1)
-    assert sum(math.prod(shape) for shape in SHAPES.values()) == 33
-    decoded: list[int] = []
-    compute_joint_nlls = model.compute_joint_nlls
-
-    def watch(*arguments: Any, **options: Any) -> dict[str, Tensor]:
-        hook = model.decoders["image"].register_forward_hook(lambda module, inputs, out: decoded.append(len(out)))
-        try:
-            return compute_joint_nlls(*arguments, **options)
-        finally:
-            hook.remove()
-
-    monkeypatch.setattr(model, "compute_joint_nlls", watch)
-    torch.testing.assert_close(evaluate(model, batches).vector(), expected, rtol=1e-6, atol=1e-6)
-    assert max(decoded) == max_latents
-    assert sum(decoded) == NUM_SAMPLES * 7
-
-
-def test_small_samples_do_not_make_huge_hidden_layers() -> None:
-    model = make_model()
-    decoded: list[int] = []
-    model.decoders["image"].register_forward_hook(lambda module, inputs, output: decoded.append(len(output)))
-    evaluate(model, make_batches(EVERYTHING, NUM_SAMPLES), 1500)
-    assert NUM_SAMPLES < max(decoded) <= 2**14
 
 
 def test_coherence_counts_right_predictions() -> None:

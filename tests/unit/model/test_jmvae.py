@@ -277,9 +277,9 @@ class TestArgumentErrors:
 
     def test_groups(self, model: JMVAE, inputs: dict[str, Tensor]) -> None:
         with pytest.raises(ConfigError, match=r"groups\.both: unknown modality 'imgae'"):
-            model.compute_joint_nlls(inputs, {"both": ["word", "imgae"]}, 4)
+            model.estimate_nlls(inputs, {"both": ["word", "imgae"]}, K=4)
         with pytest.raises(ConfigError, match=r"groups\.nothing: names no modality"):
-            model.compute_joint_nlls(inputs, {"nothing": []}, 4)
+            model.estimate_nlls(inputs, {"nothing": []}, K=4)
 
     @pytest.mark.parametrize("names", [None, 3])
     def test_names_that_are_no_names(self, model: JMVAE, inputs: dict[str, Tensor], names: Any) -> None:
