@@ -4,62 +4,60 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jmvae_dist.commands.cli import add_cache_option, add_trust_option, check_writable, make_parser, remote_access
-from jmvae_dist.errors import ConfigError
+from jmvae_dist.errors import ConfigError, DataError, LaunchError
 
 if TYPE_CHECKING:
-    from jmvae_dist.data.manifest import Manifest
-    from jmvae_dist.data.views import View
+    from torch import nn
+
+    from jmvae_dist.checkpoint.layout import CheckpointManifest
     from jmvae_dist.distributed.runtime import Runtime
+    from jmvae_dist.evaluation.suite import SuiteData, SuiteNetworks, SuiteOptions
     from jmvae_dist.model import JMVAE
 
-METRICS = ("elbo", "accuracy", "joint_nll")
+DEFAULT_METRICS = ("elbo", "accuracy", "joint_nll", "reconstruction", "latents")
+METRICS = (*DEFAULT_METRICS, "marginal_nll", "conditional_nll", "coherence", "probe", "frechet")
+# While one rank trains a classifier, the others wait for it.
+_TIMEOUT_S = 6 * 3600.0
 
 
 def main(arguments: list[str]) -> int:
-    """Evaluate and print a table; rank 0 also writes `--out`."""
+    """Evaluate and print a table; rank 0 also writes `--out`, logs to the run and draws."""
     options = _parse(arguments)
-    from jmvae_dist.checkpoint.export import model_from_checkpoint
-    from jmvae_dist.checkpoint.layout import find_intact, read_manifest
-    from jmvae_dist.data.manifest import Manifest
     from jmvae_dist.data.urls import shown
     from jmvae_dist.distributed.environment import detect_process
     from jmvae_dist.distributed.runtime import check_device, start_runtime
-    from jmvae_dist.training.setup import evaluation_views
     from jmvae_dist.training.state import write_json
 
     process = detect_process()
     if options.device == "cuda":
         check_device(options.device)
-    with start_runtime(process, device=options.device) as runtime:
-        collectives = runtime.collectives
-        # Rank 0 chooses and checks: a checkpoint that is being written could look different to another rank.
-        checkpoint = Path(collectives.on_main(lambda: str(find_intact(options.path)[0])))
-        with collectives.together():
-            manifest = Manifest.load(options.manifest)
-            described = read_manifest(checkpoint)
-            views = evaluation_views(described.modalities, manifest, "--manifest", trusted=options.trust_class)
-            model = model_from_checkpoint(checkpoint, described, trusted=options.trust_class).to(runtime.device)
-            _check_metrics(options.metrics, model)
-        metrics = _evaluate(options, runtime, model, manifest, views)
+    with start_runtime(process, device=options.device, timeout_s=_TIMEOUT_S) as runtime:
+        task = _prepare(options, runtime)
+        metrics, details = _evaluate(task, runtime)
+        result = {
+            "global_step": task.described.global_step,
+            "checkpoint": str(task.checkpoint),
+            "manifest": shown(task.data.manifest.path),
+            "num_samples": task.data.manifest.num_samples,
+            "seed": options.seed,
+            "joint_nll_samples": options.joint_nll_samples if _has_nll(task.options.metrics) else 0,
+            "skipped": task.skipped,
+            "metrics": metrics,
+            "details": details,
+        }
         if runtime.is_main:
-            result = {
-                "global_step": described.global_step,
-                "checkpoint": str(checkpoint),
-                "manifest": shown(manifest.path),
-                "num_samples": manifest.num_samples,
-                "seed": options.seed,
-                "joint_nll_samples": options.joint_nll_samples if "joint_nll" in options.metrics else 0,
-                "metrics": metrics,
-            }
             _show(result)
             if options.out is not None:
                 write_json(options.out, result)
+        with runtime.collectives.together():
+            figures = _draw(options, task) if runtime.is_main and options.figures is not None else {}
+        _log_to_run(options, task, runtime, result, figures)
     return 0
 
 
@@ -68,40 +66,216 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--manifest", required=True, help="held-out shards: path or URL of a manifest.json")
     add_cache_option(parser)
-    parser.add_argument("--metrics", default=",".join(METRICS), help=f"from {','.join(METRICS)} (default: all)")
+    parser.add_argument(
+        "--metrics",
+        default="default",
+        help=f"default ({','.join(DEFAULT_METRICS)}), all that the data supports, or names from {','.join(METRICS)}",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the result there")
-    parser.add_argument("--joint-nll-samples", type=int, default=1000, metavar="K", help="default: 1000")
+    parser.add_argument(
+        "--figures",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        metavar="DIR",
+        help="also draw figures (default: RUN/figures, which the report shows)",
+    )
+    parser.add_argument(
+        "--no-log", action="store_true", help="do not log the results to the run's metrics.jsonl and W&B"
+    )
     parser.add_argument("--batch-size", type=int, default=256, help="samples per forward pass (default: 256)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    _add_likelihood_options(parser)
+    _add_classifier_options(parser)
     add_trust_option(parser)
     options = parser.parse_args(arguments)
-    options.metrics = [name for name in options.metrics.split(",") if name]
-    unknown = [name for name in options.metrics if name not in METRICS]
-    if unknown or not options.metrics:
-        raise ConfigError(f"--metrics: {unknown or 'nothing'} is not allowed; choose from {','.join(METRICS)}")
-    for name in ("joint_nll_samples", "batch_size"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: {getattr(options, name)} must be at least 1")
+    _check_options(options)
+    return options
+
+
+def _add_likelihood_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("likelihoods")
+    group.add_argument("--joint-nll-samples", type=int, default=1000, metavar="K", help="draws; default: 1000")
+    group.add_argument(
+        "--marginal-proposal",
+        choices=("joint", "unimodal", "both"),
+        default="both",
+        help="whose posterior the draws of marginal_nll come from (default: both)",
+    )
+    group.add_argument("--memory-budget-bytes", type=int, metavar="N", help="for decoding the draws")
+
+
+def _add_classifier_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("coherence, probe and frechet")
+    group.add_argument("--label", metavar="MODALITY", help="with the classes (default: the only one of encoding cls)")
+    group.add_argument("--train-manifest", metavar="M", help="training shards (default: the run's)")
+    group.add_argument("--max-subset-size", type=int, metavar="N", help="leave larger subsets of modalities out")
+    group.add_argument("--classifier-steps", type=int, default=2000, metavar="N", help="default: 2000")
+    group.add_argument("--prior-samples", type=int, default=10_000, metavar="N", help="default: 10000")
+    group.add_argument("--probe-samples", type=int, default=10_000, metavar="N", help="at most; default: 10000")
+    for name, meaning in (("classifier", "logits"), ("feature-extractor", "features")):
+        group.add_argument(
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar="MODALITY=MODULE.CLASS[:JSON]",
+            help=f"a torch module of yours, values -> {meaning}, with its arguments; name it in --trust-class too",
+        )
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    names = [name.strip() for name in options.metrics.split(",") if name.strip()]
+    options.is_explicit = names not in (["default"], ["all"])
+    chosen = {"default": DEFAULT_METRICS, "all": METRICS}.get(options.metrics.strip(), tuple(names))
+    unknown = [name for name in chosen if name not in METRICS]
+    if unknown or not chosen:
+        allowed = ",".join(("default", "all", *METRICS))
+        raise ConfigError(f"--metrics: {unknown or 'nothing'} is not allowed; choose from {allowed}")
+    options.metrics = tuple(name for name in METRICS if name in chosen)
+    for name in (
+        *("joint_nll_samples", "batch_size", "classifier_steps", "probe_samples", "max_subset_size"),
+        "memory_budget_bytes",
+    ):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: {value} must be at least 1")
+    if options.prior_samples < 2:
+        raise ConfigError(f"--prior-samples: {options.prior_samples} must be at least 2")
     if not options.path.is_dir():
         raise ConfigError(f"{options.path}: no such directory; give a run directory or a checkpoint")
     if not 0 <= options.seed < 2**63:
         raise ConfigError(f"--seed: {options.seed} must be between 0 and 2^63 - 1")
+    options.run_dir = next(
+        (folder for folder in (options.path, options.path.resolve().parent.parent) if _is_run(folder)), None
+    )
+    if options.figures == Path():
+        if options.run_dir is None:
+            raise ConfigError(f"--figures: {options.path} belongs to no run directory; give a directory for them")
+        options.figures = options.run_dir / "figures"
     if options.out is not None:
         check_writable("--out", options.out)
-    return options
 
 
-def _check_metrics(metrics: list[str], model: JMVAE) -> None:
-    if metrics == ["accuracy"] and not any(item.name == "categorical" for item in model.likelihoods.values()):
-        raise ConfigError("--metrics: accuracy needs a categorical modality, and the model has none")
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
 
 
-def _evaluate(
-    options: argparse.Namespace, runtime: Runtime, model: JMVAE, manifest: Manifest, views: Sequence[View]
-) -> dict[str, float]:
+def _has_nll(metrics: tuple[str, ...]) -> bool:
+    return any(name.endswith("_nll") for name in metrics)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is evaluated, on what, and how."""
+
+    checkpoint: Path
+    described: CheckpointManifest
+    model: JMVAE
+    data: SuiteData
+    networks: SuiteNetworks
+    options: SuiteOptions
+    skipped: dict[str, str]
+
+
+def _prepare(options: argparse.Namespace, runtime: Runtime) -> _Task:
+    from jmvae_dist.checkpoint.export import model_from_checkpoint
+    from jmvae_dist.checkpoint.layout import find_intact, read_manifest
+    from jmvae_dist.evaluation.suite import SuiteOptions
+
+    # Rank 0 chooses and checks: a checkpoint that is being written could look different to another rank.
+    checkpoint = Path(runtime.collectives.on_main(lambda: str(find_intact(options.path)[0])))
+    with runtime.collectives.together():
+        described = read_manifest(checkpoint)
+        data, no_label = _find_data(options, described)
+        model = model_from_checkpoint(checkpoint, described, trusted=options.trust_class).to(runtime.device)
+        networks = _user_networks(options, model)
+        metrics, skipped = _supported(options, model, data, networks, no_label)
+        suite_options = SuiteOptions(
+            metrics=metrics,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            num_draws=options.joint_nll_samples,
+            memory_budget_bytes=options.memory_budget_bytes,
+            marginal_proposal=options.marginal_proposal,
+            max_subset_size=options.max_subset_size,
+            num_prior_samples=options.prior_samples,
+            num_probe_samples=options.probe_samples,
+            classifier_steps=options.classifier_steps,
+        )
+    return _Task(checkpoint, described, model, data, networks, suite_options, skipped)
+
+
+def _find_data(options: argparse.Namespace, described: CheckpointManifest) -> tuple[SuiteData, str]:
+    """The data, and why it has no label if it has none."""
     from jmvae_dist.data.loader import decode_threads
-    from jmvae_dist.evaluation.runner import evaluate_together
+    from jmvae_dist.data.manifest import Manifest
+    from jmvae_dist.data.urls import is_remote
+    from jmvae_dist.evaluation.suite import SuiteData, find_label
+    from jmvae_dist.training.setup import evaluation_views
+
+    manifest = Manifest.load(options.manifest)
+    trusted = options.trust_class
+    views = evaluation_views(described.modalities, manifest, "--manifest", trusted=trusted)
+    label, no_label = find_label(manifest, views, options.label)
+    train_manifest, train_views, train_label = None, None, None
+    path = options.train_manifest or described.config["data"]["train_manifest"]
+    if label is not None and (
+        options.train_manifest is not None or is_remote(path) or Path(path).expanduser().is_file()
+    ):
+        train_manifest = Manifest.load(path)
+        train_views = evaluation_views(described.modalities, train_manifest, "--train-manifest", trusted=trusted)
+        train_label, _ = find_label(train_manifest, train_views, label.name)
+    data = SuiteData(
+        manifest,
+        views,
+        label,
+        train_manifest,
+        train_views or (),
+        train_label,
+        threads=decode_threads(None, workers=0),
+        access=remote_access(options),
+    )
+    return data, no_label
+
+
+def _user_networks(options: argparse.Namespace, model: JMVAE) -> SuiteNetworks:
+    from jmvae_dist.evaluation.suite import SuiteNetworks
+    from jmvae_dist.evaluation.user_networks import build_user_network, parse_user_networks
+
+    def build(option: str, entries: list[str]) -> dict[str, nn.Module]:
+        parsed = parse_user_networks(option, entries, model.modalities, options.trust_class)
+        return {network.modality: build_user_network(option, network) for network in parsed}
+
+    return SuiteNetworks(
+        classifiers=build("--classifier", options.classifier),
+        extractors=build("--feature-extractor", options.feature_extractor),
+        folder=None if options.run_dir is None else options.run_dir / "evaluation",
+    )
+
+
+def _supported(
+    options: argparse.Namespace, model: JMVAE, data: SuiteData, networks: SuiteNetworks, no_label: str
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The metrics to compute, and those of `all` or `default` that cannot be, with the reason.
+
+    Raises:
+        ConfigError: A metric that was asked for by name cannot be computed.
+    """
+    from jmvae_dist.evaluation.suite import unsupported
+
+    reasons = {name: unsupported(name, model, data, networks, options.max_subset_size) for name in options.metrics}
+    skipped = {name: reason for name, reason in reasons.items() if reason}
+    if "--label" in "".join(skipped.values()) and no_label:
+        skipped = {name: reason.replace("(--label)", f"(--label): {no_label}") for name, reason in skipped.items()}
+    if skipped and options.is_explicit:
+        name, reason = next(iter(skipped.items()))
+        raise ConfigError(f"--metrics: {name} {reason}")
+    return tuple(name for name in options.metrics if name not in skipped), skipped
+
+
+def _evaluate(task: _Task, runtime: Runtime) -> tuple[dict[str, float], dict[str, Any]]:
+    from jmvae_dist.evaluation.suite import run_suite
     from jmvae_dist.progress import progress
 
     world_size = runtime.process.world_size
@@ -109,35 +283,112 @@ def _evaluate(
         advance = None
         if runtime.is_main:
             # Shares are equal to one sample, and rank 0 has a smallest one: its progress is that of all.
-            advance = stack.enter_context(progress(manifest.num_samples // world_size, "evaluating"))
-        metrics = evaluate_together(
-            model,
-            manifest,
-            views,
+            advance = stack.enter_context(progress(task.data.manifest.num_samples // world_size, "evaluating"))
+        results, details = run_suite(
+            task.model,
+            task.data,
+            task.options,
             runtime.collectives,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            access=remote_access(options),
-            joint_nll_samples=options.joint_nll_samples if "joint_nll" in options.metrics else 0,
-            threads=decode_threads(None, workers=0),
+            task.networks,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
             progress=advance,
         )
-    groups = {key: _group_of(key) for key in metrics}
-    return {key: value for key, value in metrics.items() if groups[key] in options.metrics or groups[key] is None}
-
-
-def _group_of(key: str) -> str | None:
-    """The member of METRICS that a result belongs to; None for the number of samples."""
-    if key == "eval/samples":
-        return None
-    if key.startswith("eval/accuracy/"):
-        return "accuracy"
-    return "joint_nll" if key.startswith(("eval/joint_nll", "eval/marginal_nll")) else "elbo"
+    return {f"eval/{key}": value for key, value in results.items()}, details
 
 
 def _show(result: dict[str, Any]) -> None:
+    from jmvae_dist.evaluation.table import format_results
+
     print(f"step {result['global_step']}, {result['num_samples']:,} samples of {result['manifest']}")
-    width = max(len(key) for key in result["metrics"])
-    for key, value in result["metrics"].items():
-        print(f"  {key:<{width}}  {value:.6g}")
+    print(format_results(result["metrics"]))
+    for name, reason in result["skipped"].items():
+        print(f"left out: {name} {reason}")
+    unreliable = max(
+        (value for key, value in result["metrics"].items() if "_unreliable_fraction" in key), default=0.0
+    )
+    if unreliable > 0:
+        print(
+            f"up to {100 * unreliable:.1f} % of the samples have likelihoods that few draws carry "
+            "(see *_unreliable_fraction): raise --joint-nll-samples, or do not rely on them"
+        )
     sys.stdout.flush()
+
+
+def _draw(options: argparse.Namespace, task: _Task) -> dict[str, Path]:
+    from jmvae_dist.evaluation.runner import save_figures
+    from jmvae_dist.tracking.jsonl import iterate_records
+
+    records = None if options.run_dir is None else options.run_dir / "metrics.jsonl"
+    return save_figures(
+        task.model,
+        task.data.manifest,
+        task.data.views,
+        options.figures,
+        num_samples=10,
+        seed=options.seed,
+        label=task.data.label,
+        access=task.data.access,
+        records=iterate_records(records) if records is not None and records.is_file() else (),
+    )
+
+
+def _log_to_run(
+    options: argparse.Namespace, task: _Task, runtime: Runtime, result: dict[str, Any], figures: dict[str, Path]
+) -> None:
+    """Add the results to the run's record, to W&B and to its report, if they are about its own held-out data."""
+    from jmvae_dist.training.state import locked_run_directory
+
+    if options.run_dir is None or options.no_log:
+        return
+    reason = runtime.collectives.on_main(lambda: _why_not_logged(task))
+    if not reason:
+        try:
+            with locked_run_directory(options.run_dir, runtime):
+                runtime.collectives.on_main(lambda: _append(options.run_dir, task, result, figures))
+        except LaunchError as error:
+            reason = str(error)
+    if reason and runtime.is_main:
+        print(f"not logged to {options.run_dir}: {reason}", file=sys.stderr)
+
+
+def _why_not_logged(task: _Task) -> str:
+    from jmvae_dist.data.manifest import Manifest
+
+    path = task.described.config["data"]["eval_manifest"]
+    if path is None:
+        return "the run has no held-out shards of its own (data.eval_manifest)"
+    try:
+        own = Manifest.load(path)
+    except (ConfigError, DataError) as error:
+        return f"its own held-out shards cannot be read ({error})"
+    return "" if own.fingerprint == task.data.manifest.fingerprint else f"its own held-out shards are {path}"
+
+
+def _append(run_dir: Path, task: _Task, result: dict[str, Any], figures: dict[str, Path]) -> None:
+    from jmvae_dist.config import WandbSection
+    from jmvae_dist.tracking.jsonl import MetricsLog, last_recorded_step
+    from jmvae_dist.tracking.wandb import WandbTracker
+    from jmvae_dist.training.state import write_json
+
+    (run_dir / "evaluation").mkdir(exist_ok=True)
+    write_json(run_dir / "evaluation" / "latest.json", result)
+    path, run_id = run_dir / "metrics.jsonl", task.described.tracking.get("wandb_run_id")
+    record = {"global_step": task.described.global_step, **result["metrics"]}
+    last_step = max(last_recorded_step(path), task.described.global_step)
+    with MetricsLog(path, last_step) as log:
+        tracker = None
+        if run_id is not None:
+            tracker = WandbTracker(
+                WandbSection(**task.described.config["tracking"]["wandb"]),
+                run_dir=run_dir,
+                run_id=run_id,
+                config=task.described.config,
+                resume_step=last_step,
+                run_name=run_dir.resolve().name,
+                message=lambda text: print(text, file=sys.stderr),
+            )
+        log.write(record)
+        if tracker is not None:
+            tracker.log(record)
+            tracker.log_figures(last_step, figures)
+            tracker.finish(record)

@@ -1,5 +1,11 @@
 """Evaluation of a model on held-out data: likelihoods, coherence across modalities, figures."""
 
-from jmvae_dist.evaluation.evaluate import EvaluationSums, evaluate_batches, evaluation_mode, finalize
+from jmvae_dist.evaluation.evaluate import (
+    evaluate_batches,
+    evaluate_prior,
+    evaluation_mode,
+    results_of,
+    standard_metrics,
+)
 
-__all__ = ["EvaluationSums", "evaluate_batches", "evaluation_mode", "finalize"]
+__all__ = ["evaluate_batches", "evaluate_prior", "evaluation_mode", "results_of", "standard_metrics"]

@@ -1,53 +1,147 @@
-"""Coherence across modalities: is a categorical modality predicted correctly from the other modalities?"""
+"""Coherence across modalities: does what is generated from some modalities show the class of the sample?
+
+Shape suffixes: B samples.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from jmvae_dist.evaluation.metrics import EvaluationBatch, Metric, PriorSamples, device_of
+from jmvae_dist.evaluation.posteriors import Subset, expected_value, subset_name, subsets_of
 from jmvae_dist.model import JMVAE
 
-
-def _predictions(model: JMVAE) -> dict[str, tuple[str, list[str]]]:
-    """What is predicted from what: {metric key: (categorical target, modalities to predict from)}."""
-    predictions = {}
-    for target in model.modalities:
-        if model.likelihoods[target].name != "categorical":
-            continue
-        others = [name for name in model.modalities if name != target]
-        for source in others:
-            predictions[f"accuracy/{target}/from_{source}"] = (target, [source])
-        if len(others) > 1:
-            predictions[f"accuracy/{target}/from_others"] = (target, others)
-    return predictions
+# Expected values of a modality (B, *shape) -> logits (B, num_classes).
+Classify = Callable[[Tensor], Tensor]
 
 
-def coherence_keys(model: JMVAE) -> list[str]:
-    """Keys of `coherence_sums`, in their order; empty for a model without categorical modalities."""
-    return list(_predictions(model))
-
-
-@torch.no_grad()
-def coherence_sums(model: JMVAE, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Number of correct predictions of every categorical modality from the others, over the samples of one
-    batch.
+class Accuracy(Metric):
+    """Is a categorical modality predicted correctly from the other modalities?
 
     The prediction decodes the posterior mean and takes the most probable class; it is compared with the most
     probable class of the target. A target with leading dimensions (several variables per sample) counts as
     the fraction of its variables that are right.
 
-    Args:
-        model: In the mode it is to be evaluated in.
-        inputs: Every modality, (B, *shape), on the model's device.
-
-    Returns:
-        float64 scalars by key: `accuracy/<target>/from_<modality>`, and `accuracy/<target>/from_others` where
-        there are several others.
+    Results: `accuracy/<target>/from_<modality>`, and `accuracy/<target>/from_others` where there are several others;
+    none for a model without categorical modalities.
     """
-    sums = {}
-    for key, (target, sources) in _predictions(model).items():
-        latent = model.encode(inputs, sources, return_mean=True, flatten=True, check_inputs=False)
-        predicted = model.decode(latent, target)[target].argmax(-1)
-        correct = (predicted == inputs[target].argmax(-1)).double()
-        sums[key] = correct.flatten(1).mean(1).sum() if correct.ndim > 1 else correct.sum()
-    return sums
+
+    def __init__(self, model: JMVAE) -> None:
+        self._model = model
+        self._predictions = {
+            f"accuracy/{target}/from_{source}": (target, names)
+            for target in model.modalities
+            if model.likelihoods[target].name == "categorical"
+            for source, names in _sources(model, target).items()
+        }
+        super().__init__(dict.fromkeys(self._predictions, ()), device_of(model))
+
+    def update(self, batch: EvaluationBatch) -> None:
+        for key, (target, sources) in self._predictions.items():
+            mean = batch.posteriors.given(sources).mu
+            predicted = self._model.decode(mean, target)[target].argmax(-1)
+            correct = (predicted == batch.inputs[target].argmax(-1)).double()
+            self._add({key: correct.flatten(1).mean(1).sum() if correct.ndim > 1 else correct.sum()})
+        self.sums["samples"] += len(batch)
+
+    def results(self) -> dict[str, float]:
+        return {key: self._mean(key) for key in self._predictions}
+
+
+def _sources(model: JMVAE, target: str) -> dict[str, list[str]]:
+    others = [name for name in model.modalities if name != target]
+    return {name: [name] for name in others} | ({"others": others} if len(others) > 1 else {})
+
+
+class Coherence(Metric):
+    """Agreement of generated modalities with the class of the sample, as a classifier sees it.
+
+    Results:
+
+    - `coherence/<t>/from_<S>`: fraction of samples whose modality t, generated from one draw of the posterior given
+      the modalities S (every subset of the others), is recognised as the sample's class. A modality that *is* the
+      label needs no classifier: its most probable class counts.
+    - `coherence_by_size/<n>`: mean of these over all t and all S with n members.
+    - `coherence/joint`: fraction of samples of the prior in whose modalities the same class is recognised everywhere
+      (for two or more modalities that can be classified).
+    - `classifier_accuracy/<m>`: the classifier on the held-out data itself, which bounds all of these.
+
+    Args:
+        model: The model.
+        classifiers: By modality.
+        label: The modality of the model that holds the label; None where the label is not one of them.
+        seed: Of the draws.
+        max_subset_size: Larger subsets are left out; None: none is.
+    """
+
+    def __init__(
+        self,
+        model: JMVAE,
+        classifiers: Mapping[str, Classify],
+        *,
+        label: str | None,
+        seed: int,
+        max_subset_size: int | None = None,
+    ) -> None:
+        self._model, self._classifiers, self._label, self._seed = model, dict(classifiers), label, seed
+        self._targets = [name for name in model.modalities if name == label or name in classifiers]
+        # Without the largest one, which leaves nothing to generate.
+        self._subsets = [
+            subset
+            for subset in subsets_of(model.modalities, max_subset_size)
+            if any(target not in subset for target in self._targets)
+        ]
+        self._pairs = [
+            (target, subset) for subset in self._subsets for target in self._targets if target not in subset
+        ]
+        self._classified = [name for name in self._targets if name != label]
+        keys = [
+            *(_coherence_key(target, subset) for target, subset in self._pairs),
+            *(f"classifier_accuracy/{name}" for name in self._classified),
+            *("coherence/joint", "prior_samples"),
+        ]
+        super().__init__(dict.fromkeys(keys, ()), device_of(model))
+
+    @property
+    def uses_prior(self) -> bool:
+        return len(self._targets) > 1
+
+    def update(self, batch: EvaluationBatch) -> None:
+        assert batch.labels is not None
+        for name in self._classified:
+            correct = self._classes(name, batch.inputs[name]) == batch.labels
+            self._add({f"classifier_accuracy/{name}": correct.sum()})
+        for subset in self._subsets:
+            z = batch.posteriors.sample(subset, batch.rows, self._seed)
+            for target in (target for target in self._targets if target not in subset):
+                generated = self._classes(target, expected_value(self._model, z, target))
+                self._add({_coherence_key(target, subset): (generated == batch.labels).sum()})
+        self.sums["samples"] += len(batch)
+
+    def update_prior(self, samples: PriorSamples) -> None:
+        classes_TB = torch.stack([self._classes(name, samples.expected[name]) for name in self._targets])
+        self._add({"coherence/joint": (classes_TB == classes_TB[0]).all(0).sum()})
+        self.sums["prior_samples"] += len(samples.z)
+
+    def results(self) -> dict[str, float]:
+        results = {_coherence_key(target, subset): 0.0 for target, subset in self._pairs}
+        results |= {f"classifier_accuracy/{name}": 0.0 for name in self._classified}
+        results = {key: self._mean(key) for key in results}
+        sizes = sorted({len(subset) for _, subset in self._pairs})
+        for size in sizes:
+            values = [results[_coherence_key(*pair)] for pair in self._pairs if len(pair[1]) == size]
+            results[f"coherence_by_size/{size}"] = sum(values) / len(values)
+        if self.uses_prior:
+            results["coherence/joint"] = (self.sums["coherence/joint"] / self.sums["prior_samples"]).item()
+        return results
+
+    def _classes(self, name: str, values: Tensor) -> Tensor:
+        """int64 (B,)."""
+        return values.argmax(-1) if name == self._label else self._classifiers[name](values).argmax(-1)
+
+
+def _coherence_key(target: str, subset: Sequence[str] | Subset) -> str:
+    return f"coherence/{target}/from_{subset_name(subset)}"

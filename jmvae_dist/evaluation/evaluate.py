@@ -1,20 +1,22 @@
-"""All numbers of an evaluation, as sums that ranks can add up, and their means."""
+"""The loop over held-out samples, and over samples of the prior, that fills metrics."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from jmvae_dist.errors import DataError
-from jmvae_dist.evaluation.coherence import coherence_keys, coherence_sums
-from jmvae_dist.evaluation.likelihood import companion_key, likelihood_keys, likelihood_sums
+from jmvae_dist.evaluation.coherence import Accuracy
+from jmvae_dist.evaluation.likelihood import ElboTerms, ImportanceSampling, joint_estimand
+from jmvae_dist.evaluation.metrics import EvaluationBatch, Metric, PriorSamples, device_of
+from jmvae_dist.evaluation.posteriors import Posteriors, expected_value
+from jmvae_dist.kernels.noise import Stream, normal_noise
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model.inputs import check_structure, check_values
 
 
 class Batch(Protocol):
@@ -22,27 +24,6 @@ class Batch(Protocol):
 
     inputs: dict[str, Tensor]
     rows: Tensor
-
-
-@dataclass(frozen=True)
-class EvaluationSums:
-    """Sums over held-out samples.
-
-    Attributes:
-        sums: float64 scalars on the model's device. Keys and order depend on the model and the options alone,
-            so that ranks, also ones without any sample, can add up their vectors.
-    """
-
-    sums: dict[str, Tensor]
-
-    def vector(self) -> Tensor:
-        """All sums as one float64 vector, for one all-reduce."""
-        return torch.stack(list(self.sums.values()))
-
-    def with_vector(self, vector: Tensor) -> EvaluationSums:
-        """The same keys with the values of `vector`."""
-        assert vector.shape == (len(self.sums),)
-        return EvaluationSums(dict(zip(self.sums, vector.unbind(), strict=True)))
 
 
 @contextmanager
@@ -57,68 +38,100 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def standard_metrics(model: JMVAE, *, seed: int, joint_nll_samples: int = 0) -> list[Metric]:
+    """What a training run measures on held-out data.
+
+    Args:
+        model: The model.
+        seed: Seed of the noise.
+        joint_nll_samples: Importance samples K per data sample; 0: no importance sampling.
+    """
+    metrics: list[Metric] = [ElboTerms(model, seed)]
+    if joint_nll_samples > 0:
+        metrics.append(ImportanceSampling(model, [joint_estimand(model)], seed=seed, num_draws=joint_nll_samples))
+    return [*metrics, Accuracy(model)]
+
+
 @torch.no_grad()
 def evaluate_batches(
     model: JMVAE,
     batches: Iterable[Batch],
+    metrics: Sequence[Metric],
     *,
-    seed: int,
-    joint_nll_samples: int,
+    label: str | None = None,
     progress: Callable[[int], None] | None = None,
-) -> EvaluationSums:
-    """Evaluate the model in evaluation mode, in the precision of its weights.
+) -> None:
+    """Fill the metrics from batches, in evaluation mode and in the precision of the model's weights.
 
     Args:
         model: Not wrapped in an engine.
         batches: `inputs` and `rows` (int64, position in the data set); moved to the model's device. May be
             empty.
-        seed: Seed of the noise.
-        joint_nll_samples: Importance samples K per data sample; 0: no importance sampling.
+        metrics: What to measure.
+        label: The one-hot modality that holds the classes; it may be one that the model does not have.
         progress: Called after every batch with its number of samples.
-
-    Returns:
-        `samples` (their number) and the sums of `likelihood_sums` and `coherence_sums`.
 
     Raises:
         DataError: The inputs are not what the model takes.
     """
-    device = next(model.parameters()).device
-    keys = ["samples", *likelihood_keys(model.modalities, joint_nll_samples), *coherence_keys(model)]
-    totals = {key: torch.zeros((), dtype=torch.float64, device=device) for key in keys}
+    device = device_of(model)
     with evaluation_mode(model), torch.autocast(device.type, enabled=False):
         for batch in batches:
             inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+            labels = None if label is None else inputs[label].argmax(-1)
+            inputs = {name: tensor for name, tensor in inputs.items() if name in model.modalities}
+            check_structure(inputs, model.modalities, model.modalities, model.config.input_dims)
+            check_values(inputs, model.likelihoods)
             rows = batch.rows.to(device)
-            likelihoods = likelihood_sums(model, inputs, rows, seed=seed, joint_nll_samples=joint_nll_samples)
-            coherence = coherence_sums(model, inputs)
-            for key, value in (likelihoods | coherence).items():
-                totals[key] += value
-            totals["samples"] += len(rows)
+            prepared = EvaluationBatch(inputs, rows, Posteriors(model, inputs), labels)
+            for metric in metrics:
+                metric.update(prepared)
             if progress is not None:
                 progress(len(rows))
-    return EvaluationSums(totals)
 
 
-def finalize(evaluation: EvaluationSums) -> dict[str, float]:
-    """Means over the samples, ready for JSON.
+@torch.no_grad()
+def evaluate_prior(model: JMVAE, numbers: range, metrics: Sequence[Metric], *, seed: int, batch_size: int) -> None:
+    """Fill the metrics that want samples of the prior; sample i depends on the seed and on i alone.
 
-    Keys are those of the sums; `samples` is their number; in place of squares there are standard errors of
-    the mean over the data, `joint_nll_stderr` and `marginal_nll_stderr/<m>` (left out for a single sample).
+    Args:
+        model: Not wrapped in an engine.
+        numbers: Numbers of the samples.
+        metrics: What to measure.
+        seed: Of the samples.
+        batch_size: Samples decoded at once.
+    """
+    device, metrics = device_of(model), [metric for metric in metrics if metric.uses_prior]
+    if not metrics:
+        return
+    with evaluation_mode(model), torch.autocast(device.type, enabled=False):
+        for start in range(numbers.start, numbers.stop, batch_size):
+            rows = torch.arange(start, min(start + batch_size, numbers.stop), device=device)
+            noise = normal_noise(seed, 0, rows, model.latent_dim, Stream.PRIOR)
+            z = model.generate_from_prior(len(rows), noise=noise).z
+            expected = {name: expected_value(model, z, name) for name in model.modalities}
+            for metric in metrics:
+                metric.update_prior(PriorSamples(z, expected))
+
+
+def results_of(metrics: Sequence[Metric]) -> dict[str, float]:
+    """Results of all metrics, ready for JSON, and `samples`, their number.
 
     Raises:
         DataError: There were no samples.
     """
-    sums = {key: value.item() for key, value in evaluation.sums.items()}
-    count = sums.pop("samples")
+    count = max((metric.sums["samples"].item() for metric in metrics), default=0.0)
     if count == 0:
         raise DataError("evaluation: there are no samples to evaluate (data.eval_manifest names an empty data set)")
-    squares = {key: companion_key(key, "squared") for key in sums if companion_key(key, "squared") in sums}
     results = {"samples": count}
-    for key, total in sums.items():
-        if key not in squares.values():
-            results[key] = total / count
-        if key in squares and count > 1:
-            # In this order NaN stays NaN: max(0.0, NaN) is 0, which would claim that there is no error at all.
-            variance = max(sums[squares[key]] / count - results[key] ** 2, 0.0)
-            results[companion_key(key, "stderr")] = math.sqrt(variance / (count - 1))
+    for metric in metrics:
+        results |= metric.results()
     return results
+
+
+def details_of(metrics: Sequence[Metric]) -> dict[str, Any]:
+    """What is not one number, of all metrics."""
+    details: dict[str, Any] = {}
+    for metric in metrics:
+        details |= metric.details()
+    return details

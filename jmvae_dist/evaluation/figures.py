@@ -1,4 +1,4 @@
-"""Pictures of what the model does: reconstructions, cross-modal generation, samples of the prior.
+"""Pictures of what the model does: reconstructions, generation, its latent space, and how it learned.
 
 Modalities are drawn by what they are: images as pictures, categorical ones as bars with the most probable
 class, everything else as lines. Drawing uses matplotlib's object interface, so that nothing global (backend,
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from jmvae_dist.errors import ConfigError
+from jmvae_dist.evaluation.reconstruction import is_picture
 from jmvae_dist.files import writing_atomic
 from jmvae_dist.kernels.noise import Stream, normal_noise
 from jmvae_dist.model import JMVAE
@@ -34,6 +35,11 @@ _FAINT = "#d3dae1"
 _CELL_INCHES = 0.78
 _LABEL_INCHES = 1.55
 _MAX_BARS = 24
+# Colours of classes, told apart by most people with any colour vision; classes beyond these share them.
+_CLASS_COLORS = (
+    *("#2563a8", "#d1495b", "#2a9d5c", "#e08e1b", "#7b4fa3", "#17a2b8", "#8c6d46", "#c2589f"),
+    *("#5c6773", "#9aa62f"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,6 @@ class _Row:
     label: str
     values: np.ndarray  # (n, *shape), expected values
     from_data: bool
-
-
-def _is_picture(shape: tuple[int, ...]) -> bool:
-    """Grey (H, W) or (1, H, W), or colour (3, H, W); tiny arrays are rather feature tables."""
-    return (len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3))) and min(shape[-2:]) >= 4
 
 
 def _draw_picture(axes: Axes, value: np.ndarray, limits: tuple[float, float], ink_on_paper: bool) -> None:
@@ -101,14 +102,14 @@ def _draw_cell(axes: Axes, row: _Row, column: int, likelihood: Likelihood, limit
     value, color = row.values[column], _DATA_COLOR if row.from_data else _MODEL_COLOR
     if likelihood.name == "categorical" and value.ndim == 1:
         _draw_classes(axes, value, color)
-    elif _is_picture(value.shape):
+    elif is_picture(value.shape):
         _draw_picture(axes, value, limits, ink_on_paper=likelihood.name in ("bernoulli", "categorical"))
     else:
         _draw_line(axes, value, limits, color)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
-        spine.set_visible(_is_picture(value.shape) and likelihood.name != "categorical")
+        spine.set_visible(is_picture(value.shape) and likelihood.name != "categorical")
         spine.set_color(_FAINT)
         spine.set_linewidth(0.6)
 
@@ -249,6 +250,213 @@ def prior_samples_figure(model: JMVAE, *, num_samples: int = 10, num_lines: int 
         decoded = model.decode(model.generate_from_prior(num_samples, noise=noise))
         rows += [_Row(name, f"samples {line + 1}", _expected(model, decoded, name), False) for name in decoded]
     return _draw_grid(model, rows, "Samples of the prior")
+
+
+@torch.no_grad()
+def cross_modal_matrix_figure(
+    model: JMVAE, inputs: dict[str, Tensor], *, max_samples: int = 3, seed: int = 0
+) -> Figure:
+    """Every modality generated from every modality: a row per source, a block of columns per target.
+
+    The first row is the data. In the others, all modalities of a row are decoded from one draw of the posterior given
+    the modality named at its left; the last row is given all.
+
+    Args:
+        model: In evaluation mode.
+        inputs: Every modality, (B, *shape); the first `max_samples` are shown.
+        max_samples: Columns per block.
+        seed: Seed of the draws.
+    """
+    shown = _first(inputs, model, max_samples)
+    num_columns = len(shown[model.modalities[0]])
+    rows_B = torch.arange(num_columns, device=shown[model.modalities[0]].device)
+    noise = normal_noise(seed, 0, rows_B, model.latent_dim, Stream.CONDITIONAL)[None]
+    lines = [("data", "", {name: _Row(name, "", _as_array(shown[name]), True) for name in model.modalities})]
+    for source in (*model.modalities, "all"):
+        decoded = model.decode(model.encode(shown, source, flatten=True, noise=noise, check_inputs=False))
+        cells = {name: _Row(name, "", _expected(model, decoded, name), False) for name in model.modalities}
+        lines.append(("given", source, cells))
+
+    from matplotlib.figure import Figure
+
+    width = _LABEL_INCHES + (_CELL_INCHES * num_columns + 0.12) * len(model.modalities) + 0.1
+    height = _CELL_INCHES * len(lines) + 0.75
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    blocks = figure.add_gridspec(
+        len(lines),
+        len(model.modalities),
+        left=_LABEL_INCHES / width,
+        right=1 - 0.1 / width,
+        top=1 - 0.65 / height,
+        bottom=0.1 / height,
+        wspace=0.12 / (_CELL_INCHES * num_columns),
+        hspace=0.1,
+    )
+    figure.text(
+        0.15 / width,
+        1 - 0.13 / height,
+        "Every modality from every modality",
+        fontsize=11,
+        color=_INK,
+        va="top",
+        fontweight="bold",
+    )
+    for column, name in enumerate(model.modalities):
+        likelihood = model.likelihoods[name]
+        limits = _limits([cells[name] for _, _, cells in lines], name, likelihood)
+        box = blocks[0, column].get_position(figure)
+        figure.text(box.x0, box.y1 + 0.06 / height, name, fontsize=9, color=_INK, va="bottom")
+        for line, (_, _, cells) in enumerate(lines):
+            grid = blocks[line, column].subgridspec(1, num_columns, wspace=0.08)
+            for sample in range(num_columns):
+                _draw_cell(figure.add_subplot(grid[0, sample]), cells[name], sample, likelihood, limits)
+    for line, (kind, source, _) in enumerate(lines):
+        box = blocks[line, 0].get_position(figure)
+        text = f"{kind} {source}".strip()
+        figure.text(0.15 / width, (box.y0 + box.y1) / 2, text, fontsize=9, color=_INK, va="center")
+    return figure
+
+
+@torch.no_grad()
+def interpolation_figure(
+    model: JMVAE, inputs: dict[str, Tensor], *, num_pairs: int = 3, num_steps: int = 9
+) -> Figure:
+    """Straight lines in the latent space between the joint posteriors' means of pairs of samples, decoded.
+
+    Args:
+        model: In evaluation mode.
+        inputs: Every modality, (B, *shape); samples 0 and 1 are the ends of the first line, 2 and 3 of the second.
+        num_pairs: Lines, as far as there are samples.
+        num_steps: Latents per line, both ends included.
+    """
+    shown = _first(inputs, model, 2 * num_pairs)
+    means = model.encode(shown, return_mean=True, flatten=True).z
+    # A single sample is interpolated with itself.
+    means = means if len(means) > 1 else means.expand(2, -1)
+    weights = torch.linspace(0, 1, num_steps, device=means.device, dtype=means.dtype)[:, None]
+    rows = []
+    for pair in range(min(num_pairs, len(means) // 2)):
+        first, last = means[2 * pair], means[2 * pair + 1]
+        decoded = model.decode(first + weights * (last - first))
+        rows += [_Row(name, f"line {pair + 1}", _expected(model, decoded, name), False) for name in decoded]
+    return _draw_grid(model, rows, "Between two samples, along a straight line in the latent space")
+
+
+def projection_figure(latents: Tensor, labels: Tensor | None, title: str) -> Figure:
+    """Latents in the plane of their two principal components, coloured by class.
+
+    Args:
+        latents: (n, D), n >= 1; rows that are not finite are left out.
+        labels: int64 (n,); None: one colour.
+        title: Above the figure.
+    """
+    from matplotlib.figure import Figure
+
+    points, shares, kept = principal_components(latents)
+    figure = Figure(figsize=(6.2, 5.0), dpi=150, facecolor="white")
+    axes = figure.add_subplot()
+    if labels is None:
+        axes.scatter(points[:, 0], points[:, 1], s=7, color=_MODEL_COLOR, linewidths=0)
+    else:
+        classes = labels.cpu()[kept].numpy()
+        for number in np.unique(classes):
+            color = _CLASS_COLORS[number % len(_CLASS_COLORS)]
+            chosen = points[classes == number]
+            axes.scatter(chosen[:, 0], chosen[:, 1], s=7, color=color, linewidths=0, label=str(number))
+        if 1 < len(np.unique(classes)) <= _MAX_BARS:
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, markerscale=2)
+    for axis, share, number in zip((axes.xaxis, axes.yaxis), shares, (1, 2), strict=True):
+        text = f"principal component {number} ({100 * share:.0f} % of the variance)"
+        axis.set_label_text(text, fontsize=8, color=_MUTED)
+    axes.set_title(title, fontsize=11, color=_INK, fontweight="bold", loc="left")
+    _tidy(axes)
+    figure.tight_layout()
+    return figure
+
+
+def principal_components(latents: Tensor) -> tuple[np.ndarray, tuple[float, float], Tensor]:
+    """Two principal components by singular values, in float64, with signs fixed by the largest loading.
+
+    Args:
+        latents: (n, D).
+
+    Returns:
+        Coordinates (kept, 2) (zero where there is no such component), the shares of the variance, and which rows are
+        finite and kept, bool (n,).
+    """
+    values = latents.detach().double().cpu()
+    kept = torch.isfinite(values).all(1)
+    centred = values[kept] - values[kept].mean(0)
+    coordinates, shares = np.zeros((len(centred), 2)), [0.0, 0.0]
+    if len(centred) > 0 and centred.abs().max() > 0:
+        _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
+        for number in range(min(2, len(singular))):
+            direction = directions[number]
+            direction = direction * torch.sign(direction[direction.abs().argmax()])
+            coordinates[:, number] = (centred @ direction).numpy()
+            shares[number] = (singular[number].square() / singular.square().sum()).item()
+    return coordinates, (shares[0], shares[1]), kept
+
+
+# Title, keys of `metrics.jsonl` (`<modality>` stands for all); drawn if one of them was recorded.
+_CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Loss (nats per sample)", ("loss/total", "eval/loss/total")),
+    ("ELBO (nats per sample)", ("elbo", "eval/elbo")),
+    ("Reconstruction", ("loss/reconstruction/",)),
+    ("KL to the prior", ("loss/kl_prior", "eval/loss/kl_prior")),
+    ("KL to the unimodal posteriors", ("loss/kl_unimodal/",)),
+    ("Accuracy of generated modalities", ("eval/accuracy/",)),
+)
+
+
+def learning_curves_figure(records: Iterable[dict[str, Any]]) -> Figure | None:
+    """Losses and held-out metrics over the global step; None if nothing was recorded.
+
+    Args:
+        records: Of `metrics.jsonl`. Values that are not finite are left out.
+    """
+    from matplotlib.figure import Figure
+
+    series: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        for key, value in record.items():
+            if isinstance(value, float) and np.isfinite(value):
+                series.setdefault(key, []).append((record["global_step"], value))
+    panels = [
+        (title, [key for pattern in patterns for key in sorted(series) if _is_curve(key, pattern)])
+        for title, patterns in _CURVES
+    ]
+    panels = [(title, keys) for title, keys in panels if keys]
+    if not panels:
+        return None
+    num_rows = (len(panels) + 1) // 2
+    figure = Figure(figsize=(10, 2.7 * num_rows), dpi=150, facecolor="white")
+    for number, (title, keys) in enumerate(panels):
+        axes = figure.add_subplot(num_rows, 2, number + 1)
+        for index, key in enumerate(keys):
+            steps, values = zip(*sorted(series[key]), strict=True)
+            style: dict[str, Any] = (
+                {"marker": "o", "markersize": 3, "linestyle": "--"} if key.startswith("eval/") else {}
+            )
+            axes.plot(
+                steps, values, color=_CLASS_COLORS[index % len(_CLASS_COLORS)], linewidth=1.2, label=key, **style
+            )
+        axes.set_title(title, fontsize=9, color=_INK, loc="left")
+        axes.legend(fontsize=6, frameon=False)
+        _tidy(axes)
+    figure.supxlabel("global step", fontsize=8, color=_MUTED)
+    figure.tight_layout()
+    return figure
+
+
+def _is_curve(key: str, pattern: str) -> bool:
+    return key.startswith(pattern) if pattern.endswith("/") else key == pattern
+
+
+def _tidy(axes: Axes) -> None:
+    axes.tick_params(labelsize=7, colors=_MUTED)
+    for spine in axes.spines.values():
+        spine.set_color(_FAINT)
 
 
 def save_png(figure: Figure, path: str | Path) -> None:

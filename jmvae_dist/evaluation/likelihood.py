@@ -1,4 +1,4 @@
-"""How probable held-out samples are: the objective's terms and importance-sampled likelihoods, as sums.
+"""How probable held-out samples are: the objective's terms, and likelihoods by importance sampling.
 
 All noise is keyed by (seed, position of the sample in the data set), so that the results depend neither on
 the batch size nor on the number of ranks nor on the order of the samples, except for the order of
@@ -7,12 +7,23 @@ floating-point sums.
 
 from __future__ import annotations
 
-import torch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
 from torch import Tensor
 
+from jmvae_dist.evaluation.metrics import EvaluationBatch, Metric, device_of, standard_error
+from jmvae_dist.evaluation.posteriors import Subset, subset_name
 from jmvae_dist.kernels.noise import KeyedNoise, Stream, normal_noise
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model.importance import NLLEstimate
 from jmvae_dist.model.objective import metric_keys
+
+Proposal = Literal["joint", "unimodal", "both"]
+# An estimate that fewer draws than this carry is counted as one not to trust.
+FEW_EFFECTIVE_SAMPLES = 5.0
 
 
 def companion_key(key: str, suffix: str) -> str:
@@ -21,56 +32,142 @@ def companion_key(key: str, suffix: str) -> str:
     return f"{quantity}_{suffix}{slash}{modality}"
 
 
-def likelihood_keys(modalities: list[str], joint_nll_samples: int) -> list[str]:
-    """Keys of `likelihood_sums`, in their order."""
-    keys = [*metric_keys(modalities), *(f"log_likelihood/{name}" for name in modalities)]
-    if joint_nll_samples > 0:
-        for key in ("joint_nll", *(f"marginal_nll/{name}" for name in modalities)):
-            keys += [key, companion_key(key, "squared")]
-    return keys
+class ElboTerms(Metric):
+    """The terms of the training objective at full annealing, with one latent per sample.
 
-
-@torch.no_grad()
-def likelihood_sums(
-    model: JMVAE, inputs: dict[str, Tensor], rows: Tensor, *, seed: int, joint_nll_samples: int
-) -> dict[str, Tensor]:
-    """Sums over the samples of one batch.
-
-    Args:
-        model: In the mode it is to be evaluated in.
-        inputs: Every modality, (B, *shape), on the model's device.
-        rows: int64 (B,), position of every sample in the data set, on the model's device.
-        seed: Seed of the noise.
-        joint_nll_samples: Importance samples K per data sample; 0: no importance sampling.
-
-    Returns:
-        float64 scalars:
-
-        - the metrics of the model's forward pass at full annealing, with one latent per sample,
-        - `log_likelihood/<m>`: log p(x_m | z) at that latent, not rescaled,
-        - `joint_nll`: -log p(x), and `marginal_nll/<m>`: -log p(x_m), by importance sampling with K draws from
-          the joint posterior, and `joint_nll_squared`, `marginal_nll_squared/<m>`: sums of their squares.
-
-    Raises:
-        DataError: The inputs are not what the model takes.
+    Results are those of the model's forward pass, and `log_likelihood/<m>`: log p(x_m | z) at that latent, not
+    rescaled.
     """
-    latent_noise = normal_noise(seed, 0, rows, model.latent_dim, Stream.EVALUATION_LATENT)
-    metrics = model(inputs, annealing=1.0, noise=latent_noise).metrics
-    sums = {key: value.double() for key, value in metrics.items()}
-    for name in model.modalities:
-        sums[f"log_likelihood/{name}"] = -sums[f"loss/reconstruction/{name}"] / model.rescale_factors[name]
-    if joint_nll_samples > 0:
-        for key, nll_B in _importance_sampled_nlls(model, inputs, rows, seed, joint_nll_samples).items():
-            sums[key] = nll_B.double().sum()
-            sums[companion_key(key, "squared")] = nll_B.double().square().sum()
-    return sums
+
+    def __init__(self, model: JMVAE, seed: int) -> None:
+        self._model, self._seed = model, seed
+        keys = [*metric_keys(model.modalities), *(f"log_likelihood/{name}" for name in model.modalities)]
+        super().__init__(dict.fromkeys(keys, ()), device_of(model))
+
+    def update(self, batch: EvaluationBatch) -> None:
+        noise = normal_noise(self._seed, 0, batch.rows, self._model.latent_dim, Stream.EVALUATION_LATENT)
+        metrics = self._model(batch.inputs, annealing=1.0, noise=noise, check_inputs=False).metrics
+        sums = {key: value.double() for key, value in metrics.items()}
+        for name in self._model.modalities:
+            factor = self._model.rescale_factors[name]
+            sums[f"log_likelihood/{name}"] = -sums[f"loss/reconstruction/{name}"] / factor
+        self._add({**sums, "samples": batch.rows.new_tensor(len(batch))})
+
+    def results(self) -> dict[str, float]:
+        return {key: self._mean(key) for key in self.sums if key != "samples"}
 
 
-def _importance_sampled_nlls(
-    model: JMVAE, inputs: dict[str, Tensor], rows: Tensor, seed: int, num_draws: int
-) -> dict[str, Tensor]:
-    """`joint_nll` and `marginal_nll/<m>` of every sample, (B,) each."""
+@dataclass(frozen=True)
+class Estimand:
+    """What `ImportanceSampling` estimates from the draws of one posterior.
+
+    Attributes:
+        groups: Modalities by result key.
+        proposal: The modalities whose posterior the draws come from.
+        conditional: -log p(x_group | x_proposal) in place of -log p(x_group).
+    """
+
+    groups: dict[str, list[str]]
+    proposal: Subset
+    conditional: bool = False
+
+
+def joint_estimand(model: JMVAE) -> Estimand:
+    """-log p(x_1 ... x_M), and -log p(x_m) from the same draws of the joint posterior."""
     groups = {"joint_nll": model.modalities, **{f"marginal_nll/{name}": [name] for name in model.modalities}}
-    noise = KeyedNoise(seed, 0, rows, Stream.IMPORTANCE)
-    estimates = model.estimate_nlls(inputs, groups, K=num_draws, noise=noise, check_inputs=False)
-    return {key: estimate.nll for key, estimate in estimates.items()}
+    return Estimand(groups, tuple(model.modalities))
+
+
+def marginal_estimands(model: JMVAE, proposal: Proposal) -> list[Estimand]:
+    """-log p(x_m) from draws of the joint posterior, of the modality's own posterior, or both."""
+    estimands = []
+    if proposal in ("joint", "both"):
+        groups = {f"marginal_nll/{name}": [name] for name in model.modalities}
+        estimands.append(Estimand(groups, tuple(model.modalities)))
+    if proposal in ("unimodal", "both"):
+        estimands += [Estimand({f"marginal_nll_unimodal/{name}": [name]}, (name,)) for name in model.modalities]
+    return estimands
+
+
+def conditional_estimands(model: JMVAE, sources: Sequence[Subset]) -> list[Estimand]:
+    """-log p(x_m | x_S) for the subsets S given, and every modality m outside of S."""
+    estimands = []
+    for subset in sources:
+        targets = [name for name in model.modalities if name not in subset]
+        groups = {f"conditional_nll/{name}/from_{subset_name(subset)}": [name] for name in targets}
+        estimands.append(Estimand(groups, subset, conditional=True))
+    return estimands
+
+
+class ImportanceSampling(Metric):
+    """Negative log-likelihoods by sampling K latents per sample.
+
+    Per estimand `key`, in nats:
+
+    - `key`: the mean over the samples,
+    - `key_stderr`: its standard error over the choice of the samples,
+    - `key_monte_carlo_stderr`: its standard error over the draws, sqrt(sum_i stderr_i^2) / n (`NLLEstimate`),
+    - `key_effective_samples`: mean effective number of draws, and `key_unreliable_fraction`: the share of samples
+      with fewer than FEW_EFFECTIVE_SAMPLES, whose estimates are too high by an unknown amount.
+
+    Suffixes go to the first part of the key, as in `marginal_nll_stderr/image`.
+    """
+
+    _PARTS = ("squared", "monte_carlo_variance", "effective_samples", "unreliable_fraction")
+
+    def __init__(
+        self,
+        model: JMVAE,
+        estimands: Sequence[Estimand],
+        *,
+        seed: int,
+        num_draws: int,
+        memory_budget_bytes: int | None = None,
+    ) -> None:
+        self._model, self._estimands, self._seed, self._num_draws = model, list(estimands), seed, num_draws
+        self._memory_budget_bytes = memory_budget_bytes
+        self._keys = [key for estimand in estimands for key in estimand.groups]
+        assert len(set(self._keys)) == len(self._keys)
+        keys = [name for key in self._keys for name in (key, *(companion_key(key, part) for part in self._PARTS))]
+        super().__init__(dict.fromkeys(keys, ()), device_of(model))
+
+    def update(self, batch: EvaluationBatch) -> None:
+        for estimand in self._estimands:
+            estimates = self._model.estimate_nlls(
+                batch.inputs,
+                estimand.groups,
+                estimand.proposal,
+                conditional=estimand.conditional,
+                K=self._num_draws,
+                memory_budget_bytes=self._memory_budget_bytes,
+                noise=KeyedNoise(self._seed, 0, batch.rows, Stream.IMPORTANCE),
+                check_inputs=False,
+            )
+            for key, estimate in estimates.items():
+                self._add({companion_key(key, part) if part else key: sum_ for part, sum_ in _sums(estimate).items()})
+        self.sums["samples"] += len(batch)
+
+    def results(self) -> dict[str, float]:
+        count, results = self.sums["samples"].item(), {}
+        for key in self._keys:
+            results[key] = self._mean(key)
+            if count > 1:
+                squares = self.sums[companion_key(key, "squared")].item()
+                results[companion_key(key, "stderr")] = standard_error(self.sums[key].item(), squares, count)
+            if self._num_draws > 1:
+                variance = self.sums[companion_key(key, "monte_carlo_variance")].item()
+                results[companion_key(key, "monte_carlo_stderr")] = math.sqrt(variance) / count
+            for part in ("effective_samples", "unreliable_fraction"):
+                results[companion_key(key, part)] = self._mean(companion_key(key, part))
+        return results
+
+
+def _sums(estimate: NLLEstimate) -> dict[str, Tensor]:
+    return {
+        "": estimate.nll.sum(),
+        "squared": estimate.nll.square().sum(),
+        "monte_carlo_variance": estimate.stderr.square().sum(),
+        "effective_samples": estimate.effective_samples.sum(),
+        # Written so that NaN counts as unreliable.
+        "unreliable_fraction": (~(estimate.effective_samples >= FEW_EFFECTIVE_SAMPLES)).sum(),
+    }

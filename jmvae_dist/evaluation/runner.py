@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Generator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-from jmvae_dist.data.loader import Batch, EvaluationLoader, OnBadSample, check_batch
+import torch
+from torch import Tensor
+
+from jmvae_dist.data.loader import Batch, EvaluationLoader, OnBadSample
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.store import RemoteAccess, Verify
 from jmvae_dist.data.urls import shown
 from jmvae_dist.data.views import View
 from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.errors import DataError
-from jmvae_dist.evaluation.evaluate import evaluate_batches, evaluation_mode, finalize
+from jmvae_dist.evaluation.evaluate import evaluate_batches, evaluation_mode, results_of, standard_metrics
 from jmvae_dist.evaluation.figures import (
     cross_modal_figure,
+    cross_modal_matrix_figure,
+    interpolation_figure,
+    learning_curves_figure,
     prior_samples_figure,
+    projection_figure,
     reconstruction_figure,
     save_png,
 )
+from jmvae_dist.evaluation.metrics import device_of, load_vector, vector_of
+from jmvae_dist.evaluation.sound_samples import sound_batches
+from jmvae_dist.evaluation.suite import find_label, with_label
 from jmvae_dist.model import JMVAE
-from jmvae_dist.model.inputs import check_values
 
-logger = logging.getLogger(__name__)
+# Points of the projection.
+_PROJECTED_SAMPLES = 500
 
 
 def evaluate_together(
@@ -76,35 +87,15 @@ def evaluate_together(
         on_bad_sample=on_bad_sample,
         access=access,
     )
+    metrics = standard_metrics(model, seed=seed, joint_nll_samples=joint_nll_samples)
     with collectives.together():
-        batches = _checked(loader, model, manifest, on_bad_sample)
-        sums = evaluate_batches(model, batches, seed=seed, joint_nll_samples=joint_nll_samples, progress=progress)
-    total = sums.with_vector(collectives.sum(sums.vector().cpu()))
-    metrics = {f"eval/{key}": value for key, value in finalize(total).items()}
+        batches = sound_batches(loader, model, manifest, on_bad_sample)
+        evaluate_batches(model, batches, metrics, progress=progress)
+    load_vector(metrics, collectives.sum(vector_of(metrics)))
+    results = {f"eval/{key}": value for key, value in results_of(metrics).items()}
     if on_bad_sample == "mask":
-        metrics["eval/masked_samples"] = manifest.num_samples - metrics["eval/samples"]
-    return metrics
-
-
-def _checked(
-    loader: EvaluationLoader, model: JMVAE, manifest: Manifest, on_bad_sample: OnBadSample
-) -> Generator[Batch, None, None]:
-    """The batches, in which every value can be explained by its likelihood; says how many samples are left out."""
-    num_masked, example = 0, ""
-    for batch in loader:
-        sound = check_batch(
-            batch,
-            lambda inputs: check_values(inputs, model.likelihoods),
-            manifest,
-            loader.locate,
-            on_bad_sample,
-        )
-        num_masked += len(sound.problems)
-        example = example or next(iter(sound.problems), "")
-        if len(sound):
-            yield sound
-    if num_masked:
-        logger.warning("evaluation: %d samples of this rank are masked, such as %s", num_masked, example)
+        results["eval/masked_samples"] = manifest.num_samples - results["eval/samples"]
+    return results
 
 
 def save_figures(
@@ -115,19 +106,24 @@ def save_figures(
     *,
     num_samples: int,
     seed: int,
+    label: View | None = None,
+    records: Iterable[dict[str, Any]] = (),
     verify: Verify = "first_use",
     on_bad_sample: OnBadSample = "stop",
     access: RemoteAccess | None = None,
 ) -> dict[str, Path]:
-    """Draw reconstructions, cross-modal generation from every modality, and samples of the prior; on one rank.
+    """Draw reconstructions, generation from every modality and from the prior, and the latent space; on one rank.
 
     Args:
         model: The unwrapped model.
-        manifest: Held-out shards; the first samples are shown.
+        manifest: Held-out shards; samples from all over them are shown.
         views: What the model sees of the modalities to read.
         folder: Where the PNG files go; those of an earlier step are replaced.
         num_samples: Samples per figure.
         seed: Of the posterior's and the prior's samples.
+        label: Classes that colour the projection; None: those of the only modality of encoding `cls`, if there is
+            one.
+        records: Of the run's `metrics.jsonl`, for learning curves; none: no such figure.
         verify: When shards' sha256 are checked; see `config.DataSection`.
         on_bad_sample: `mask` leaves out what `evaluate_together` would.
         access: How remote shards are read.
@@ -138,27 +134,73 @@ def save_figures(
     Raises:
         DataError: The samples cannot be read.
     """
-    loader = EvaluationLoader(
+    label = find_label(manifest, views, None)[0] if label is None else label
+    inputs, is_first = _spread_samples(
+        model,
         manifest,
-        rank=0,
-        world_size=1,
-        batch_size=num_samples,
-        views=views,
+        with_label(views, label),
+        num_samples,
         verify=verify,
         on_bad_sample=on_bad_sample,
         access=access,
     )
-    with closing(_checked(loader, model, manifest, on_bad_sample)) as batches:
-        first = next(batches, None)
-    if first is None:
-        raise DataError(f"{shown(manifest.path)}: there is no sound sample to draw")
-    inputs = first.inputs
+    labels = None if label is None else inputs[label.name].argmax(-1)
+    inputs = {name: inputs[name].to(device_of(model)) for name in model.modalities}
+    first = {name: values[is_first] for name, values in inputs.items()}
     with evaluation_mode(model):
-        figures = {"reconstruction": reconstruction_figure(model, inputs, max_samples=num_samples)}
+        figures = {"reconstruction": reconstruction_figure(model, first, max_samples=num_samples)}
         for name in model.modalities:
-            figures[f"given_{name}"] = cross_modal_figure(model, inputs, name, max_samples=num_samples, seed=seed)
+            figures[f"given_{name}"] = cross_modal_figure(model, first, name, max_samples=num_samples, seed=seed)
         figures["prior_samples"] = prior_samples_figure(model, num_samples=num_samples, seed=seed)
+        figures["cross_modal_matrix"] = cross_modal_matrix_figure(model, first, seed=seed)
+        figures["interpolation"] = interpolation_figure(model, first)
+        latents = model.encode(inputs, return_mean=True, flatten=True).z
+        figures["projection"] = projection_figure(latents, labels, "Posterior means of held-out samples")
+    curves = learning_curves_figure(records)
+    if curves is not None:
+        figures["learning_curves"] = curves
     paths = {name: folder / f"{name}.png" for name in figures}
     for name, path in paths.items():
         save_png(figures[name], path)
     return paths
+
+
+def _spread_samples(
+    model: JMVAE,
+    manifest: Manifest,
+    views: Sequence[View],
+    num_blocks: int,
+    *,
+    verify: Verify,
+    on_bad_sample: OnBadSample,
+    access: RemoteAccess | None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Samples from all over the data set, which may be sorted by class: the first ones of equal blocks.
+
+    Returns:
+        Values by modality, (n, *shape), and which of them are the first of their block, bool (n,).
+
+    Raises:
+        DataError: The samples cannot be read, or none of them is sound.
+    """
+    per_block = -(-_PROJECTED_SAMPLES // num_blocks)
+    batches: list[Batch] = []
+    for block in range(num_blocks):
+        loader = EvaluationLoader(
+            manifest,
+            rank=block,
+            world_size=num_blocks,
+            batch_size=per_block,
+            views=views,
+            verify=verify,
+            on_bad_sample=on_bad_sample,
+            access=access,
+        )
+        # With fewer samples than blocks, and with bad ones, some blocks have none.
+        with closing(sound_batches(loader, model, manifest, on_bad_sample)) as sound:
+            batches += itertools.islice(sound, 1)
+    if not batches:
+        raise DataError(f"{shown(manifest.path)}: there is no sound sample to draw")
+    inputs = {view.name: torch.cat([batch.inputs[view.name] for batch in batches]) for view in views}
+    is_first = torch.cat([torch.arange(len(batch)) == 0 for batch in batches])
+    return inputs, is_first

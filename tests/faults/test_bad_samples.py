@@ -95,6 +95,8 @@ def check_evaluation_masks_too(run: Run, manifest: Manifest, folder: Path) -> No
     strange = make_views(manifest.modalities, {"label": [{"name": "scale", "scale": 2.0}]})
     with pytest.raises(DataError, match="no samples to evaluate"):
         evaluate(model, manifest, strange, Collectives())
+    with pytest.raises(DataError, match="no sound sample to draw"):
+        save_figures(model, manifest, strange, folder, num_samples=4, **options)
 
 
 def test_to_mask_changes_no_bit_of_a_run_without_bad_samples(digits: Path, tmp_path: Path) -> None:

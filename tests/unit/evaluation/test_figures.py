@@ -16,10 +16,16 @@ from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.evaluation.figures import (
     cross_modal_figure,
+    cross_modal_matrix_figure,
+    interpolation_figure,
+    learning_curves_figure,
+    principal_components,
     prior_samples_figure,
+    projection_figure,
     reconstruction_figure,
     save_png,
 )
+from jmvae_dist.kernels.noise import Stream, normal_noise
 from jmvae_dist.model import JMVAE
 
 SHAPES = {"grey": (1, 5, 6), "plain": (5, 6), "color": (3, 4, 4), "label": (10,), "words": (4, 7), "sound": (30,)}
@@ -116,6 +122,62 @@ def test_prior_samples(model: JMVAE) -> None:
     assert not np.array_equal(pictures[0], pictures[1])
 
 
+def test_cross_modal_matrix(model: JMVAE, inputs: dict[str, Tensor]) -> None:
+    figure = cross_modal_matrix_figure(model, inputs, max_samples=2, seed=3)
+    assert len(figure.axes) == 6 * 8 * 2  # modalities, data and given each and all, samples
+    labels = texts(figure)
+    assert labels.count("data") == 1
+    assert all(f"given {name}" in labels for name in (*SHAPES, "all"))
+    grey = images(figure)[: 8 * 2]
+    np.testing.assert_array_equal(grey[1], inputs["grey"][1, 0].numpy())
+    noise = normal_noise(3, 0, torch.arange(2), model.latent_dim, Stream.CONDITIONAL)[None]
+    first = {name: x[:2] for name, x in inputs.items()}
+    latent = model.encode(first, "label", flatten=True, noise=noise)
+    expected = torch.sigmoid(model.decode(latent, "grey")["grey"])[1, 0].numpy()
+    np.testing.assert_allclose(grey[2 * (1 + list(SHAPES).index("label")) + 1], expected, rtol=1e-5)
+
+
+def test_interpolation_ends_in_reconstructions(model: JMVAE, inputs: dict[str, Tensor]) -> None:
+    figure = interpolation_figure(model, inputs, num_pairs=3, num_steps=4)
+    assert len(figure.axes) == 2 * 6 * 4  # of five samples, two pairs
+    decoded = torch.sigmoid(model.decode(model.encode(inputs, return_mean=True, flatten=True), "grey")["grey"])
+    shown = images(figure)
+    np.testing.assert_allclose(shown[0], decoded[0, 0].numpy(), rtol=1e-5)
+    np.testing.assert_allclose(shown[3], decoded[1, 0].numpy(), rtol=1e-4)
+    assert len(interpolation_figure(model, {name: x[:1] for name, x in inputs.items()}).axes) == 6 * 9
+
+
+def test_projection() -> None:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(40, 5, generator=generator) * torch.tensor([5.0, 1.0, 3.0, 0.1, 0.1])
+    points, shares, kept = principal_components(torch.cat([latents, torch.full((1, 5), torch.nan)]))
+    values, vectors = np.linalg.eigh(np.cov(latents.numpy(), rowvar=False))
+    expected = (latents.numpy() - latents.numpy().mean(0)) @ vectors[:, [-1, -2]]
+    np.testing.assert_allclose(np.abs(points), np.abs(expected), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(shares, values[[-1, -2]] / values.sum(), rtol=1e-5)
+    assert kept.tolist() == [True] * 40 + [False]
+    figure = projection_figure(latents, torch.arange(40) % 3, "title")
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["0", "1", "2"]
+    assert len(figure.axes[0].collections) == 3
+    for odd in (torch.zeros(4, 5), torch.zeros(1, 1), torch.full((3, 2), torch.nan)):
+        assert len(projection_figure(odd, None, "title").axes) == 1
+
+
+def test_learning_curves() -> None:
+    records = [{"global_step": step, "elbo": -1.0 / step, "eval/accuracy/label/from_grey": 0.5} for step in (1, 2, 3)]
+    records += [{"global_step": 4, "elbo": float("nan")}]
+    figure = learning_curves_figure(records)
+    assert figure is not None
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "ELBO (nats per sample)",
+        "Accuracy of generated modalities",
+    ]
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[1, -1], [2, -0.5], [3, -1 / 3]]
+    assert learning_curves_figure([]) is None
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
 def test_a_diverging_model_can_be_drawn(
     model: JMVAE, inputs: dict[str, Tensor], tmp_path: Path, value: float
@@ -128,6 +190,8 @@ def test_a_diverging_model_can_be_drawn(
         reconstruction_figure(model, inputs, max_samples=2),
         cross_modal_figure(model, inputs, "label", max_samples=2, num_draws=1),
         prior_samples_figure(model, num_samples=2, num_lines=1),
+        cross_modal_matrix_figure(model, inputs, max_samples=1),
+        interpolation_figure(model, inputs, num_pairs=1, num_steps=2),
     )
     for number, figure in enumerate(figures):
         save_png(figure, tmp_path / f"{number}.png")
