@@ -61,6 +61,8 @@ _CHARTS: list[tuple[str, str, tuple[str, ...]]] = [
     ("Held-out evaluation", "Joint negative log-likelihood", ("eval/joint_nll",)),
     ("Held-out evaluation", "Marginal negative log-likelihood", ("eval/marginal_nll/",)),
     ("Held-out evaluation", "Accuracy of generated modalities", ("eval/accuracy/",)),
+    ("Held-out evaluation", "Coherence by number of given modalities", ("eval/coherence_by_size/",)),
+    ("Held-out evaluation", "Linear probe by number of given modalities", ("eval/probe_by_size/",)),
     ("Schedules", "Annealing factor of the KL terms", ("schedule/annealing",)),
     ("Schedules", "Learning rate", ("schedule/learning_rate",)),
     ("Machine", "Throughput (samples/s)", ("speed/samples_per_s",)),
@@ -69,7 +71,7 @@ _CHARTS: list[tuple[str, str, tuple[str, ...]]] = [
     ("Machine", "Memory (GiB)", ("memory/",)),
     ("Machine", "Gradient norm", ("grad_norm",)),
 ]
-# Not charted: where the run is, and what belongs to another number. A key that ends in "/" as above.
+# Not charted: where the run is, and what belongs to another number. All that begin so.
 _UNCHARTED = (
     "global_step",
     "samples_seen",
@@ -77,8 +79,15 @@ _UNCHARTED = (
     "time_s",
     "goodput/",  # seconds: shown by category in a section of their own
     "eval/samples",
-    "eval/joint_nll_stderr",
-    "eval/marginal_nll_stderr/",
+    # What `evaluate` measures in detail, mostly once: in a table of its own.
+    *(
+        f"eval/{name}"
+        for name in (
+            *("joint_nll_", "marginal_nll_", "conditional_nll", "coherence/", "probe/"),
+            *("classifier_accuracy/", "reconstruction/", "latent/", "posterior_collapse", "modality_collapse/"),
+            *("frechet/", "frechet_extractor/"),
+        )
+    ),
 )
 
 
@@ -104,6 +113,7 @@ class RunData:
     total_steps: int | None = None
     schedule: dict[str, list[float]] = field(default_factory=dict)
     evaluation: dict[str, Any] | None = None
+    suite: dict[str, Any] | None = None
     environment: dict[str, Any] | None = None
     checkpoints: list[tuple[str, str, str]] = field(default_factory=list)
     figures: list[tuple[str, bytes]] = field(default_factory=list)
@@ -168,6 +178,7 @@ def collect(run_dir: Path) -> RunData:
     if data.total_steps is None and planned:
         data.total_steps = int(planned[-1])
     data.evaluation = _read_json(data, "evaluation.json")
+    data.suite = _read_json(data, "evaluation/latest.json")
     data.environment = _read_json(data, "environment.json")
     _read_checkpoints(data)
     _read_figures(data)
@@ -310,7 +321,7 @@ def downsample(
 
 def _make_charts(data: RunData) -> list[dict[str, Any]]:
     charts: list[dict[str, Any]] = []
-    used = {name for pattern in _UNCHARTED for name in _matching(data.series, pattern)}
+    used = {name for name in data.series if name.startswith(_UNCHARTED)}
     for section, title, patterns in _CHARTS:
         names = [name for pattern in patterns for name in _matching(data.series, pattern)]
         used |= set(names)
@@ -384,6 +395,7 @@ def render(data: RunData) -> str:
             _render_charts(charts),
             _render_figures(data),
             _render_evaluation(data),
+            _render_suite(data),
             _render_ledger(data.ledger),
             _render_checkpoints(data),
             _render_table("Environment", data.environment, "environment.json"),
@@ -517,6 +529,16 @@ def _render_evaluation(data: RunData) -> str:
     facts += [f"{evaluation['num_samples']} samples"] if "num_samples" in evaluation else []
     facts += [f"{evaluation['manifest']}"] if "manifest" in evaluation else []
     return f'{_render_table("Final evaluation", data.metrics, "")}<p class="note">{html.escape(", ".join(facts))}</p>'
+
+
+def _render_suite(data: RunData) -> str:
+    """What `jmvae-dist evaluate` measured last, if it was asked to."""
+    metrics = (data.suite or {}).get("metrics")
+    if data.suite is None or not isinstance(metrics, dict):
+        return ""
+    plain = {str(name).removeprefix("eval/"): value for name, value in metrics.items()}
+    origin = f"step {data.suite.get('global_step')}, {data.suite.get('manifest')}"
+    return f'{_render_table("Evaluation suite", plain, "")}<p class="note">{html.escape(origin)}</p>'
 
 
 def _render_ledger(ledger: RunSummary) -> str:
