@@ -4,11 +4,11 @@
 
 Three data sets: MNIST as arrays (uniform shards, which are read as strided arrays), MNIST as PNGs, and JPEGs of
 64 x 64 cut out of scikit-learn's two sample photographs. Without --mnist, random arrays of MNIST's size take its
-place. All loaders deliver batches of the same size and type; webdataset and wids read the very tars that we read, the
-others forms of their own. Loaders take turns, each in a process of its own, `--repeats` times; the medians are
-printed. A turn begins when the first batches are there, so that the start of workers and the filling of their
-queues do not count. CPU-seconds are those of the process and of all its children, from the same moment on. Libraries
-that are not installed are named and left out.
+place. All loaders deliver batches of the same size and type; webdataset and wids read the very tars that we read
+(webdataset also tars of its own writer), the others forms of their own. Loaders take turns, each in a process of its
+own, `--repeats` times; the medians are printed. A turn begins when the first batches are there, so that the start of
+workers and the filling of their queues do not count. CPU-seconds are those of the process and of all its children,
+from the same moment on. Libraries that are not installed are named and left out.
 
 For a resume, new processes open the manifest and fetch one batch at several places in the order.
 """

@@ -73,15 +73,35 @@ def _batches(loader: Any) -> Batches:
 
 
 def webdataset(samples: Samples, batch: int, workers: int) -> Batches:
-    """The pipeline of its documentation, in stored order."""
+    """The pipeline of its documentation, in stored order, on our tars."""
+    urls = [str(path) for path, _ in samples.shards]
+    return _webdataset(urls, samples, samples.extension, samples.label_extension, batch, workers)
+
+
+def webdataset_with_its_tars(samples: Samples, batch: int, workers: int) -> Batches:
+    """The same on tars as its own writer makes them, with a PAX header for every member."""
     import webdataset as wds
 
-    dataset = wds.WebDataset([str(path) for path, _ in samples.shards], shardshuffle=False)
+    folder, size = samples.folder / "webdataset", samples.shards[0][1]
+    extension = "npy" if samples.is_array else samples.extension
+    if not folder.exists():
+        folder.mkdir()
+        with wds.ShardWriter(f"{folder}/%06d.tar", maxcount=size, verbose=0) as writer:
+            for number, (image, label) in enumerate(zip(samples.images, samples.labels.tolist(), strict=True)):
+                writer.write({"__key__": f"{number:08d}", extension: image, "cls": label})
+    return _webdataset(sorted(map(str, folder.iterdir())), samples, extension, "cls", batch, workers)
+
+
+def _webdataset(
+    urls: Sequence[str], samples: Samples, extension: str, label_extension: str, batch: int, workers: int
+) -> Batches:
+    import webdataset as wds
+
+    dataset = wds.WebDataset(list(urls), shardshuffle=False)
     # Its own handler decodes pictures with Pillow, too.
-    dataset = (
-        dataset.decode() if samples.is_array else dataset.decode("torchrgb" if samples.channels == 3 else "torchl")
-    )
-    dataset = dataset.to_tuple(samples.extension, samples.label_extension).batched(batch, partial=False)
+    pictures = "torchrgb" if samples.channels == 3 else "torchl"
+    dataset = dataset.decode() if samples.is_array else dataset.decode(pictures)
+    dataset = dataset.to_tuple(extension, label_extension).batched(batch, partial=False)
     return _batches(DataLoader(dataset, batch_size=None, num_workers=workers))
 
 
@@ -164,6 +184,7 @@ def streaming(samples: Samples, batch: int, workers: int) -> Batches:
 
 RIVALS: dict[str, Callable[[Samples, int, int], Batches]] = {
     "webdataset": webdataset,
+    "webdataset, its tars": webdataset_with_its_tars,
     "wids": wids,
     "TensorDataset": tensors_in_memory,
     "litdata": litdata,
