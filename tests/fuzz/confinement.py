@@ -28,7 +28,8 @@ _CHANGES = {
 _PROGRAMS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "subprocess.Popen")
 _CODE = ("pickle.find_class", "ctypes.dlopen", "code.__new__")
 # What is imported when it is first needed.
-_LAZY_MODULES = {"PIL", "numpy", "urllib3", "requests", "idna", *sys.stdlib_module_names}
+_STORES = ("fsspec", "s3fs", "gcsfs", "adlfs", "huggingface_hub")
+_LAZY_MODULES = {"PIL", "numpy", "urllib3", "requests", "idna", *_STORES, *sys.stdlib_module_names}
 _LOOPBACK = "127.0.0.1"
 
 

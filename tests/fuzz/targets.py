@@ -30,7 +30,7 @@ from jmvae_dist.data.indexing.workspace import Workspace
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardReader, ShardSet, describe_sample
-from jmvae_dist.data.store import RemoteAccess, Verify
+from jmvae_dist.data.store import RemoteAccess, ShardStore, Verify
 from jmvae_dist.data.views import SampleKeys, make_views
 from jmvae_dist.errors import CheckpointError, ConfigError, DataError
 from tests.faulty_server import Fault, serving
@@ -58,6 +58,8 @@ REQUESTS = tuple(
     ModalityRequest(modality.name, modality.extensions, modality.encoding, modality.num_classes, field=modality.field)
     for modality in MIXED
 )
+# A manifest may name places that cannot be reached: what matters is that this ends.
+_QUICK = RemoteSection(connect_timeout_s=2.0, stall_timeout_s=2.0, attempts=2, backoff_s=0.001)
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 
 
@@ -278,11 +280,12 @@ class ManifestTarget(_OfDataSets):
         shard_B = np.repeat(np.arange(len(manifest.shards)), 2)
         index_B = np.array([[0, manifest.shards[shard].num_samples - 1] for shard in range(len(manifest.shards))])
         keys = SampleKeys(np.arange(len(shard_B)))
-        with contextlib.closing(ShardSet(manifest, "first_use")) as shards:
+        with contextlib.closing(ShardSet(manifest, "first_use", access=RemoteAccess(remote=_QUICK))) as shards:
             shards.gather(shard_B, index_B.reshape(-1), views, keys)
         for shard, entry in enumerate(manifest.shards):
             tar, index = data.contents[entry.sha256], data.contents[entry.index.sha256]
-            with contextlib.closing(ShardReader(manifest, shard)) as reader:
+            store = ShardStore(manifest, "first_use", RemoteAccess(remote=_QUICK))
+            with contextlib.closing(ShardReader(manifest, shard, content=store.open(shard))) as reader:
                 records = np.frombuffer(index, RECORD_DTYPE, offset=INDEX_HEADER_BYTES)
                 records = records.reshape(entry.num_samples, len(manifest.modalities))
                 for row, (column, modality) in itertools.product(range(SAMPLES), enumerate(manifest.modalities)):
@@ -422,7 +425,6 @@ class RemoteTarget(_OfDataSets):
         *(Fault(headers={"ETag": value}) for value in ('"a"', "a" * 5000, "W/")),
         Fault(headers={"Content-Type": "text/html"}),
     )
-    _SETTINGS = RemoteSection(connect_timeout_s=2.0, stall_timeout_s=2.0, attempts=2, backoff_s=0.001)
 
     def __init__(self) -> None:
         super().__init__()
@@ -445,11 +447,11 @@ class RemoteTarget(_OfDataSets):
         with contextlib.suppress(*REFUSALS):  # whether it is sound is for the reader at the other end to say
             data.write(served, number, tars=tars, indexes=indexes, manifest=document)
         self._serve(rng, served)
-        access = RemoteAccess(remote=self._SETTINGS)
+        access = RemoteAccess(remote=_QUICK)
         if rng.random() < 0.6:
-            access = RemoteAccess(CacheSection(dir=str(folder / "cache")), self._SETTINGS)
+            access = RemoteAccess(CacheSection(dir=str(folder / "cache")), _QUICK)
             self._fill_cache(rng, folder, document, number)
-        manifest = Manifest.load(f"{self._server.url}/manifest.json", self._SETTINGS)
+        manifest = Manifest.load(f"{self._server.url}/manifest.json", _QUICK)
         self._read(manifest, access, data, tars, indexes)
 
     def _serve(self, rng: Random, folder: Path) -> None:
