@@ -171,6 +171,11 @@ def step_name(global_step: int) -> str:
     return f"step-{global_step:08d}"
 
 
+def step_of(name: str) -> int:
+    """The step that `step_name` has named."""
+    return int(name.removeprefix("step-"))
+
+
 def temporary_directory(root: Path, global_step: int) -> Path:
     """Where the checkpoint at `global_step` is written before it is committed."""
     return root / f".tmp-{step_name(global_step)}"

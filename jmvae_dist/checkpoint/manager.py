@@ -42,6 +42,7 @@ from jmvae_dist.checkpoint.layout import (
     remove_checkpoint,
     seal_file,
     step_name,
+    step_of,
     sweep,
     temporary_directory,
 )
@@ -170,7 +171,7 @@ class CheckpointManager:
             CheckpointError: There are checkpoints, but none is intact, or they are another model's.
         """
         names = self.collectives.on_main(self._find_candidates)
-        newer = [name for name in names if at_most is not None and _step_of(name) > at_most]
+        newer = [name for name in names if at_most is not None and step_of(name) > at_most]
         names = names[len(newer) :]
         for number, name in enumerate(names):
             manifest = self._verify_together(self.root / name)
@@ -197,7 +198,7 @@ class CheckpointManager:
     def oldest_step(self) -> int | None:
         """Step of the oldest checkpoint there is."""
         checkpoints = list_checkpoints(self.root)
-        return _step_of(checkpoints[0].name) if checkpoints else None
+        return step_of(checkpoints[0].name) if checkpoints else None
 
     def _set_aside(self, names: list[str], why: str) -> None:
         """Take checkpoints out of the list: they must not be resumed from, or count when old ones are deleted."""
@@ -364,12 +365,8 @@ class CheckpointManager:
         """Delete all but the newest `keep_last` and the multiples of `keep_every_steps`."""
         for checkpoint in list_checkpoints(self.root)[: -self.section.keep_last]:
             every = self.section.keep_every_steps
-            if every is None or _step_of(checkpoint.name) % every != 0:
+            if every is None or step_of(checkpoint.name) % every != 0:
                 try:
                     remove_checkpoint(checkpoint)
                 except OSError as failure:
                     logger.warning("%s: an old checkpoint could not be deleted (%s)", checkpoint, failure)
-
-
-def _step_of(name: str) -> int:
-    return int(name.removeprefix("step-"))

@@ -11,14 +11,13 @@ import json
 import logging
 import math
 import os
-import re
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from jmvae_dist.checkpoint.layout import list_checkpoints, step_of
 from jmvae_dist.cluster.provenance import write_provenance
 from jmvae_dist.cluster.scheduler import find_failed_nodes, job_fields, parse_time_s
 from jmvae_dist.errors import EXIT_STOPPED, LaunchError
@@ -149,7 +148,7 @@ def end_attempt(
         raise LaunchError(f"{run_dir}/slurm/attempts.jsonl: no attempt of job {job_id} has begun")
     attempt = mine[-1]
     is_fine = exit_code in (0, EXIT_STOPPED)
-    ended = _ended(
+    ended = replace(
         attempt,
         end_s=time.time(),
         end_step=newest_step(run_dir),
@@ -165,7 +164,7 @@ def end_attempt(
             reason += f"; not requeued: {len(fruitless)} attempts without a new checkpoint"
     if ended.failed_nodes:
         reason += f"; failed nodes: {', '.join(ended.failed_nodes)}"
-    ended = _ended(ended, requeued=goes_back, reason=reason)
+    ended = replace(ended, requeued=goes_back, reason=reason)
     _append(run_dir, "end", ended)
     return ended
 
@@ -234,22 +233,14 @@ def _find_begun(attempts: list[Attempt], ended: Attempt) -> int | None:
 
 def newest_step(run_dir: Path) -> int:
     """Step of the newest committed checkpoint; -1 without one."""
-    try:
-        name = (run_dir / "checkpoints" / "LATEST").read_text(encoding="utf-8").strip()
-    except OSError:
-        return -1
-    match = re.fullmatch(r"step-(\d+)", name)
-    return int(match[1]) if match else -1
+    checkpoints = list_checkpoints(run_dir / "checkpoints")
+    return step_of(checkpoints[-1].name) if checkpoints else -1
 
 
 def _close_lost(attempt: Attempt, step: int) -> Attempt:
     failed = find_failed_nodes(attempt.nodes, attempt.begin_s)
     reason = f"lost{'; failed nodes: ' + ', '.join(failed) if failed else ', killed or its first node failed'}"
-    return _ended(attempt, end_s=time.time(), end_step=step, reason=reason, failed_nodes=failed)
-
-
-def _ended(attempt: Attempt, **changes: Any) -> Attempt:
-    return Attempt(**{**asdict(attempt), **changes})
+    return replace(attempt, end_s=time.time(), end_step=step, reason=reason, failed_nodes=failed)
 
 
 def _fruitless(attempts: list[Attempt], job_id: str, before: float = math.inf) -> list[Attempt]:

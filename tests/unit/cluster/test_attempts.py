@@ -52,8 +52,9 @@ def end(
 
 
 def checkpoint(run_dir: Path, step: int) -> None:
-    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (run_dir / "checkpoints" / "LATEST").write_text(f"step-{step:08d}\n")
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").touch()
 
 
 @pytest.mark.parametrize(

@@ -204,8 +204,8 @@ def write_past(run: Path, *, failed: tuple[str, ...] = (), save_s: float = 100.0
     (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     (run / "schedule.json").write_text('{"global_step": [1, 1000]}')
     (run / "environment.json").write_text('{"world_size": 2}')
-    (run / "checkpoints").mkdir()
-    (run / "checkpoints" / "LATEST").write_text("step-00000010\n")
+    (run / "checkpoints" / "step-00000010").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000010" / "manifest.json").touch()
     seconds = {"productive": 30.0, "data_wait": 0.0, "checkpoint": 10.0, "evaluation": 0.0, "startup": 15.0}
     ledger = {
         "format": 1,

@@ -32,8 +32,9 @@ def write(path: Path, *lines: str) -> Path:
 def finish(run_dir: Path, config: str, *, step: int, exit_code: int = 0) -> None:
     """What a training of `step` steps leaves."""
     (run_dir / "slurm").mkdir(parents=True)
-    (run_dir / "checkpoints").mkdir()
-    (run_dir / "checkpoints" / "LATEST").write_text(f"step-{step:08d}\n")
+    checkpoint = run_dir / "checkpoints" / f"step-{step:08d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").touch()
     (run_dir / "config.yaml").write_text(config)
     values = {"job_id": "7_1", "restart": 0, "begin_s": 1.0, "nodes": [], "begin_step": -1, "end_s": 2.0}
     values |= {"end_step": step, "exit_code": exit_code, "requeued": False, "reason": "x", "failed_nodes": []}
