@@ -5,13 +5,11 @@ Every mistake raises a `ConfigError` with the key, the value and what is allowed
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from jmvae_dist.checks import check_user_class, is_integer, is_object_path
-from jmvae_dist.checks import is_finite as _is_finite
-from jmvae_dist.checks import require as _require
+from jmvae_dist.checks import is_finite, is_integer, is_object_path, require
+from jmvae_dist.data_config import DataSection
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.networks_config import NetworksConfig
 from jmvae_dist.user_code import path_of
@@ -25,16 +23,6 @@ LIKELIHOOD_PARAMETERS: dict[str, dict[str, type]] = {
     "bernoulli": {"soft_targets": bool},
     "categorical": {"soft_targets": bool},
 }
-
-
-# Parameters of the transforms that `data.transforms` knows by name: type, and whether they must be given.
-TRANSFORM_PARAMETERS: dict[str, dict[str, tuple[str, bool]]] = {
-    "scale": {"offset": ("number", False), "scale": ("number", False)},
-    "resize": {"size": ("size", True), "resample": ("resample", False), "fit": ("fit", False)},
-    "binarize": {"threshold": ("number", False), "keyed": ("flag", False)},
-    "one_hot": {"num_classes": ("count", True)},
-}
-_MAX_IMAGE_SIDE = 2**15
 
 
 def is_likelihood(value: Any) -> bool:
@@ -86,19 +74,19 @@ class JMVAEConfig:
     def __post_init__(self) -> None:
         if self.n_modalities is not None:
             valid = is_integer(self.n_modalities) and self.n_modalities >= 2
-            _require(valid, "n_modalities", self.n_modalities, "an integer and at least 2")
+            require(valid, "n_modalities", self.n_modalities, "an integer and at least 2")
         valid = is_integer(self.latent_dim) and self.latent_dim >= 1
-        _require(valid, "latent_dim", self.latent_dim, "an integer and at least 1")
+        require(valid, "latent_dim", self.latent_dim, "an integer and at least 1")
         named = isinstance(self.custom_architectures, list)
-        _require(named, "custom_architectures", self.custom_architectures, "a list of names")
+        require(named, "custom_architectures", self.custom_architectures, "a list of names")
         rescaling = self.uses_likelihood_rescaling
-        _require(isinstance(rescaling, bool), "uses_likelihood_rescaling", rescaling, "true or false")
+        require(isinstance(rescaling, bool), "uses_likelihood_rescaling", rescaling, "true or false")
         for name in ("alpha", "beta", "warmup"):
             value = getattr(self, name)
-            _require(_is_finite(value) and value >= 0, name, value, "finite and at least 0")
+            require(is_finite(value) and value >= 0, name, value, "finite and at least 0")
         for name in ("input_dims", "rescale_factors", "decoders_dist", "decoder_dist_params"):
             value = getattr(self, name)
-            _require(value is None or isinstance(value, dict), name, value, "a dictionary with modalities as keys")
+            require(value is None or isinstance(value, dict), name, value, "a dictionary with modalities as keys")
         if self.input_dims is not None:
             self._check_input_dims(self.input_dims)
         self._check_likelihoods()
@@ -108,29 +96,29 @@ class JMVAEConfig:
     def _check_input_dims(self, input_dims: dict[str, tuple[int, ...]]) -> None:
         if self.n_modalities is not None:
             allowed = f"one shape for each of the n_modalities={self.n_modalities} modalities"
-            _require(len(input_dims) == self.n_modalities, "input_dims", list(input_dims), allowed)
+            require(len(input_dims) == self.n_modalities, "input_dims", list(input_dims), allowed)
         for name, shape in input_dims.items():
             valid = isinstance(shape, (tuple, list)) and len(shape) > 0
             valid = valid and all(is_integer(size) and size >= 1 for size in shape)
-            _require(valid, f"input_dims.{name}", shape, "a non-empty shape of positive integers")
+            require(valid, f"input_dims.{name}", shape, "a non-empty shape of positive integers")
             # A dot would be ambiguous in tar member names, metric keys and parameter names.
             named = isinstance(name, str) and bool(name) and not set(name) & set("./ ")
-            _require(named, "input_dims", name, "named without dots, slashes and spaces")
+            require(named, "input_dims", name, "named without dots, slashes and spaces")
         self.input_dims = {name: tuple(shape) for name, shape in input_dims.items()}
 
     def _check_likelihoods(self) -> None:
         for name, distribution in (self.decoders_dist or {}).items():
             allowed = f"one of {list(LIKELIHOOD_PARAMETERS)}, or module.function"
-            _require(is_likelihood(distribution), f"decoders_dist.{name}", distribution, allowed)
+            require(is_likelihood(distribution), f"decoders_dist.{name}", distribution, allowed)
         for name, factor in (self.rescale_factors or {}).items():
-            _require(_is_finite(factor) and factor > 0, f"rescale_factors.{name}", factor, "greater than 0")
+            require(is_finite(factor) and factor > 0, f"rescale_factors.{name}", factor, "greater than 0")
         for name, parameters in (self.decoder_dist_params or {}).items():
             if self.decoders_dist is not None and name not in self.decoders_dist:
                 raise ConfigError(
                     f"decoder_dist_params: modality {name!r} is not one of decoders_dist: {list(self.decoders_dist)}"
                 )
             allowed = "a dictionary of parameters"
-            _require(isinstance(parameters, dict), f"decoder_dist_params.{name}", parameters, allowed)
+            require(isinstance(parameters, dict), f"decoder_dist_params.{name}", parameters, allowed)
             distribution = (self.decoders_dist or {}).get(name, "normal")
             types = LIKELIHOOD_PARAMETERS.get(distribution) if isinstance(distribution, str) else None
             if types is None:
@@ -141,9 +129,9 @@ class JMVAEConfig:
                     allowed = f"one of {list(types)} for a {distribution} likelihood"
                     raise ConfigError(f"{key}: unknown parameter {parameter!r}; it must be {allowed}")
                 if types[parameter] is bool:
-                    _require(isinstance(value, bool), key, value, "true or false")
+                    require(isinstance(value, bool), key, value, "true or false")
                 else:
-                    _require(_is_finite(value) and value > 0, key, value, "a number greater than 0")
+                    require(is_finite(value) and value > 0, key, value, "a number greater than 0")
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values, from which `JMVAEConfig(**values)` is the same again; functions by their place.
@@ -211,8 +199,8 @@ class ModelSection(JMVAEConfig):
             raise ConfigError(f"model.{error}") from None
         allowed = "empty: it names networks given in Python, to JMVAE(...); classes go into model.networks"
         known = list(get_args(Kernels))
-        _require(self.kernels in known, "model.kernels", self.kernels, f"one of {known}")
-        _require(not self.custom_architectures, "model.custom_architectures", self.custom_architectures, allowed)
+        require(self.kernels in known, "model.kernels", self.kernels, f"one of {known}")
+        require(not self.custom_architectures, "model.custom_architectures", self.custom_architectures, allowed)
 
     def resolve(self, input_dims: dict[str, tuple[int, ...]]) -> JMVAEConfig:
         """The model's configuration for data whose modalities have the shapes `input_dims`.
@@ -240,179 +228,6 @@ class ModelSection(JMVAEConfig):
         # The user's order of `input_dims`, where given, is the order of the modalities.
         ordered = {name: input_dims[name] for name in (self.input_dims or input_dims)}
         return JMVAEConfig(**{**values, "n_modalities": len(names), "input_dims": ordered})
-
-
-def check_wishes(transforms: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> None:
-    """Check `data.transforms` and `data.tokenizers`, but for what depends on their modalities; raises ConfigError."""
-    for modality, entries in transforms.items():
-        _require(isinstance(entries, list), f"data.transforms.{modality}", entries, "a list of steps")
-        for number, entry in enumerate(entries):
-            _check_transform(f"data.transforms.{modality}[{number}]", entry)
-    for modality, settings in tokenizers.items():
-        check_user_class(f"data.tokenizers.{modality}", settings, {"length"})
-        length = settings.get("length")
-        allowed = "an integer of at least 1, or null for the manifest's"
-        valid = length is None or (is_integer(length) and length >= 1)
-        _require(valid, f"data.tokenizers.{modality}.length", length, allowed)
-
-
-def _check_transform(key: str, entry: Any) -> None:
-    """Check one step of `data.transforms`, but for what depends on its modality."""
-    allowed = f"a step with a name ({', '.join(TRANSFORM_PARAMETERS)}) or a class_path"
-    _require(isinstance(entry, dict) and ("name" in entry) != ("class_path" in entry), key, entry, allowed)
-    if "class_path" in entry:
-        check_user_class(key, entry)
-        return
-    known = list(TRANSFORM_PARAMETERS)
-    _require(entry["name"] in known, f"{key}.name", entry["name"], f"one of {known}")
-    parameters = TRANSFORM_PARAMETERS[entry["name"]]
-    for name, value in entry.items():
-        if name == "name":
-            continue
-        if name not in parameters:
-            raise ConfigError(f"{key}: {entry['name']} has no parameter {name!r}; it takes {', '.join(parameters)}")
-        _check_transform_parameter(f"{key}.{name}", value, parameters[name][0])
-    for name, (_, is_required) in parameters.items():
-        if is_required and name not in entry:
-            raise ConfigError(f"{key}: {entry['name']} needs {name}")
-    if entry["name"] == "binarize" and entry.get("keyed") and "threshold" in entry:
-        raise ConfigError(f"{key}: binarize takes a threshold or keyed: true, not both")
-
-
-def _check_transform_parameter(key: str, value: Any, kind: str) -> None:
-    sizes = isinstance(value, list) and len(value) == 2 and all(is_integer(side) for side in value)
-    checks = {
-        "number": (_is_finite(value), "a finite number"),
-        "flag": (isinstance(value, bool), "true or false"),
-        "count": (is_integer(value) and 1 <= value <= 1_000_000, "an integer from 1 to 1000000"),
-        "size": (
-            sizes and all(1 <= side <= _MAX_IMAGE_SIDE for side in value),
-            f"[height, width], each from 1 to {_MAX_IMAGE_SIDE}",
-        ),
-        "resample": (value in ("nearest", "bilinear", "bicubic", "lanczos"), "nearest, bilinear, bicubic or lanczos"),
-        "fit": (value in ("stretch", "crop"), "stretch or crop"),
-    }
-    is_valid, allowed = checks[kind]
-    _require(is_valid, key, value, allowed)
-
-
-@dataclass
-class CacheSection:
-    """Copies of remote shards on a disk of the node, shared by all its processes and runs.
-
-    Args:
-        dir: Directory of the copies, on a local disk, such as `$TMPDIR/jmvae-cache`; null: none are made, and only
-            the samples that are needed are read, with Range requests.
-        max_bytes: Most bytes that the copies take; the least recently used ones make room. null: what the disk has.
-        prefetch_shards: Shards per lane that are downloaded before the lane comes to them; 0: none.
-    """
-
-    dir: str | None = None
-    max_bytes: int | None = None
-    prefetch_shards: int = 2
-
-    def __post_init__(self) -> None:
-        if self.dir is not None:
-            _require(bool(self.dir.strip()), "data.cache.dir", self.dir, "the path of a directory, or null")
-        if self.max_bytes is not None:
-            _require(self.max_bytes >= 1, "data.cache.max_bytes", self.max_bytes, "at least 1, or null")
-            _require(self.dir is not None, "data.cache.max_bytes", self.max_bytes, "null without data.cache.dir")
-        valid = 0 <= self.prefetch_shards <= 1000
-        _require(valid, "data.cache.prefetch_shards", self.prefetch_shards, "between 0 and 1000")
-
-
-@dataclass
-class RemoteSection:
-    """How patient reading over the network is.
-
-    Args:
-        connect_timeout_s: Longest wait for a connection.
-        stall_timeout_s: A transfer that brings next to nothing for this long is started again where it stopped.
-        attempts: Attempts in a row that may fail without bringing at least 1 MiB before the run stops.
-        backoff_s: Longest pause before the second attempt; doubles with each further one, up to 30 s.
-        connections: Requests at the same time, per process.
-    """
-
-    connect_timeout_s: float = 10.0
-    stall_timeout_s: float = 20.0
-    attempts: int = 5
-    backoff_s: float = 1.0
-    connections: int = 4
-
-    def __post_init__(self) -> None:
-        for name in ("connect_timeout_s", "stall_timeout_s"):
-            value = getattr(self, name)
-            valid = _is_finite(value) and 0 < value <= 86400
-            _require(valid, f"data.remote.{name}", value, "greater than 0 and at most a day")
-        valid = _is_finite(self.backoff_s) and 0 <= self.backoff_s <= 30
-        _require(valid, "data.remote.backoff_s", self.backoff_s, "between 0 and 30")
-        for name, most in (("attempts", 100), ("connections", 64)):
-            value = getattr(self, name)
-            _require(1 <= value <= most, f"data.remote.{name}", value, f"between 1 and {most}")
-
-
-@dataclass
-class DataSection:
-    """Where samples come from and in which order.
-
-    Args:
-        train_manifest: `manifest.json` of the training shards, a path or URL.
-        eval_manifest: `manifest.json` of held-out shards, a path or URL; without it nothing is evaluated during
-            training.
-        modalities: The modalities to use, in this order; all of the manifest by default.
-        lanes: Number of lanes C that cut an epoch; a divisor of `training.global_batch_size` and at least the
-            number of processes. Default: its largest divisor up to 64. Part of the order: fixed for a run.
-        shuffle_window: Samples that are shuffled together within a lane. Part of the order: fixed for a run.
-        workers: Reader processes per rank; 0 reads in the training process.
-        decode_threads: Threads that decode images, texts and JSON in each process that reads; by default as many
-            as the CPUs that this process may use, and at most 8, or 1 beside reader processes. Arrays need none.
-        verify: When a shard's sha256 is checked: at every opening, at the first one in each process, or never. That
-            of its index is checked at every opening.
-        cache: Copies of remote shards.
-        remote: Timeouts and retries of remote shards.
-        transforms: By modality, a list of steps between the stored value and the model: `{name: resize, size: [H,
-            W]}`, `{name: scale, offset: A, scale: S}`, `{name: binarize, threshold: T}` or `{name: binarize, keyed:
-            true}`, `{name: one_hot, num_classes: K}`, or `{class_path: ..., init_args: ...}` for a class of your own.
-        tokenizers: By text modality, `{class_path: ..., init_args: ..., length: ...}` of a tokenizer of your own.
-        on_bad_sample: What a sample does that cannot be read or that its likelihood cannot explain: stop ends the
-            run with an error; mask leaves it out of its batch, whose loss is then the mean over the others.
-        bad_sample_tolerance: With mask, the fraction of samples that may be bad for good.
-        bad_sample_burst: With mask, how many more bad samples than that the run bears before it stops.
-        allow_order_change: Resume although data, seed, batch size, lanes or window differ from the
-            checkpoint's: some samples of the current epoch are then seen twice and others not at all.
-    """
-
-    train_manifest: str
-    eval_manifest: str | None = None
-    modalities: list[str] | None = None
-    lanes: int | None = None
-    shuffle_window: int = 8192
-    workers: int = 0
-    decode_threads: int | None = None
-    verify: Literal["always", "first_use", "never"] = "first_use"
-    cache: CacheSection = field(default_factory=CacheSection)
-    remote: RemoteSection = field(default_factory=RemoteSection)
-    transforms: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    tokenizers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    on_bad_sample: Literal["stop", "mask"] = "stop"
-    bad_sample_tolerance: float = 0.001
-    bad_sample_burst: int = 100
-    allow_order_change: bool = False
-
-    def __post_init__(self) -> None:
-        if self.lanes is not None:
-            _require(self.lanes >= 1, "data.lanes", self.lanes, "at least 1")
-        _require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "at least 1")
-        _require(self.workers >= 0, "data.workers", self.workers, "at least 0")
-        if self.decode_threads is not None:
-            _require(1 <= self.decode_threads <= 256, "data.decode_threads", self.decode_threads, "from 1 to 256")
-        valid = _is_finite(self.bad_sample_tolerance) and 0 <= self.bad_sample_tolerance < 1
-        _require(valid, "data.bad_sample_tolerance", self.bad_sample_tolerance, "at least 0 and below 1")
-        _require(self.bad_sample_burst >= 0, "data.bad_sample_burst", self.bad_sample_burst, "at least 0")
-        check_wishes(self.transforms, self.tokenizers)
-        if self.modalities is not None:
-            unique = len(set(self.modalities)) == len(self.modalities) >= 2
-            _require(unique, "data.modalities", self.modalities, "at least two different modalities")
 
 
 @dataclass
@@ -465,13 +280,13 @@ class GuardsSection:
             ("max_rewinds", 0),
         ):
             value = getattr(self, name)
-            _require(value >= least, f"training.guards.{name}", value, f"at least {least}")
+            require(value >= least, f"training.guards.{name}", value, f"at least {least}")
         if self.spike_threshold is None:
             allowed = "skip while training.guards.spike_threshold is null, which looks for no spikes"
-            _require(self.spike_action == "skip", "training.guards.spike_action", self.spike_action, allowed)
+            require(self.spike_action == "skip", "training.guards.spike_action", self.spike_action, allowed)
         else:
-            valid = _is_finite(self.spike_threshold) and self.spike_threshold > 0
-            _require(valid, "training.guards.spike_threshold", self.spike_threshold, "greater than 0, or null")
+            valid = is_finite(self.spike_threshold) and self.spike_threshold > 0
+            require(valid, "training.guards.spike_threshold", self.spike_threshold, "greater than 0, or null")
 
 
 @dataclass
@@ -492,8 +307,8 @@ class WatchdogSection:
         for name, least in (("step_timeout_s", 1), ("peer_timeout_s", 5)):
             value = getattr(self, name)
             if value is not None:
-                valid = _is_finite(value) and value >= least
-                _require(valid, f"training.watchdog.{name}", value, f"at least {least}, or null")
+                valid = is_finite(value) and value >= least
+                require(valid, f"training.watchdog.{name}", value, f"at least {least}, or null")
 
 
 @dataclass
@@ -540,15 +355,15 @@ class TrainingSection:
         for name in ("steps", "epochs", "global_batch_size", "micro_batch_size", "log_every_steps"):
             value = getattr(self, name)
             if value is not None:
-                _require(_is_finite(value) and value > 0, f"training.{name}", value, "finite and greater than 0")
+                require(is_finite(value) and value > 0, f"training.{name}", value, "finite and greater than 0")
         if self.gradient_clip_norm is not None:
-            positive = _is_finite(self.gradient_clip_norm) and self.gradient_clip_norm > 0
-            _require(positive, "training.gradient_clip_norm", self.gradient_clip_norm, "greater than 0, or null")
-        _require(0 <= self.seed < 2**63, "training.seed", self.seed, "between 0 and 2^63 - 1")
+            positive = is_finite(self.gradient_clip_norm) and self.gradient_clip_norm > 0
+            require(positive, "training.gradient_clip_norm", self.gradient_clip_norm, "greater than 0, or null")
+        require(0 <= self.seed < 2**63, "training.seed", self.seed, "between 0 and 2^63 - 1")
         self._check_deepspeed()
         timeout = self.process_group_timeout_s
         allowed = "greater than 0 and at most a year"
-        _require(0 < timeout <= 366 * 86400, "training.process_group_timeout_s", timeout, allowed)
+        require(0 < timeout <= 366 * 86400, "training.process_group_timeout_s", timeout, allowed)
         limit = self.watchdog.step_timeout_s
         if limit is not None and limit >= timeout:
             raise ConfigError(
@@ -564,10 +379,10 @@ class TrainingSection:
         ):
             value = getattr(self.deepspeed, name)
             allowed = f"none with training.engine {self.engine}; cpu needs {' or '.join(engines)}"
-            _require(value == "none" or self.engine in engines, f"training.deepspeed.{name}", value, allowed)
+            require(value == "none" or self.engine in engines, f"training.deepspeed.{name}", value, allowed)
         path = self.deepspeed.config_file
         allowed = "null with training.engine ddp, which does not use DeepSpeed"
-        _require(path is None or self.engine != "ddp", "training.deepspeed.config_file", path, allowed)
+        require(path is None or self.engine != "ddp", "training.deepspeed.config_file", path, allowed)
 
 
 @dataclass
@@ -590,10 +405,10 @@ class OptimizerSection:
 
     def __post_init__(self) -> None:
         valid = all(0 <= beta < 1 for beta in self.betas)
-        _require(valid, "optimizer.betas", self.betas, "two numbers, each at least 0 and below 1")
-        _require(_is_finite(self.eps) and self.eps > 0, "optimizer.eps", self.eps, "greater than 0")
+        require(valid, "optimizer.betas", self.betas, "two numbers, each at least 0 and below 1")
+        require(is_finite(self.eps) and self.eps > 0, "optimizer.eps", self.eps, "greater than 0")
         decay = self.weight_decay
-        _require(_is_finite(decay) and decay >= 0, "optimizer.weight_decay", decay, "at least 0")
+        require(is_finite(decay) and decay >= 0, "optimizer.weight_decay", decay, "at least 0")
 
 
 @dataclass
@@ -615,10 +430,10 @@ class AnnealingSection:
 
     def __post_init__(self) -> None:
         if self.warmup_steps is not None:
-            _require(self.warmup_steps >= 0, "schedule.annealing.warmup_steps", self.warmup_steps, "at least 0")
-        _require(self.cycles >= 1, "schedule.annealing.cycles", self.cycles, "at least 1")
+            require(self.warmup_steps >= 0, "schedule.annealing.warmup_steps", self.warmup_steps, "at least 0")
+        require(self.cycles >= 1, "schedule.annealing.cycles", self.cycles, "at least 1")
         growth = self.cycle_growth
-        _require(0 < growth <= 1, "schedule.annealing.cycle_growth", growth, "above 0 and at most 1")
+        require(0 < growth <= 1, "schedule.annealing.cycle_growth", growth, "above 0 and at most 1")
 
 
 @dataclass
@@ -641,15 +456,15 @@ class LearningRateSection:
 
     def __post_init__(self) -> None:
         key = "schedule.learning_rate"
-        _require(_is_finite(self.peak) and self.peak > 0, f"{key}.peak", self.peak, "greater than 0")
+        require(is_finite(self.peak) and self.peak > 0, f"{key}.peak", self.peak, "greater than 0")
         if self.warmup_steps is not None and self.warmup_epochs is not None:
             raise ConfigError(f"{key}: give at most one of warmup_steps and warmup_epochs")
         for name in ("warmup_steps", "warmup_epochs"):
             value = getattr(self, name)
             if value is not None:
-                _require(_is_finite(value) and value >= 0, f"{key}.{name}", value, "finite and at least 0")
+                require(is_finite(value) and value >= 0, f"{key}.{name}", value, "finite and at least 0")
         fraction = self.final_fraction
-        _require(0 <= fraction <= 1, f"{key}.final_fraction", fraction, "between 0 and 1")
+        require(0 <= fraction <= 1, f"{key}.final_fraction", fraction, "between 0 and 1")
 
 
 @dataclass
@@ -689,9 +504,9 @@ class CheckpointSection:
             value = getattr(self, name)
             if value is not None:
                 allowed = "finite and greater than 0, or null"
-                _require(_is_finite(value) and value > 0, f"checkpoint.{name}", value, allowed)
+                require(is_finite(value) and value > 0, f"checkpoint.{name}", value, allowed)
         allowed = "at least 2 (with a single one, a damaged checkpoint would end the run)"
-        _require(self.keep_last >= 2, "checkpoint.keep_last", self.keep_last, allowed)
+        require(self.keep_last >= 2, "checkpoint.keep_last", self.keep_last, allowed)
 
 
 @dataclass
@@ -721,7 +536,7 @@ class WandbSection:
     def __post_init__(self) -> None:
         for name in ("init_timeout_s", "finish_timeout_s"):
             value = getattr(self, name)
-            _require(_is_finite(value) and value > 0, f"tracking.wandb.{name}", value, "greater than 0")
+            require(is_finite(value) and value > 0, f"tracking.wandb.{name}", value, "greater than 0")
 
 
 @dataclass
@@ -754,12 +569,12 @@ class EvaluationSection:
 
     def __post_init__(self) -> None:
         if self.every_steps is not None:
-            _require(self.every_steps > 0, "evaluation.every_steps", self.every_steps, "greater than 0, or null")
+            require(self.every_steps > 0, "evaluation.every_steps", self.every_steps, "greater than 0, or null")
         for name in ("batch_size", "figure_samples"):
             value = getattr(self, name)
-            _require(value > 0, f"evaluation.{name}", value, "greater than 0")
+            require(value > 0, f"evaluation.{name}", value, "greater than 0")
         samples = self.joint_nll_samples
-        _require(samples >= 0, "evaluation.joint_nll_samples", samples, "at least 0")
+        require(samples >= 0, "evaluation.joint_nll_samples", samples, "at least 0")
 
 
 @dataclass
@@ -789,7 +604,7 @@ class RunConfig:
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
 
     def __post_init__(self) -> None:
-        _require(bool(self.output_dir.strip()), "output_dir", self.output_dir, "the path of a directory")
+        require(bool(self.output_dir.strip()), "output_dir", self.output_dir, "the path of a directory")
         batch, lanes = self.training.global_batch_size, self.data.lanes
         if lanes is not None and batch % lanes != 0:
             raise ConfigError(

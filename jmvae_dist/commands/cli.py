@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from jmvae_dist.config import CacheSection
+from jmvae_dist.data_config import CacheSection
 from jmvae_dist.errors import ConfigError
 
 if TYPE_CHECKING:

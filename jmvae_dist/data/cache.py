@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from jmvae_dist.config import RemoteSection
 from jmvae_dist.data.transfer import RemoteFile
+from jmvae_dist.data_config import RemoteSection
 from jmvae_dist.errors import ConfigError, UnreachableError
 from jmvae_dist.files import fsync_path
 

@@ -21,12 +21,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from jmvae_dist.config import RemoteSection
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import MAX_INDEX_BYTES, index_num_bytes
 from jmvae_dist.data.tokenizers import TOKENIZERS
 from jmvae_dist.data.transfer import RemoteFile
 from jmvae_dist.data.urls import Location, is_remote, resolve, shown
+from jmvae_dist.data_config import RemoteSection
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import write_text_atomic
 

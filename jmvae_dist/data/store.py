@@ -16,13 +16,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from jmvae_dist.config import CacheSection, RemoteSection
 from jmvae_dist.data.cache import CachedFile, CacheEntry, ShardCache
 from jmvae_dist.data.files import open_regular, read_error
 from jmvae_dist.data.index import parse_index, read_index
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.transfer import RemoteFile
 from jmvae_dist.data.urls import shown
+from jmvae_dist.data_config import CacheSection, RemoteSection
 from jmvae_dist.errors import ConfigError, DataError, UnreachableError
 from jmvae_dist.files import sha256_of
 

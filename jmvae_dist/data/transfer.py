@@ -21,8 +21,8 @@ from http import HTTPStatus
 from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import urljoin
 
-from jmvae_dist.config import RemoteSection
 from jmvae_dist.data.urls import HTTP_SCHEMES, check_remote, scheme_of, shown
+from jmvae_dist.data_config import RemoteSection
 from jmvae_dist.errors import DataError, UnreachableError
 
 Result = TypeVar("Result")

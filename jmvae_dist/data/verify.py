@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jmvae_dist.config import CacheSection
 from jmvae_dist.data.cache import CachedFile
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import index_num_bytes, read_index
@@ -24,6 +23,7 @@ from jmvae_dist.data.processes import Report, default_workers, run_in_processes
 from jmvae_dist.data.reader import ShardReader
 from jmvae_dist.data.store import RemoteAccess, ShardStore, shard_files
 from jmvae_dist.data.urls import Location, shown
+from jmvae_dist.data_config import CacheSection
 from jmvae_dist.errors import DataError
 from jmvae_dist.files import sha256_of
 from jmvae_dist.progress import progress

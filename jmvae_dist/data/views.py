@@ -196,7 +196,7 @@ class View:
 
         Args:
             modality: of the manifest.
-            transforms: of the run configuration, checked by `config.DataSection`.
+            transforms: of the run configuration, checked by `data_config.DataSection`.
             tokenizer: `{class_path, init_args, length}` of the run configuration.
             seed: of keyed transforms.
             trusted: the class paths that may be imported; None: all, since the user's own configuration names them.

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from jmvae_dist.checks import is_integer
-from jmvae_dist.config import DataSection, JMVAEConfig, NetworksConfig, RunConfig, check_wishes
+from jmvae_dist.config import JMVAEConfig, NetworksConfig, RunConfig
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan, default_lanes
 from jmvae_dist.data.store import RemoteAccess
 from jmvae_dist.data.urls import is_remote, shown
 from jmvae_dist.data.views import View, make_views
+from jmvae_dist.data_config import DataSection, check_wishes
 from jmvae_dist.distributed.deepspeed_config import build_config
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.schedules import (

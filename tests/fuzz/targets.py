@@ -18,7 +18,6 @@ import numpy as np
 import requests  # noqa: F401  # what is imported in a case would be taken for code of the data
 
 from jmvae_dist.checkpoint.layout import CheckpointManifest, FileRecord, FragmentRecord, TensorRecord
-from jmvae_dist.config import CacheSection, RemoteSection
 from jmvae_dist.data.encodings import decode_member
 from jmvae_dist.data.index import RECORD_DTYPE
 from jmvae_dist.data.indexing.build import index_shards
@@ -32,6 +31,7 @@ from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardReader, ShardSet, describe_sample
 from jmvae_dist.data.store import RemoteAccess, ShardStore, Verify
 from jmvae_dist.data.views import SampleKeys, make_views
+from jmvae_dist.data_config import CacheSection, RemoteSection
 from jmvae_dist.errors import CheckpointError, ConfigError, DataError
 from tests.faulty_server import Fault, serving
 from tests.fuzz.hostile_members import HOSTILE_MEMBERS

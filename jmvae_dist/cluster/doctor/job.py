@@ -18,13 +18,13 @@ import torch
 from jmvae_dist.checkpoint.layout import list_checkpoints
 from jmvae_dist.cluster.doctor.check import Check, Context, Gathered, find_outliers, group_by_value
 from jmvae_dist.cluster.doctor.table import Row
-from jmvae_dist.config import RemoteSection
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.plan import default_lanes
 from jmvae_dist.data.reader import ShardSet
 from jmvae_dist.data.transfer import RemoteFile
 from jmvae_dist.data.urls import shown
 from jmvae_dist.data.views import SampleKeys
+from jmvae_dist.data_config import RemoteSection
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.model import JMVAE
 from jmvae_dist.progress import format_bytes, format_duration

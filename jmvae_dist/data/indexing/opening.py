@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from jmvae_dist.config import RemoteSection
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.indexing.tar_scan import ByteStream
 from jmvae_dist.data.transfer import RemoteFile
 from jmvae_dist.data.urls import is_remote, shown
+from jmvae_dist.data_config import RemoteSection
 from jmvae_dist.errors import ConfigError, DataError
 
 Identity = dict[str, int | str]

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jmvae_dist.config import RemoteSection
 from jmvae_dist.data import cache as cache_module
 from jmvae_dist.data.cache import CachedFile, CacheEntry, ShardCache
+from jmvae_dist.data_config import RemoteSection
 from jmvae_dist.errors import ConfigError, DataError
 from tests.conftest import launch_environment
 from tests.faulty_server import Fault, FaultyServer, serving
@@ -32,7 +32,7 @@ QUICK = RemoteSection(connect_timeout_s=2.0, stall_timeout_s=1.0, attempts=2, ba
 HOLDER = """
 import sys
 from pathlib import Path
-from jmvae_dist.config import RemoteSection
+from jmvae_dist.data_config import RemoteSection
 from jmvae_dist.data.cache import CacheEntry, ShardCache
 folder, url, num_bytes, sha256 = sys.argv[1:]
 cache = ShardCache(Path(folder), None, RemoteSection(stall_timeout_s=5.0, backoff_s=0.01))
@@ -322,7 +322,7 @@ def test_a_full_disk(small_disk: Path, server: FaultyServer, entry: Entry, monke
 VISITOR = """
 import hashlib, random, sys
 from pathlib import Path
-from jmvae_dist.config import RemoteSection
+from jmvae_dist.data_config import RemoteSection
 from jmvae_dist.data.cache import CacheEntry, ShardCache
 folder, url, max_bytes, seed, count, *digests = sys.argv[1:]
 cache = ShardCache(Path(folder), int(max_bytes), RemoteSection(stall_timeout_s=5.0, backoff_s=0.01))

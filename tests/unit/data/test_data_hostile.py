@@ -16,7 +16,6 @@ import pytest
 from data_examples import example_source, npy_bytes
 
 from jmvae_dist.commands.shards import main
-from jmvae_dist.config import CacheSection, RemoteSection
 from jmvae_dist.data import manifest
 from jmvae_dist.data.index import RECORD_DTYPE, index_bytes
 from jmvae_dist.data.manifest import IndexFile, Manifest
@@ -24,6 +23,7 @@ from jmvae_dist.data.reader import ShardReader, ShardSet
 from jmvae_dist.data.store import RemoteAccess
 from jmvae_dist.data.views import SampleKeys, make_views
 from jmvae_dist.data.writer import write_shards
+from jmvae_dist.data_config import CacheSection, RemoteSection
 from jmvae_dist.errors import ConfigError, DataError
 from tests.faulty_server import serving
 

@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jmvae_dist.commands.shards import main
-from jmvae_dist.config import CacheSection, RemoteSection
 from jmvae_dist.data.loader import Batch, EvaluationLoader, TrainLoader
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.plan import SamplePlan
@@ -30,6 +29,7 @@ from jmvae_dist.data.urls import REMOTE_SCHEMES, check_remote, resolve, shown
 from jmvae_dist.data.verify import verify_shards
 from jmvae_dist.data.views import SampleKeys, make_views
 from jmvae_dist.data.writer import write_shards
+from jmvae_dist.data_config import CacheSection, RemoteSection
 from jmvae_dist.errors import ConfigError, DataError, UnreachableError
 from tests.faulty_server import Fault, FaultyServer, serving
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jmvae_dist.config import RemoteSection
 from jmvae_dist.data.transfer import RemoteFile, TransferCancelled
+from jmvae_dist.data_config import RemoteSection
 from jmvae_dist.errors import DataError, UnreachableError
 from tests.faulty_server import Fault, FaultyServer, serving
 

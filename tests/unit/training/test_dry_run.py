@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from jmvae_dist.commands.train import main
-from jmvae_dist.config import DataSection, ModelSection, NetworksConfig, RunConfig, TrainingSection
+from jmvae_dist.config import ModelSection, NetworksConfig, RunConfig, TrainingSection
 from jmvae_dist.config_io import parse_run_config
+from jmvae_dist.data_config import DataSection
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.model import JMVAE
 from jmvae_dist.training.dry_run import engine_memory, estimate_run, render
