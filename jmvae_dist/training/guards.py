@@ -35,12 +35,12 @@ class Verdict:
 
     Args:
         is_sound: Whether the step may change the weights.
-        grad_norm: L2 norm of the whole gradient of the mean loss, before clipping.
+        grad_norm: L2 norm of the whole gradient of the mean loss, before clipping; None where nobody wants it.
         factor: To be multiplied into the gradients: undoes the loss scale and clips.
     """
 
     is_sound: Tensor
-    grad_norm: Tensor
+    grad_norm: Tensor | None
     factor: Tensor
 
 
@@ -140,7 +140,14 @@ class StepGuard:
         }
 
     def judge(
-        self, global_step: int, loss_sum: Tensor, num_valid: int, gradients: list[Tensor], is_wanted: bool
+        self,
+        global_step: int,
+        loss_sum: Tensor,
+        num_valid: int,
+        gradients: list[Tensor],
+        *,
+        is_wanted: bool = True,
+        is_recorded: bool = True,
     ) -> Verdict:
         """Judge a step whose gradients are complete; called by all ranks.
 
@@ -151,8 +158,10 @@ class StepGuard:
             gradients: This rank's gradients (all of them, or its part), with loss scale; of the sum over all valid
                 rows, divided by the global batch size.
             is_wanted: False for a batch that is passed over: the step leaves no trace, whatever it is like.
+            is_recorded: Whether the norm of the gradient is wanted, even if nothing is clipped.
         """
-        squares = _sum_of_squares(gradients, self._device)
+        wants_norm = is_recorded or self._clip_norm is not None
+        squares = _sum_of_squares(gradients, self._device, is_exact=wants_norm)
         valid = torch.full((), num_valid, dtype=torch.float64, device=self._device)
         values = torch.stack([loss_sum.double(), valid, squares])
         if self._world_size > 1:
@@ -161,9 +170,10 @@ class StepGuard:
         loss = values[0] / values[1]
         # Infinite if no sample of the global batch is valid: that step is not sound, then.
         mean_over_valid = (self._global_batch_size / values[1]).float()
-        grad_norm = values[2].sqrt().float() * mean_over_valid / self.loss_scale
+        grad_norm = values[2].sqrt().float() * mean_over_valid / self.loss_scale if wants_norm else None
         factor = mean_over_valid / self.loss_scale
         if self._clip_norm is not None:
+            assert grad_norm is not None
             factor = factor * (self._clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
         # Beyond this AdamW's second moments become infinite, and what they belong to never moves again.
         is_finite = loss.isfinite() & values[2].float().isfinite()
@@ -229,7 +239,12 @@ def _full(value: float, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=device)
 
 
-def _sum_of_squares(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """In float64, so that its float32 root does not depend on how the gradient is cut into tensors."""
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64).to(device) for gradient in gradients]
-    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
+def _sum_of_squares(gradients: list[Tensor], device: torch.device, is_exact: bool) -> Tensor:
+    """Scalar float64; exact: its float32 root does not depend on how the gradient is cut into tensors.
+
+    Otherwise it only tells whether all is finite, in a fraction of the time: no gradient is converted to float64.
+    """
+    dtype = torch.float64 if is_exact else None
+    norms = [torch.linalg.vector_norm(gradient, dtype=dtype).to(device) for gradient in gradients]
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(norms).double().square().sum() if norms else zero

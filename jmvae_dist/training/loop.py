@@ -84,7 +84,7 @@ class Trainer:
         model = JMVAE(run.model_config, networks=section.networks, kernels=section.kernels)
         self.model = model.to(runtime.device)
         training = run.config.training
-        self.engine = runtime.prepare(self.model, make_optimizer(self.model, run.config.optimizer, runtime.device))
+        self.engine = runtime.prepare(self.model, make_optimizer(self.model, run.config.optimizer))
         self.guard = StepGuard(
             training.guards,
             precision=training.precision,
@@ -169,12 +169,14 @@ class Trainer:
             for batch in batches:
                 self._enter("step")
                 meter.batch_arrived()
-                result = take_step(batch, is_wanted=not self._is_passed_over(self.global_step))
+                is_recorded = self._is_recorded(self.global_step + 1)
+                is_wanted = not self._is_passed_over(self.global_step)
+                result = take_step(batch, is_wanted=is_wanted, is_recorded=is_recorded)
                 self.global_step += 1
                 meter.step_taken()
                 self.ledger.step_taken(self.global_step)
                 is_last = self.global_step == total_steps
-                if is_last or self._is_multiple_of(config.training.log_every_steps):
+                if is_recorded:
                     self._record(result, meter, batches.last_problem)
                 if not is_last and self._is_multiple_of(config.evaluation.every_steps):
                     self._evaluate_midway()
@@ -312,6 +314,9 @@ class Trainer:
             batches.raise_failure()
         return batches
 
+    def _is_recorded(self, global_step: int) -> bool:
+        return global_step == self.run.total_steps or global_step % self.run.config.training.log_every_steps == 0
+
     def _is_multiple_of(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.global_step % every_steps == 0
 
@@ -325,6 +330,7 @@ class Trainer:
         local = torch.stack([result.sums[key].double() for key in keys]).cpu()
         total = self.runtime.collectives.sum(torch.cat([local, torch.tensor([result.num_valid]).double()]))
         means = (total[:-1] / total[-1]).tolist()
+        assert result.grad_norm is not None
         guards = self.guard.read()
         stall_s = self.checkpoints.take_stall_s()
         # Schedules are those with which the step was taken, i.e. at the number of steps finished before it.

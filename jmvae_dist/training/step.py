@@ -27,12 +27,13 @@ class StepResult:
     Args:
         sums: Sums over this rank's valid rows of every metric.
         num_valid: Number of these rows.
-        grad_norm: L2 norm of the gradient of the mean loss over the global batch, before clipping.
+        grad_norm: L2 norm of the gradient of the mean loss over the global batch, before clipping; None if the step
+            is not recorded and nothing is clipped.
     """
 
     sums: dict[str, Tensor]
     num_valid: int
-    grad_norm: Tensor
+    grad_norm: Tensor | None
 
 
 class TrainStep:
@@ -58,12 +59,13 @@ class TrainStep:
         self._num_micro_batches = num_micro_batches(run, runtime.process.world_size)
         self._loss_scale = runtime.process.world_size / run.config.training.global_batch_size
 
-    def __call__(self, batch: Batch, is_wanted: bool = True) -> StepResult:
+    def __call__(self, batch: Batch, *, is_wanted: bool = True, is_recorded: bool = True) -> StepResult:
         """Take the step after `batch.global_step` finished steps.
 
         Args:
             batch: This rank's share of the global batch.
             is_wanted: False to pass the batch over: its metrics are computed, the weights stay as they are.
+            is_recorded: Whether its result is going to be recorded.
         """
         run, engine = self._run, self._engine
         assert isinstance(engine.optimizer, GuardedAdamW)
@@ -74,9 +76,17 @@ class TrainStep:
             group["lr"] = run.learning_rate(batch.global_step)
         sums = self._accumulate_gradients(batch, run.annealing(batch.global_step))
         gradients = engine.gradients()
-        verdict = self._guard.judge(batch.global_step, sums["loss/total"], len(batch), gradients, is_wanted)
-        for gradient in gradients:
-            gradient.mul_(verdict.factor.to(gradient.device))
+        verdict = self._guard.judge(
+            batch.global_step,
+            sums["loss/total"],
+            len(batch),
+            gradients,
+            is_wanted=is_wanted,
+            is_recorded=is_recorded,
+        )
+        if not _is_known_to_be_one(verdict.factor):
+            for gradient in gradients:
+                gradient.mul_(verdict.factor.to(gradient.device))
         engine.optimizer.is_sound = verdict.is_sound
         engine.step()
         return StepResult(sums, len(batch), verdict.grad_norm)
@@ -112,3 +122,8 @@ class TrainStep:
             for key, value in metrics.items():
                 sums[key] = sums[key] + value if key in sums else value
         return sums
+
+
+def _is_known_to_be_one(factor: Tensor) -> bool:
+    """Whether multiplying by it would change no bit, where finding out does not mean to wait for a device."""
+    return factor.device.type == "cpu" and factor.item() == 1.0

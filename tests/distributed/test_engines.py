@@ -118,9 +118,8 @@ def test_accumulated_gradients(sources: Callable[..., Run], engine: str) -> None
 
 
 IN_CI = {
-    *(("ddp", 2, target, 2) for target in ("zero1", "zero3")),
-    *(("zero1", 2, "zero3", 2), ("zero2", 2, "ddp", 2), ("zero3", 2, "zero2", 2), ("zero3", 2, "zero3", 2)),
-    *(("zero3", 2, "ddp", 1), ("ddp", 1, "zero2", 2), ("zero2", 2, "zero1", 1)),
+    *(("ddp", 2, "zero1", 2), ("zero1", 2, "zero3", 2), ("zero2", 2, "ddp", 2), ("zero3", 2, "zero3", 2)),
+    *(("zero3", 2, "ddp", 1), ("ddp", 1, "zero2", 2)),
 }
 TABLE = [
     (source, source_processes, target, target_processes)

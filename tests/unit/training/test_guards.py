@@ -36,7 +36,7 @@ def make_guard(
 def judge(guard: StepGuard, loss: float, *gradients: list[float], step: int = 0, is_wanted: bool = True) -> Verdict:
     """Judge a mean loss and gradients as the engine would hand them over, with the loss scale in them."""
     tensors = [torch.tensor(values) * guard.loss_scale for values in gradients or ([0.0],)]
-    return guard.judge(step, torch.tensor(loss * 10), 10, tensors, is_wanted)
+    return guard.judge(step, torch.tensor(loss * 10), 10, tensors, is_wanted=is_wanted)
 
 
 def test_clipping_is_that_of_torch() -> None:
@@ -55,7 +55,7 @@ def test_the_norm_does_not_depend_on_how_the_gradient_is_cut(cuts: list[int], sc
     gradient = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * scale
     bounds = [0, *sorted(cuts), 1000]
     pieces = [gradient[start:stop] for start, stop in itertools.pairwise(bounds)]
-    norms = [make_guard(clip=1.0).judge(0, torch.tensor(1.0), 10, tensors, True) for tensors in ([gradient], pieces)]
+    norms = [make_guard(clip=1.0).judge(0, torch.tensor(1.0), 10, tensors) for tensors in ([gradient], pieces)]
     assert torch.equal(norms[0].grad_norm, norms[1].grad_norm)
     assert torch.equal(norms[0].factor, norms[1].factor)
 
@@ -170,10 +170,10 @@ def test_a_spike_between_a_record_and_a_checkpoint_is_not_forgotten() -> None:
 
 def test_the_mean_is_over_the_valid_samples() -> None:
     guard = make_guard()
-    verdict = guard.judge(0, torch.tensor(8.0), 8, [torch.tensor([3.0, 4.0])], True)
+    verdict = guard.judge(0, torch.tensor(8.0), 8, [torch.tensor([3.0, 4.0])])
     assert float(verdict.factor) == 10 / 8
     assert float(verdict.grad_norm) == 5.0 * 10 / 8
-    assert not bool(guard.judge(1, torch.tensor(0.0), 0, [torch.zeros(2)], True).is_sound)
+    assert not bool(guard.judge(1, torch.tensor(0.0), 0, [torch.zeros(2)]).is_sound)
     assert guard.read().masked_samples == 2 + 10
 
 
@@ -181,7 +181,7 @@ def test_a_trickle_of_masked_samples_drains_away_and_a_burst_does_not() -> None:
     guard, tolerant = make_guard(), make_guard(mask_tolerance=0.1)
     for step in range(50):
         for each in (guard, tolerant):
-            each.judge(step, torch.tensor(1.0), 10 - 2 * (step % 2), [torch.ones(1)], True)
+            each.judge(step, torch.tensor(1.0), 10 - 2 * (step % 2), [torch.ones(1)])
     assert guard.read().masked_beyond == 50
     assert tolerant.read().masked_beyond <= 1
     resumed = make_guard()
@@ -189,6 +189,19 @@ def test_a_trickle_of_masked_samples_drains_away_and_a_burst_does_not() -> None:
     assert (resumed.read().masked_samples, resumed.read().masked_beyond) == (50, 50)
     resumed.forgive_masked()
     assert (resumed.read().masked_samples, resumed.read().masked_beyond) == (50, 0)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "is_sound"),
+    [([1.0], True), ([1e18], True), ([NAN], False), ([float("inf")], False), ([1e20], False)],
+)
+def test_a_step_that_is_not_recorded_is_judged_likewise(gradient: list[float], is_sound: bool) -> None:
+    verdicts = [
+        make_guard().judge(0, torch.tensor(1.0), 10, [torch.tensor(gradient)], is_recorded=is_recorded)
+        for is_recorded in (True, False)
+    ]
+    assert [bool(verdict.is_sound) for verdict in verdicts] == [is_sound, is_sound]
+    assert verdicts[1].grad_norm is None
 
 
 @pytest.mark.parametrize("fused", [False, True])
