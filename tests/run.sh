@@ -16,9 +16,9 @@ if [ $# -eq 0 ]; then
     ruff check .
     ruff format --check .
     mypy
-    # Two files at a time: most tests wait for processes that start. In their order: the slow files come before those
-    # with many tests, and neither worker is left with a slow one at the end.
-    set -- -n 2 --dist loadfile --no-loadscope-reorder
+    # Three files at a time: many tests wait, for a scheduler or for a limit. In their order: the slow files come
+    # before those with many tests, and no worker is left with a slow one at the end.
+    set -- -n 3 --dist loadfile --no-loadscope-reorder
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec python -m pytest "$@"
