@@ -51,8 +51,9 @@ def _phi(x: Tensor) -> Tensor:
     # Horner's scheme for 1/2! + x/3! + ... + x^(degree-2)/degree!
     series = torch.full_like(near_zero, 1.0 / math.factorial(degree))
     for power in range(degree - 1, 1, -1):
-        series = series * near_zero + 1.0 / math.factorial(power)
-    return torch.where(x.abs() < _SERIES_RADIUS, near_zero * near_zero * series, torch.expm1(x) - x)
+        series.mul_(near_zero).add_(1.0 / math.factorial(power))
+    series.mul_(near_zero).mul_(near_zero)
+    return torch.where(x.abs() < _SERIES_RADIUS, series, torch.expm1(x) - x)
 
 
 def phi(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

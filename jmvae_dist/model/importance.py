@@ -55,11 +55,11 @@ class LogWeightSums:
         self._log_squares_B = self._log_sum_B.clone()
         self._num_draws_B = torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def add(self, block: slice, log_weights_KB: Tensor) -> None:
-        """Add the weights of some draws of the samples `block`, float64 (K, len(block))."""
+    def add(self, log_weights_KB: Tensor) -> None:
+        """Add the weights of some draws of all samples, float64 (K, B)."""
         for total_B, power in ((self._log_sum_B, 1.0), (self._log_squares_B, 2.0)):
-            total_B[block] = torch.logaddexp(total_B[block], torch.logsumexp(power * log_weights_KB, dim=0))
-        self._num_draws_B[block] += len(log_weights_KB)
+            torch.logaddexp(total_B, torch.logsumexp(power * log_weights_KB, dim=0), out=total_B)
+        self._num_draws_B += len(log_weights_KB)
 
     def estimate(self) -> NLLEstimate:
         """The estimate from all draws so far."""

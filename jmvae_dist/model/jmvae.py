@@ -79,15 +79,15 @@ class _RecoverableClamp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logvar: Tensor) -> Tensor:
-        ctx.save_for_backward(logvar)
-        return logvar.clamp(*LOGVAR_RANGE)
+        clamped = logvar.clamp(*LOGVAR_RANGE)
+        ctx.save_for_backward(logvar - clamped)
+        return clamped
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        (logvar,), (grad,) = ctx.saved_tensors, grad_outputs
-        low, high = LOGVAR_RANGE
-        leads_further_out = ((logvar > high) & (grad < 0)) | ((logvar < low) & (grad > 0))
-        return torch.where(leads_further_out, 0.0, grad)
+        (excess,), (grad,) = ctx.saved_tensors, grad_outputs
+        # An optimizer goes against the gradient: further out where the two have different signs.
+        return torch.where(excess * grad < 0, 0.0, grad)
 
 
 def _in_weights_dtype(module: nn.Module, tensor: Tensor) -> Tensor:
@@ -490,13 +490,16 @@ class JMVAE(nn.Module):
         while start < K:
             stop = min(K, start + chunks.noise_draws(num_samples, self.latent_dim))
             noise_KBD = self._draws(range(start, stop), posterior, noise, generator)
+            log_weights_KB = {key: noise_KBD.new_empty(noise_KBD.shape[:2], dtype=torch.float64) for key in groups}
             for draws, block in chunks.cut(stop - start, num_samples):
                 with chunks.measured():
                     terms = self._log_weights(
                         inputs, posterior, predicted, noise_KBD[draws, block], block, conditional
                     )
                 for key, group in groups.items():
-                    sums[key].add(block, sum((terms[name] for name in group), start=terms[PRIOR_TERM]))
+                    log_weights_KB[key][draws, block] = sum((terms[name] for name in group), start=terms[PRIOR_TERM])
+            for key, table_KB in log_weights_KB.items():
+                sums[key].add(table_KB)
             start = stop
         return {key: total.estimate() for key, total in sums.items()}
 

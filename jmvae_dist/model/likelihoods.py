@@ -87,8 +87,10 @@ class Bernoulli:
     soft_targets: bool = False
 
     def log_prob_per_element(self, decoded: Tensor, target: Tensor) -> Tensor:
-        # Exact where target * decoded - softplus(decoded) cancels (confident and right).
-        return -F.binary_cross_entropy_with_logits(decoded, target.expand_as(decoded), reduction="none")
+        if self.soft_targets:
+            return -F.binary_cross_entropy_with_logits(decoded, target.expand_as(decoded), reduction="none")
+        # The same for targets 0 and 1, in half the passes, and exact where those would cancel (confident and right).
+        return F.logsigmoid((2.0 * target - 1.0) * decoded)
 
     def mean(self, decoded: Tensor) -> Tensor:
         return torch.sigmoid(decoded)
