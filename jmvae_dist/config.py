@@ -328,6 +328,9 @@ class TrainingSection:
         guards: What protects the weights from a bad step.
         watchdog: When a run that hangs is ended.
         device: auto takes a GPU if there is one.
+        compile: model lets torch.compile make one program each of the forward and the backward pass, before the first
+            step: minutes at the start, and fewer passes over memory (and launches on a GPU) in every step. Each size
+            of a micro-batch is compiled for itself. Losses agree with those of off within rounding. Not with zero3.
         gradient_clip_norm: Largest L2 norm of the gradient; null does not clip.
         seed: Seed of initial weights, data order and latent noise.
         log_every_steps: Steps between records in `metrics.jsonl`.
@@ -344,6 +347,7 @@ class TrainingSection:
     guards: GuardsSection = field(default_factory=GuardsSection)
     watchdog: WatchdogSection = field(default_factory=WatchdogSection)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["off", "model"] = "off"
     gradient_clip_norm: float | None = None
     seed: int = 0
     log_every_steps: int = 10
@@ -360,6 +364,11 @@ class TrainingSection:
             positive = is_finite(self.gradient_clip_norm) and self.gradient_clip_norm > 0
             require(positive, "training.gradient_clip_norm", self.gradient_clip_norm, "greater than 0, or null")
         require(0 <= self.seed < 2**63, "training.seed", self.seed, "between 0 and 2^63 - 1")
+        if self.compile != "off" and self.engine == "zero3":
+            raise ConfigError(
+                f"training.compile: {self.compile} cannot be used with training.engine zero3, which gathers the weights "
+                "of each layer when it is called; use another engine, or off"
+            )
         self._check_deepspeed()
         timeout = self.process_group_timeout_s
         allowed = "greater than 0 and at most a year"

@@ -79,6 +79,7 @@ class ZeroEngine(Engine):
         optimizer: Its optimizer, which DeepSpeed keeps and gives flat float32 partitions instead.
         accelerator: Accelerate's view of the run, made with `make_plugin`.
         precision: fp32, bf16 or fp16.
+        is_compiled: See `ForwardPass`; not with ZeRO 3, whose hooks gather the weights of every layer.
 
     Raises:
         LaunchError: DeepSpeed made another optimizer than this stage's.
@@ -91,11 +92,13 @@ class ZeroEngine(Engine):
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
         precision: str,
+        is_compiled: bool = False,
     ) -> None:
         super().__init__(model, optimizer)
         self.name = name
+        self.is_settled = not is_compiled
         self.stage = int(name.removeprefix("zero"))
-        forward_pass = ForwardPass(model, precision, accelerator.device.type)
+        forward_pass = ForwardPass(model, precision, accelerator.device.type, is_compiled)
         # The structure alone, before DeepSpeed changes it, for `evaluation_model`.
         self._skeleton = copy.deepcopy(model).to("meta") if self.stage == 3 else None
         self._engine, _ = accelerator.prepare(forward_pass, optimizer)

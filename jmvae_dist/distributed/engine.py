@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,16 +28,25 @@ class ForwardPass(nn.Module):
         model: The unwrapped model.
         precision: fp32, bf16 or fp16.
         device_type: Where the pass runs.
+        is_compiled: Let torch.compile make one program of it. Sizes are fixed in it: with symbolic ones, the programs
+            would depend on the order in which sizes came up, and a resumed run could differ in its last bits.
     """
 
-    def __init__(self, model: nn.Module, precision: str, device_type: str) -> None:
+    def __init__(self, model: nn.Module, precision: str, device_type: str, is_compiled: bool = False) -> None:
         super().__init__()
         self.model = model
         self._dtype = AUTOCAST_DTYPES.get(precision)
         self._device_type = device_type
+        # The method, not the module: wrapped as a module, the model would be registered twice.
+        self._compute: Callable[..., tuple[Tensor, dict[str, Tensor]]] = (
+            torch.compile(self._compute_eagerly, dynamic=False) if is_compiled else self._compute_eagerly
+        )
 
     def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """`loss_sum` and `metrics` of the model's output: a plain tuple, which every wrapper can take apart."""
+        return self._compute(*arguments, **options)
+
+    def _compute_eagerly(self, *arguments: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         # Here and not around the engine: DeepSpeed switches off an autocast that surrounds it.
         with torch.autocast(self._device_type, dtype=self._dtype, enabled=self._dtype is not None):
             output = self.model(*arguments, **options)
@@ -53,7 +62,8 @@ class Engine(ABC):
         optimizer: The optimizer that finally updates float32 weights; learning rates are set on its groups.
         group_parameters: Names of the parameters of each of its groups.
         stage: Stage of ZeRO; at 0 every rank holds everything.
-        is_settled: False while the next backward pass may sum over ranks in another order than the later ones.
+        is_settled: False while the first forward and backward passes differ from the later ones: they may sum over
+            ranks in another order, or have to be compiled.
     """
 
     name: str
@@ -107,19 +117,26 @@ class ReplicatedEngine(Engine):
         optimizer: Its optimizer.
         accelerator: Accelerate's view of the run.
         precision: fp32, bf16 or fp16.
+        is_compiled: See `ForwardPass`.
     """
 
     name = "ddp"
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, precision: str
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        precision: str,
+        is_compiled: bool = False,
     ) -> None:
         super().__init__(model, optimizer)
         self._accelerator = accelerator
-        self._module = accelerator.prepare_model(ForwardPass(model, precision, accelerator.device.type))
+        forward_pass = ForwardPass(model, precision, accelerator.device.type, is_compiled)
+        self._module = accelerator.prepare_model(forward_pass)
         # DDP lays its gradient buckets out anew after its first backward pass, and with three or more ranks the
         # order of summation follows the buckets; two numbers have only one sum.
-        self.is_settled = accelerator.num_processes <= 2
+        self.is_settled = accelerator.num_processes <= 2 and not is_compiled
 
     def forward_backward(self, scale: Tensor | float, is_last: bool, **inputs: Any) -> dict[str, Tensor]:
         # Gradients travel between ranks once per optimizer step, during the last backward pass.

@@ -39,17 +39,22 @@ class Runtime:
         """Whether this is rank 0, which decides, prints and writes."""
         return self.process.rank == 0
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Engine:
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, is_compiled: bool = False) -> Engine:
         """The engine that trains `model`, which itself stays as it is for evaluation in float32.
+
+        Args:
+            model: The model.
+            optimizer: Its optimizer.
+            is_compiled: Whether its training passes are compiled.
 
         Raises:
             LaunchError: Another engine than the requested one came into being.
         """
         if self.engine_name == "ddp":
-            return ReplicatedEngine(model, optimizer, self.accelerator, self.precision)
+            return ReplicatedEngine(model, optimizer, self.accelerator, self.precision, is_compiled)
         from jmvae_dist.distributed.deepspeed import ZeroEngine
 
-        return ZeroEngine(self.engine_name, model, optimizer, self.accelerator, self.precision)
+        return ZeroEngine(self.engine_name, model, optimizer, self.accelerator, self.precision, is_compiled)
 
     def describe(self) -> str:
         """What actually runs, in one line; `start_runtime` made sure that it is what was asked for."""

@@ -53,6 +53,10 @@ class Console:
         elif self._unprinted:
             self._print_line()
 
+    def start_pace(self) -> None:
+        """Count the pace of steps from now on: what has been prepared until here will not be repeated."""
+        self._history = deque([(time.monotonic(), self._step)])
+
     def advance(self, global_step: int) -> None:
         """Note that `global_step` steps are done; cheap enough for every step."""
         self._step = global_step

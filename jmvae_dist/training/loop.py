@@ -84,7 +84,8 @@ class Trainer:
         model = JMVAE(run.model_config, networks=section.networks, kernels=section.kernels)
         self.model = model.to(runtime.device)
         training = run.config.training
-        self.engine = runtime.prepare(self.model, make_optimizer(self.model, run.config.optimizer))
+        optimizer = make_optimizer(self.model, run.config.optimizer)
+        self.engine = runtime.prepare(self.model, optimizer, is_compiled=run.config.training.compile != "off")
         self.guard = StepGuard(
             training.guards,
             precision=training.precision,
@@ -167,6 +168,11 @@ class Trainer:
             self._steps_watched(),
         ):
             for batch in batches:
+                if not self.engine.is_settled:
+                    self._enter("starting", has_limit=False)
+                    take_step.rehearse(batch)
+                    self.recorder.start_pace()
+                    meter.resume()
                 self._enter("step")
                 meter.batch_arrived()
                 is_recorded = self._is_recorded(self.global_step + 1)

@@ -101,6 +101,11 @@ class Recorder:
         if self._log is not None:
             self._console.advance(global_step)
 
+    def start_pace(self) -> None:
+        """See `Console.start_pace`."""
+        if self._log is not None:
+            self._console.start_pace()
+
     def figures(self, global_step: int, paths: dict[str, Path]) -> None:
         """Send pictures to W&B."""
         if self._log is not None and paths:

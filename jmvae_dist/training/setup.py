@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
+import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,6 +167,20 @@ def check_machine(config: RunConfig) -> None:
         from jmvae_dist.kernels.gaussian import find_kernels
 
         find_kernels(config.model.kernels, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if config.training.compile != "off":
+        _check_compiler(device)
+
+
+def _check_compiler(device: str) -> None:
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        is_there, what = importlib.util.find_spec("triton") is not None, "triton (pip install 'jmvae_dist[triton]')"
+    else:
+        candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+        is_there, what = any(map(shutil.which, candidates)), f"a C++ compiler ({' or '.join(candidates)})"
+    if not is_there:
+        raise ConfigError(f"training.compile: needs {what} on this machine, or off")
 
 
 def _make_views(config: RunConfig, modalities: Sequence[Modality]) -> tuple[View, ...]:

@@ -9,6 +9,7 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from jmvae_dist.data.loader import Batch
@@ -57,6 +58,7 @@ class TrainStep:
         self._engine = engine
         self._guard = guard
         self._num_micro_batches = num_micro_batches(run, runtime.process.world_size)
+        self._is_compiled = run.config.training.compile != "off"
         self._loss_scale = runtime.process.world_size / run.config.training.global_batch_size
 
     def __call__(self, batch: Batch, *, is_wanted: bool = True, is_recorded: bool = True) -> StepResult:
@@ -69,9 +71,7 @@ class TrainStep:
         """
         run, engine = self._run, self._engine
         assert isinstance(engine.optimizer, GuardedAdamW)
-        if not engine.is_settled:
-            self._rehearse(batch)
-            engine.is_settled = True
+        assert engine.is_settled, "call `rehearse` before the first step"
         for group in engine.optimizer.param_groups:
             group["lr"] = run.learning_rate(batch.global_step)
         sums = self._accumulate_gradients(batch, run.annealing(batch.global_step))
@@ -91,11 +91,12 @@ class TrainStep:
         engine.step()
         return StepResult(sums, len(batch), verdict.grad_norm)
 
-    def _rehearse(self, batch: Batch) -> None:
-        """Forward and backward without an update, before the first step of this process.
+    def rehearse(self, batch: Batch) -> None:
+        """Forward and backward without an update, before the first step of an engine that is not settled.
 
-        Without it the first step after a resume would differ in the last bits from the same step of an
-        uninterrupted run, whose gradients are summed in the order that settles after the first backward pass.
+        Without it the first step after a resume could differ in the last bits from the same step of an uninterrupted
+        run, whose gradients are summed in the order that settles after the first backward pass; and compiling would
+        be taken for a step that hangs.
         """
         model = self._engine.model
         buffers = [buffer.clone() for buffer in model.buffers()]
@@ -103,6 +104,7 @@ class TrainStep:
         self._engine.optimizer.zero_grad(set_to_none=True)
         for buffer, value in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(value)
+        self._engine.is_settled = True
 
     def _accumulate_gradients(self, batch: Batch, annealing: float) -> dict[str, Tensor]:
         rows_B = batch.rows.to(self._device, non_blocking=True)
@@ -115,13 +117,21 @@ class TrainStep:
                 scale,
                 is_last=number == self._num_micro_batches - 1,
                 inputs={name: values[start:stop] for name, values in inputs.items()},
-                annealing=annealing,
-                noise=KeyedNoise(self._run.config.training.seed, batch.global_step, rows_B[start:stop]),
+                annealing=self._as_argument(annealing),
+                noise=self._noise(batch.global_step, rows_B[start:stop]),
                 check_inputs=False,  # the loader checked them on the host
             )
             for key, value in metrics.items():
                 sums[key] = sums[key] + value if key in sums else value
         return sums
+
+    def _noise(self, global_step: int, rows_B: Tensor) -> Tensor | KeyedNoise:
+        key = KeyedNoise(self._run.config.training.seed, global_step, rows_B)
+        return key.draw(self._run.model_config.latent_dim) if self._is_compiled else key
+
+    def _as_argument(self, annealing: float) -> float | Tensor:
+        # Numbers that are no tensors are constants of a compiled program, which every step would compile anew.
+        return torch.full((), annealing, device=self._device) if self._is_compiled else annealing
 
 
 def _is_known_to_be_one(factor: Tensor) -> bool:

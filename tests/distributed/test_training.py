@@ -134,3 +134,30 @@ def test_second_run_in_the_same_directory_is_refused(make_run: MakeRun) -> None:
     finally:
         first.kill()
         first.communicate()
+
+
+@pytest.mark.parametrize(
+    ("engine", "num_processes"),
+    [("ddp", 1), *(pytest.param(engine, 2, marks=pytest.mark.slow) for engine in ("ddp", "zero2"))],
+)
+def test_a_compiled_model_trains_alike_and_resumes_exactly(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, num_processes: int
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    settings = (*SMOOTH, "--training.steps", "12", "--training.log_every_steps", "1", "--checkpoint.every_steps", "5")
+    small = ("--model.networks.encoder_hidden_dims", "[16]", "--model.networks.decoder_hidden_dims", "[16]")
+    settings = (*settings, *small, "--model.networks.joint_hidden_dims", "[16]", "--training.engine", engine)
+    # A shorter time than compiling takes: it is not mistaken for a step that hangs.
+    compiled = ("--training.compile", "model", "--training.watchdog.step_timeout_s", "10")
+    eager, straight = make_run("eager", *settings), make_run("straight", *settings, *compiled)
+    eager.train(num_processes)
+    straight.train(num_processes)
+    assert_losses_agree(eager, straight, tolerance=1e-5, num_records=12)
+    assert eager.records() != straight.records()  # equal bits would mean that nothing was compiled
+    resumed = make_run("resumed", *settings, *compiled)
+    shutil.copytree(straight.output_dir, resumed.output_dir)
+    for global_step in (10, 12):
+        shutil.rmtree(resumed.checkpoint(global_step))
+    assert "resumed from the checkpoint at step 5 of 12" in resumed.train(num_processes)
+    assert_same_tensors(straight.tensors(12), resumed.tensors(12))
+    assert straight.records() == resumed.records()

@@ -34,6 +34,7 @@ MISTAKES = [
     (["--training.epochs", "many"], ["training.epochs", "many", "float or null"]),
     (["--checkpoint.every_steps", "1.5"], ["checkpoint.every_steps", "1.5", "int or null"]),
     (["--training.precision", "fp7"], ["training.precision", "fp7", "'fp32', 'bf16'"]),
+    (["--training.compile", "model", "--training.engine", "zero3"], ["training.compile", "zero3"]),
     (["--training.engine", "horovod"], ["training.engine", "horovod", "ddp"]),
     (["--optimizer.betas", "[0.9]"], ["optimizer.betas", "tuple[float, float]"]),
     (["--optimizer.betas", "[0.9, 1.0]"], ["optimizer.betas", "below 1"]),
