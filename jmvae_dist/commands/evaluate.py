@@ -366,7 +366,7 @@ def _why_not_logged(task: _Task) -> str:
 
 def _append(run_dir: Path, task: _Task, result: dict[str, Any], figures: dict[str, Path]) -> None:
     from jmvae_dist.config import WandbSection
-    from jmvae_dist.tracking.jsonl import MetricsLog, last_recorded_step
+    from jmvae_dist.tracking.jsonl import EVERY_RECORD, MetricsLog, last_recorded_step
     from jmvae_dist.tracking.wandb import WandbTracker
     from jmvae_dist.training.state import write_json
 
@@ -375,7 +375,7 @@ def _append(run_dir: Path, task: _Task, result: dict[str, Any], figures: dict[st
     path, run_id = run_dir / "metrics.jsonl", task.described.tracking.get("wandb_run_id")
     record = {"global_step": task.described.global_step, **result["metrics"]}
     last_step = max(last_recorded_step(path), task.described.global_step)
-    with MetricsLog(path, last_step) as log:
+    with MetricsLog(path, EVERY_RECORD) as log:
         tracker = None
         if run_id is not None:
             tracker = WandbTracker(

@@ -20,7 +20,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from jmvae_dist.errors import DataError
 from jmvae_dist.files import writing_atomic
 
 _MAX_STEP = 2**63 - 1
+# As `resume_step`: the record is only added to.
+EVERY_RECORD = _MAX_STEP
 _TAIL_BYTES = 1 << 17
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -39,7 +41,7 @@ class MetricsLog:
         path: The file; created with its parent directories when missing.
         resume_step: Global step of the checkpoint that the run continues from. Records of later steps are
             removed, because those steps run again, and so is a line torn by a crash; the rest stays byte for
-            byte. None: the run is new.
+            byte. EVERY_RECORD: none is removed. None: the run is new.
 
     Raises:
         DataError: The file has records although the run is new, or a line other than the last is damaged.
@@ -127,9 +129,36 @@ def iterate_records(path: str | Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
+def readable_records(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield what `iterate_records` does, up to the first damage, and nothing of a file that cannot be read.
+
+    For those who look only; whoever continues the record says what is wrong with it.
+    """
+    with contextlib.suppress(DataError):
+        yield from iterate_records(path)
+
+
 def last_recorded_step(path: str | Path) -> int:
-    """Highest `global_step` near the end of a `metrics.jsonl`; 0 if there is no readable record there."""
-    return max((record["global_step"] for record in last_records(path)), default=0)
+    """Highest `global_step` of a `metrics.jsonl`; 0 if it has no readable record.
+
+    All of the file is read: an evaluation of an old checkpoint stands behind the records of later steps.
+    """
+    return max((record["global_step"] for record in readable_records(path)), default=0)
+
+
+def newest_values(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The value of every key at the highest `global_step` that has it; of several there, the one written last.
+
+    The order of the records does not tell: an old checkpoint may have been evaluated last.
+    """
+    steps: dict[str, int] = {}
+    values: dict[str, Any] = {}
+    for record in records:
+        step = record["global_step"]
+        for name, value in record.items():
+            if step >= steps.get(name, step):
+                steps[name], values[name] = step, value
+    return values
 
 
 def last_records(path: str | Path) -> list[dict[str, Any]]:

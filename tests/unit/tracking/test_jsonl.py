@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jmvae_dist.errors import DataError
-from jmvae_dist.tracking.jsonl import MetricsLog, read_records
+from jmvae_dist.tracking.jsonl import EVERY_RECORD, MetricsLog, last_recorded_step, newest_values, read_records
 
 
 def write_steps(path: Path, steps: list[int], resume_step: int | None = None) -> None:
@@ -83,6 +83,21 @@ def test_unchanged_record_is_not_rewritten(tmp_path: Path) -> None:
     write_steps(path, [30], resume_step=20)
     assert path.stat().st_ino == inode
     assert steps_of(path) == [10, 20, 30]
+
+
+def test_evaluations_of_old_checkpoints_cost_no_record(tmp_path: Path) -> None:
+    """However long their records are, and wherever the newest step stands in the file."""
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, [10, 20, 30])
+    with open(path, "ab") as file:
+        file.write(b'{"global_step":40,"torn')
+    for step in (10, 20):
+        with MetricsLog(path, EVERY_RECORD) as log:
+            log.write({"global_step": step, "eval/elbo": float(step), "text": "x" * 100_000})
+        assert last_recorded_step(path) == 30
+    assert steps_of(path) == [10, 20, 30, 10, 20]
+    newest = newest_values(read_records(path))
+    assert (newest["global_step"], newest["loss/total"], newest["eval/elbo"]) == (30, 10, 20)
 
 
 def test_a_record_before_the_first_step_is_kept_on_a_resume(tmp_path: Path) -> None:
