@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jmvae_dist.cluster.attempts import newest_step
-from jmvae_dist.tracking.jsonl import last_records
+from jmvae_dist.tracking.jsonl import readable_records
 from jmvae_dist.tracking.ledger import RunSummary, read_attempts, summarize
 
 _SPEED_RECORDS = 20
@@ -54,9 +55,10 @@ class History:
 
 def read_history(run_dir: Path) -> History:
     """What is known about the run in `run_dir`, which need not exist."""
-    records = [record for record in last_records(run_dir / "metrics.jsonl") if "samples_seen" in record]
+    everything = readable_records(run_dir / "metrics.jsonl")
+    records = deque((record for record in everything if "samples_seen" in record), maxlen=_SPEED_RECORDS)
     speeds = [record["speed/samples_per_s"] for record in records if record.get("speed/samples_per_s")]
-    last = max(records, key=lambda record: record["global_step"], default=None)
+    last = records[-1] if records else None
     ledger = summarize(read_attempts(run_dir))
     steps = _read_json(run_dir / "schedule.json").get("global_step")
     world_size = _read_json(run_dir / "environment.json").get("world_size")
@@ -66,7 +68,7 @@ def read_history(run_dir: Path) -> History:
         step=max(checkpoint_step, last["global_step"]) if last else checkpoint_step,
         total_steps=steps[-1] if isinstance(steps, list) and steps and isinstance(steps[-1], int) else None,
         samples_per_step=None if not last or not last["global_step"] else last["samples_seen"] // last["global_step"],
-        samples_per_s=statistics.median(speeds[-_SPEED_RECORDS:]) if speeds else None,
+        samples_per_s=statistics.median(speeds) if speeds else None,
         world_size=world_size if isinstance(world_size, int) else None,
         save_s=ledger.checkpoint_save_s,
         ledger=ledger,

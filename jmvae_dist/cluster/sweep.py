@@ -23,7 +23,7 @@ from jmvae_dist.config import RunConfig
 from jmvae_dist.config_io import parse_run_config, to_plain
 from jmvae_dist.errors import EXIT_STOPPED, ConfigError
 from jmvae_dist.files import write_text_atomic
-from jmvae_dist.tracking.jsonl import last_records
+from jmvae_dist.tracking.jsonl import newest_values, readable_records
 
 logger = logging.getLogger(__name__)
 
@@ -156,15 +156,17 @@ def is_complete(row: SweepRow, world_size: int) -> bool:
 
 def read_outcome(row: SweepRow) -> Outcome:
     """Where a row stands, from its run directory."""
-    records = last_records(row.run_dir / "metrics.jsonl")
-    metrics: dict[str, float] = {}
-    for record in records:
-        for key, value in record.items():
-            is_number = isinstance(value, (int, float)) and math.isfinite(value)
-            if is_number and key.startswith(("loss/", "elbo", "eval/")):
-                metrics[key] = value
-    step = max((record["global_step"] for record in records), default=0)
-    return Outcome(_state(row.run_dir), step, metrics)
+    records = readable_records(row.run_dir / "metrics.jsonl")
+    newest = newest_values(
+        {key: value for key, value in record.items() if _is_summed_up(key, value)} for record in records
+    )
+    step = newest.pop("global_step", 0)
+    return Outcome(_state(row.run_dir), step, newest)
+
+
+def _is_summed_up(key: str, value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    return is_number and key.startswith(("global_step", "loss/", "elbo", "eval/"))
 
 
 def _state(run_dir: Path) -> str:

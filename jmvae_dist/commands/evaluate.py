@@ -366,7 +366,13 @@ def _why_not_logged(task: _Task) -> str:
 
 def _append(run_dir: Path, task: _Task, result: dict[str, Any], figures: dict[str, Path]) -> None:
     from jmvae_dist.config import WandbSection
-    from jmvae_dist.tracking.jsonl import EVERY_RECORD, MetricsLog, last_recorded_step
+    from jmvae_dist.tracking.jsonl import (
+        EVERY_RECORD,
+        MetricsLog,
+        last_recorded_step,
+        newest_values,
+        readable_records,
+    )
     from jmvae_dist.tracking.wandb import WandbTracker
     from jmvae_dist.training.state import write_json
 
@@ -391,4 +397,5 @@ def _append(run_dir: Path, task: _Task, result: dict[str, Any], figures: dict[st
         if tracker is not None:
             tracker.log(record)
             tracker.log_figures(last_step, figures)
-            tracker.finish(record)
+            # W&B has just taken the values for the newest ones, which those of an older checkpoint are not.
+            tracker.finish(newest_values(readable_records(path)))

@@ -30,7 +30,6 @@ from jmvae_dist.files import writing_atomic
 _MAX_STEP = 2**63 - 1
 # As `resume_step`: the record is only added to.
 EVERY_RECORD = _MAX_STEP
-_TAIL_BYTES = 1 << 17
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -159,25 +158,6 @@ def newest_values(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
             if step >= steps.get(name, step):
                 steps[name], values[name] = step, value
     return values
-
-
-def last_records(path: str | Path) -> list[dict[str, Any]]:
-    """Records near the end of a `metrics.jsonl`, oldest first, read in no time however long it is.
-
-    Empty if nothing readable is there; whoever opens the record says what is wrong with it.
-    """
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
-            lines = file.read().split(b"\n")
-    except OSError:
-        return []
-    records = []
-    for line in lines:
-        # The first line may be the end of one, and the last torn.
-        with contextlib.suppress(ValueError, RecursionError):
-            records.append(parse_record(line))
-    return records
 
 
 def parse_record(line: bytes) -> dict[str, Any]:

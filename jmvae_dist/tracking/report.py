@@ -10,13 +10,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import html
+import itertools
 import json
 import math
 import statistics
 import sys
 import time
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import write_text_atomic
 from jmvae_dist.progress import format_bytes, format_duration
-from jmvae_dist.tracking.jsonl import iterate_records
+from jmvae_dist.tracking.jsonl import iterate_records, newest_values
 from jmvae_dist.tracking.ledger import CATEGORIES, AttemptSummary, RunSummary, read_attempts, summarize
 from jmvae_dist.tracking.report_assets import SCRIPT, STYLE
 
@@ -98,6 +99,13 @@ class Series:
     steps: array[float] = field(default_factory=lambda: array("d"))
     values: array[float] = field(default_factory=lambda: array("d"))
 
+    def sort(self) -> None:
+        """Order the points by step: an old checkpoint may have been evaluated after newer ones."""
+        if any(step > following for step, following in itertools.pairwise(self.steps)):
+            order = sorted(range(len(self.steps)), key=self.steps.__getitem__)
+            self.steps = array("d", (self.steps[place] for place in order))
+            self.values = array("d", (self.values[place] for place in order))
+
 
 @dataclass
 class RunData:
@@ -125,6 +133,15 @@ class RunData:
         metrics = (self.evaluation or {}).get("metrics")
         metrics = metrics if isinstance(metrics, dict) else {}
         return {str(name).removeprefix("eval/"): value for name, value in metrics.items()}
+
+    @property
+    def is_evaluated_later(self) -> bool:
+        """Whether the run has gone on after its final evaluation, and was evaluated again."""
+        step = (self.evaluation or {}).get("global_step")
+        newest = max(
+            (series.steps[-1] for name, series in self.series.items() if name.startswith("eval/")), default=0
+        )
+        return isinstance(step, int) and step < newest
 
     @property
     def is_complete(self) -> bool:
@@ -192,6 +209,13 @@ def _read_metrics(data: RunData) -> None:
         data.notes.append("There is no metrics.jsonl: no step was logged yet.")
         return
     data.last_change_s = path.stat().st_mtime
+    data.last_values = newest_values(_noted(data, path))
+    for series in data.series.values():
+        series.sort()
+
+
+def _noted(data: RunData, path: Path) -> Iterator[dict[str, Any]]:
+    """The records, each of which has gone into the series when it is yielded."""
     try:
         for record in iterate_records(path):
             step = record["global_step"]
@@ -201,7 +225,7 @@ def _read_metrics(data: RunData) -> None:
                     series = data.series.setdefault(name, Series())
                     series.steps.append(step)
                     series.values.append(value)
-                data.last_values[name] = value
+            yield record
     except DataError as error:
         data.notes.append(f"The record is damaged, and shown up to there: {error}")
 
@@ -472,7 +496,7 @@ def _render_numbers(data: RunData) -> str:
 def _evaluation_numbers(data: RunData) -> list[tuple[str, str, str]]:
     """(value, label, addition) of ELBO, joint NLL and accuracies: final evaluation, else the latest values."""
     metrics, origin = data.metrics, "final evaluation"
-    if not metrics:
+    if not metrics or data.is_evaluated_later:
         latest = {name: value for name, value in data.last_values.items() if name.startswith("eval/")}
         metrics = {name.removeprefix("eval/"): value for name, value in latest.items()}
         origin = "latest evaluation"

@@ -39,9 +39,13 @@ def finish(run_dir: Path, config: str, *, step: int, exit_code: int = 0) -> None
     values = {"job_id": "7_1", "restart": 0, "begin_s": 1.0, "nodes": [], "begin_step": -1, "end_s": 2.0}
     values |= {"end_step": step, "exit_code": exit_code, "requeued": False, "reason": "x", "failed_nodes": []}
     (run_dir / "slurm" / "attempts.jsonl").write_text(json.dumps({"event": "end", **values}) + "\n")
-    (run_dir / "metrics.jsonl").write_text(
-        json.dumps({"global_step": step, "loss/total": 3.0 + step, "eval/elbo": "NaN", "speed/x": 1}) + "\n"
-    )
+    records = [
+        {"global_step": step, "loss/total": 3.0 + step, "eval/elbo": "NaN", "speed/x": 1},
+        {"global_step": step, "eval/joint_nll": 5.0},
+        # Of a checkpoint before, evaluated afterwards.
+        {"global_step": 5, "eval/joint_nll": 9.0, "eval/samples": 2},
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def test_rows(tmp_path: Path, training: list[str]) -> None:
@@ -126,9 +130,10 @@ def test_summary(tmp_path: Path, training: list[str], capsys: pytest.CaptureFixt
         ("new", "3", "-", "0"),
     ]
     assert [row["loss/total"] for row in rows] == ["23", "33", ""]
+    assert [row["eval/joint_nll"] for row in rows] == ["5", "5", ""]
     assert not list((tmp_path / "sweep").glob(".*.tmp"))
     main(["sweep", "summary", "--if-done", str(table), "--", *training])
     assert capsys.readouterr().out == f"2 of 3 rows have ended; all values: {path}\n"
     main(["sweep", "summary", str(table), "--", *training])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[1] == ["good", "1", "complete", "20", "23*"]
+    assert lines[1] == ["good", "1", "complete", "20", "23*", "5*"]

@@ -18,7 +18,7 @@ from jmvae_dist.commands.report import main
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.tracking.jsonl import MetricsLog
 from jmvae_dist.tracking.ledger import ATTEMPT_CATEGORIES, Attempt, attempt_path, write_attempt
-from jmvae_dist.tracking.report import downsample, write_report
+from jmvae_dist.tracking.report import downsample, headline, write_report
 
 HOSTILE = "</script></pre><script>alert('x')</script><img src=x onerror=alert(1)>"
 PNG = b"\x89PNG\r\n\x1a\n" + b"not decoded here"
@@ -83,6 +83,25 @@ def test_likelihoods_of_modalities_share_a_chart_and_their_errors_have_none(tmp_
         "Joint negative log-likelihood": ["eval/joint_nll"],
         "Marginal negative log-likelihood": ["eval/marginal_nll/a", "eval/marginal_nll/b"],
     }
+
+
+def test_an_old_checkpoint_evaluated_last_is_not_the_newest(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path)
+    with MetricsLog(run_dir / "metrics.jsonl", 100) as log:
+        log.write({"global_step": 20, "eval/elbo": -77.0})
+    assert headline(run_dir)[0] == "ELBO, latest evaluation: -3 nats"
+    series = charts_of(write_report(run_dir).read_text())["ELBO (nats per sample)"]["series"]
+    (held_out,) = (item for item in series if item["kind"] == "eval")
+    assert (held_out["x"], held_out["y"]) == ([20, 50, 100], [-77, -6, -3])
+
+
+@pytest.mark.parametrize(("global_step", "origin"), [(60, "latest"), (100, "final")])
+def test_a_final_evaluation_counts_until_the_run_has_gone_on(tmp_path: Path, global_step: int, origin: str) -> None:
+    run_dir = make_run(tmp_path)
+    evaluation = {"global_step": global_step, "metrics": {"eval/elbo": -5.5}}
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    value = {"latest": "-3", "final": "-5.5"}[origin]
+    assert headline(run_dir)[0] == f"ELBO, {origin} evaluation: {value} nats"
 
 
 def test_where_the_time_went(tmp_path: Path) -> None:
