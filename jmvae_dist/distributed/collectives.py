@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
@@ -22,14 +23,25 @@ from jmvae_dist.errors import (
     PeerError,
     StopRequested,
     TrainingError,
+    UnreachableError,
     mark_on_all_ranks,
 )
 
+logger = logging.getLogger(__name__)
+
 _ERROR_CLASSES: dict[str, type[Exception]] = {
     error.__name__: error
-    for error in (CheckpointError, ConfigError, DataError, LaunchError, StopRequested, TrainingError)
+    for error in (
+        *(CheckpointError, ConfigError, DataError, LaunchError, PeerError, StopRequested, TrainingError),
+        UnreachableError,
+    )
 }
 T = TypeVar("T")
+
+
+def _kind_of(error: Exception) -> type[Exception]:
+    """The most special class of errors that other ranks can raise for this one."""
+    return next((kind for kind in type(error).__mro__ if _ERROR_CLASSES.get(kind.__name__) is kind), PeerError)
 
 
 class Collectives:
@@ -79,8 +91,9 @@ class Collectives:
     def together(self) -> Iterator[None]:
         """Around work without collectives that may fail on some ranks: it then fails on all of them.
 
-        The failing rank raises its own error, the others the first failing rank's. Without this the failing rank
-        leaves and the others wait for it in their next collective.
+        The first failing rank raises its own error, the others one of the same kind, caused by their own if they
+        have one: callers that branch on the kind all go the same way. Without this the failing rank leaves and the
+        others wait for it in their next collective.
         """
         error: Exception | None = None
         try:
@@ -98,14 +111,20 @@ class Collectives:
         return cast(T, self.broadcast(value))
 
     def _raise_together(self, error: Exception | None) -> None:
-        report = None if error is None else [type(error).__name__, str(error)]
-        reports = self.gather(report)
-        if error is not None:
+        report = None if error is None else [_kind_of(error).__name__, str(error)]
+        failed = {rank: other for rank, other in enumerate(self.gather(report)) if other is not None}
+        if not failed:
+            return
+        first = min(failed)
+        name, message = failed[first]
+        if first == self.rank:
+            assert error is not None
             raise mark_on_all_ranks(error)
-        for rank, other in enumerate(reports):
-            if other is not None:
-                name, message = other
-                raise mark_on_all_ranks(_ERROR_CLASSES.get(name, PeerError)(f"rank {rank}: {message}"))
+        kind = _ERROR_CLASSES[name]
+        if error is not None and not isinstance(error, kind):
+            # A caller that goes on after the other rank's error would never tell of this one.
+            logger.warning("rank %d has failed too: %s: %s", self.rank, type(error).__name__, error)
+        raise mark_on_all_ranks(kind(f"rank {first}: {message}")) from error
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Element-wise sum over ranks of a CPU tensor of equal shape everywhere; returns a new tensor."""

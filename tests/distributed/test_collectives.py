@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from jmvae_dist.distributed.collectives import Collectives
-from jmvae_dist.errors import CheckpointError, DataError
+from jmvae_dist.errors import CheckpointError, DataError, StopRequested, UnreachableError, is_on_all_ranks
 
 WORLD_SIZE = 3
 
@@ -80,9 +80,27 @@ def fail_in_turn(collectives: Collectives) -> list[str]:
         collectives.on_main(lambda: 1 // 0)
     except (RuntimeError, ZeroDivisionError) as caught:
         seen.append(type(caught).__name__)
+    own = [None, StopRequested("asked"), _FullDiskError("full")][collectives.rank]
+    try:
+        with collectives.together():
+            if own is not None:
+                raise own
+    except (StopRequested, _FullDiskError) as caught:
+        # The same on all ranks, however each of them failed.
+        seen.append(f"{type(caught).__name__}, {is_on_all_ranks(caught)}, {caught.__cause__!r}")
+    try:
+        with collectives.together():
+            if collectives.rank == 1:
+                raise _FullDiskError("full")
+    except UnreachableError as caught:
+        seen.append(f"{type(caught).__name__}: {caught}")
     with collectives.together():
         pass
     return seen
+
+
+class _FullDiskError(UnreachableError):
+    """Of a kind that the other ranks know by its base class only."""
 
 
 def test_errors_reach_every_rank(tmp_path: Path) -> None:
@@ -93,6 +111,8 @@ def test_errors_reach_every_rank(tmp_path: Path) -> None:
             prefix = "" if rank == failing else f"rank {failing}: "
             assert seen[failing] == f"{kind}: {prefix}disk {failing}"
         assert seen[3] == ("ZeroDivisionError" if rank == 0 else "PeerError")
+        assert seen[4] == f"StopRequested, True, {'_FullDiskError(' + repr('full') + ')' if rank == 2 else None}"
+        assert seen[5] == ("_FullDiskError: full" if rank == 1 else "UnreachableError: rank 1: full")
 
 
 def test_one_process_needs_no_group() -> None:
