@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,14 +17,18 @@ if TYPE_CHECKING:
     from torch import nn
 
     from jmvae_dist.checkpoint.layout import CheckpointManifest
+    from jmvae_dist.data.manifest import Manifest
+    from jmvae_dist.distributed.collectives import Collectives
     from jmvae_dist.distributed.runtime import Runtime
     from jmvae_dist.evaluation.suite import SuiteData, SuiteNetworks, SuiteOptions
     from jmvae_dist.model import JMVAE
 
 DEFAULT_METRICS = ("elbo", "accuracy", "joint_nll", "reconstruction", "latents")
 METRICS = (*DEFAULT_METRICS, "marginal_nll", "conditional_nll", "coherence", "probe", "frechet")
+# These compare with, or learn from, training data.
+_TRAINED = {"coherence", "probe", "frechet"}
 # While one rank trains a classifier, the others wait for it.
-_TIMEOUT_S = 6 * 3600.0
+_PATIENCE_S = 6 * 3600.0
 
 
 def main(arguments: list[str]) -> int:
@@ -32,12 +37,11 @@ def main(arguments: list[str]) -> int:
     from jmvae_dist.data.urls import shown
     from jmvae_dist.distributed.environment import detect_process
     from jmvae_dist.distributed.runtime import check_device, start_runtime
-    from jmvae_dist.training.state import write_json
 
     process = detect_process()
     if options.device == "cuda":
         check_device(options.device)
-    with start_runtime(process, device=options.device, timeout_s=_TIMEOUT_S) as runtime:
+    with start_runtime(process, device=options.device, patience_s=_PATIENCE_S) as runtime:
         task = _prepare(options, runtime)
         metrics, details = _evaluate(task, runtime)
         result = {
@@ -51,13 +55,8 @@ def main(arguments: list[str]) -> int:
             "metrics": metrics,
             "details": details,
         }
-        if runtime.is_main:
-            _show(result)
-            if options.out is not None:
-                write_json(options.out, result)
-        with runtime.collectives.together():
-            figures = _draw(options, task) if runtime.is_main and options.figures is not None else {}
-        _log_to_run(options, task, runtime, result, figures)
+        runtime.collectives.on_main(lambda: _show(result, options.out))
+        _keep_in_run(options, task, runtime, result)
     return 0
 
 
@@ -78,7 +77,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         nargs="?",
         const=Path(),
         metavar="DIR",
-        help="also draw figures (default: RUN/figures, which the report shows)",
+        help="also draw figures (default: RUN/figures, which the report shows, for what is logged to the run)",
     )
     parser.add_argument(
         "--no-log", action="store_true", help="do not log the results to the run's metrics.jsonl and W&B"
@@ -146,15 +145,6 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ConfigError(f"{options.path}: no such directory; give a run directory or a checkpoint")
     if not 0 <= options.seed < 2**63:
         raise ConfigError(f"--seed: {options.seed} must be between 0 and 2^63 - 1")
-    options.run_dir = next(
-        (folder for folder in (options.path, options.path.resolve().parent.parent) if _is_run(folder)), None
-    )
-    if options.figures == Path():
-        if options.run_dir is None:
-            raise ConfigError(f"--figures: {options.path} belongs to no run directory; give a directory for them")
-        options.figures = options.run_dir / "figures"
-    if options.out is not None:
-        check_writable("--out", options.out)
 
 
 def _is_run(folder: Path) -> bool:
@@ -176,21 +166,49 @@ class _Task:
     networks: SuiteNetworks
     options: SuiteOptions
     skipped: dict[str, str]
+    place: _Place
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the results go, as rank 0 decides.
+
+    Attributes:
+        run_dir: The run that the checkpoint belongs to; None: it belongs to none.
+        figures: Where to draw; None: nowhere.
+        why_not_logged: Why the results do not become part of the run's record; empty: they do.
+    """
+
+    run_dir: Path | None
+    figures: Path | None
+    why_not_logged: str
+
+    @property
+    def draws_into_run(self) -> bool:
+        """Whether the figures are those that the run's report shows."""
+        return self.run_dir is not None and self.figures == self.run_dir / "figures"
 
 
 def _prepare(options: argparse.Namespace, runtime: Runtime) -> _Task:
     from jmvae_dist.checkpoint.export import model_from_checkpoint
-    from jmvae_dist.checkpoint.layout import find_intact, read_manifest
+    from jmvae_dist.checkpoint.layout import MANIFEST_NAME, read_manifest
     from jmvae_dist.evaluation.suite import SuiteOptions
 
+    collectives = runtime.collectives
     # Rank 0 chooses and checks: a checkpoint that is being written could look different to another rank.
-    checkpoint = Path(runtime.collectives.on_main(lambda: str(find_intact(options.path)[0])))
-    with runtime.collectives.together():
+    checkpoint = Path(collectives.on_main(lambda: _find_checkpoint(options)))
+    with collectives.together():
         described = read_manifest(checkpoint)
-        data, no_label = _find_data(options, described)
+        seal = hashlib.sha256((checkpoint / MANIFEST_NAME).read_bytes()).hexdigest()
+    collectives.require_equal(str(checkpoint), f"sha256 {seal}")
+    manifest, train_manifest = _load_manifests(options, described, collectives)
+    run_dir, figures, why_not_logged = collectives.on_main(lambda: _find_place(options, described, manifest))
+    place = _Place(_path(run_dir), _path(figures), why_not_logged)
+    with collectives.together():
+        data, reasons = _find_data(options, described, manifest, train_manifest)
         model = model_from_checkpoint(checkpoint, described, trusted=options.trust_class).to(runtime.device)
-        networks = _user_networks(options, model)
-        metrics, skipped = _supported(options, model, data, networks, no_label)
+        networks = _user_networks(options, model, place.run_dir)
+        metrics, skipped = _supported(options, model, data, networks, reasons)
         suite_options = SuiteOptions(
             metrics=metrics,
             seed=options.seed,
@@ -203,27 +221,124 @@ def _prepare(options: argparse.Namespace, runtime: Runtime) -> _Task:
             num_probe_samples=options.probe_samples,
             classifier_steps=options.classifier_steps,
         )
-    return _Task(checkpoint, described, model, data, networks, suite_options, skipped)
+    return _Task(checkpoint, described, model, data, networks, suite_options, skipped, place)
 
 
-def _find_data(options: argparse.Namespace, described: CheckpointManifest) -> tuple[SuiteData, str]:
-    """The data, and why it has no label if it has none."""
-    from jmvae_dist.data.loader import decode_threads
+def _find_checkpoint(options: argparse.Namespace) -> str:
+    from jmvae_dist.checkpoint.layout import find_intact
+
+    if options.out is not None:
+        check_writable("--out", options.out)
+    return str(find_intact(options.path)[0])
+
+
+def _load_manifests(
+    options: argparse.Namespace, described: CheckpointManifest, collectives: Collectives
+) -> tuple[Manifest, Manifest | None]:
+    """The held-out shards and, if they are wanted and rank 0 finds them, the training shards; equal on all ranks.
+
+    What can be measured follows from these: ranks that saw others would not compute the same together.
+
+    Raises:
+        ConfigError, DataError: Some rank cannot read a manifest, or reads another than rank 0; on every rank.
+    """
+    with collectives.together():
+        manifest = _load_manifest(options.manifest)
+    collectives.require_equal("--manifest", f"fingerprint {manifest.fingerprint}")
+    train_path = collectives.on_main(lambda: _find_train_manifest(options, described))
+    if train_path is None:
+        return manifest, None
+    with collectives.together():
+        train_manifest = _load_manifest(train_path)
+    collectives.require_equal("--train-manifest", f"fingerprint {train_manifest.fingerprint}")
+    return manifest, train_manifest
+
+
+def _find_train_manifest(options: argparse.Namespace, described: CheckpointManifest) -> str | None:
+    from jmvae_dist.data.urls import is_remote
+
+    path = described.config["data"]["train_manifest"]
+    if options.train_manifest is not None or not _TRAINED & set(options.metrics):
+        return options.train_manifest
+    return path if is_remote(path) or Path(path).expanduser().is_file() else None
+
+
+def _load_manifest(path: str) -> Manifest:
     from jmvae_dist.data.manifest import Manifest
     from jmvae_dist.data.urls import is_remote
+
+    return Manifest.load(path if is_remote(path) else Path(path).expanduser())
+
+
+def _find_place(
+    options: argparse.Namespace, described: CheckpointManifest, manifest: Manifest
+) -> tuple[str | None, str | None, str]:
+    """The fields of `_Place`, as JSON values.
+
+    Raises:
+        ConfigError: The figures would go to the run, whose newest state they do not show.
+    """
+    from jmvae_dist.checkpoint.layout import list_checkpoints, step_of
+
+    candidates = (options.path, options.path.resolve().parent.parent)
+    run_dir = next((folder for folder in candidates if _is_run(folder)), None)
+    if run_dir is None:
+        reason = f"{options.path} belongs to no run directory"
+    else:
+        reason = "--no-log" if options.no_log else _why_foreign(described, manifest)
+    if options.figures is None or options.figures != Path():
+        return _text(run_dir), _text(options.figures), reason
+    hindrance = reason
+    if run_dir is not None and run_dir != options.path:
+        newest = max(step_of(checkpoint.name) for checkpoint in list_checkpoints(run_dir / "checkpoints"))
+        if newest > described.global_step:
+            hindrance = hindrance or f"the run has a checkpoint of step {newest}"
+    if run_dir is None or hindrance:
+        raise ConfigError(
+            f"--figures: RUN/figures shows the run's newest state on its own held-out data, not this ({hindrance}); "
+            "give a directory for the figures"
+        )
+    return _text(run_dir), _text(run_dir / "figures"), reason
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+def _why_foreign(described: CheckpointManifest, manifest: Manifest) -> str:
+    """Why these are not the run's own held-out data; empty if they are."""
+    path = described.config["data"]["eval_manifest"]
+    if path is None:
+        return "the run has no held-out shards of its own (data.eval_manifest)"
+    try:
+        own = _load_manifest(path)
+    except (ConfigError, DataError) as error:
+        return f"its own held-out shards cannot be read ({error})"
+    return "" if own.fingerprint == manifest.fingerprint else f"its own held-out shards are {path}"
+
+
+def _find_data(
+    options: argparse.Namespace, described: CheckpointManifest, manifest: Manifest, train_manifest: Manifest | None
+) -> tuple[SuiteData, dict[str, str]]:
+    """The data, and by option why what it names is not there."""
+    from jmvae_dist.data.loader import decode_threads
     from jmvae_dist.evaluation.suite import SuiteData, find_label
     from jmvae_dist.training.setup import evaluation_views
 
-    manifest = Manifest.load(options.manifest)
     trusted = options.trust_class
     views = evaluation_views(described.modalities, manifest, "--manifest", trusted=trusted)
     label, no_label = find_label(manifest, views, options.label)
-    train_manifest, train_views, train_label = None, None, None
-    path = options.train_manifest or described.config["data"]["train_manifest"]
-    if label is not None and (
-        options.train_manifest is not None or is_remote(path) or Path(path).expanduser().is_file()
-    ):
-        train_manifest = Manifest.load(path)
+    reasons = {"--label": no_label, "--train-manifest": ""}
+    train_views, train_label = None, None
+    if train_manifest is not None:
+        reasons["--train-manifest"] = _why_not_for_training(options, described, train_manifest, manifest)
+    if label is None or reasons["--train-manifest"]:
+        train_manifest = None
+    if train_manifest is not None and label is not None:
         train_views = evaluation_views(described.modalities, train_manifest, "--train-manifest", trusted=trusted)
         train_label, _ = find_label(train_manifest, train_views, label.name)
     data = SuiteData(
@@ -236,10 +351,24 @@ def _find_data(options: argparse.Namespace, described: CheckpointManifest) -> tu
         threads=decode_threads(None, workers=0),
         access=remote_access(options),
     )
-    return data, no_label
+    return data, reasons
 
 
-def _user_networks(options: argparse.Namespace, model: JMVAE) -> SuiteNetworks:
+def _why_not_for_training(
+    options: argparse.Namespace, described: CheckpointManifest, train_manifest: Manifest, manifest: Manifest
+) -> str:
+    """Why classifiers and probes must not be trained on these shards; empty if they may."""
+    from jmvae_dist.data.urls import shown
+    from jmvae_dist.training.setup import find_shared_shard
+
+    trained_on = described.data_state["manifest_fingerprint"]
+    if options.train_manifest is None and train_manifest.fingerprint != trained_on:
+        return f"{shown(train_manifest.path)} is not what the model was trained on"
+    shared = find_shared_shard(train_manifest, manifest)
+    return "" if shared is None else f"shard {shared} of --manifest is one of them, and so not held-out"
+
+
+def _user_networks(options: argparse.Namespace, model: JMVAE, run_dir: Path | None) -> SuiteNetworks:
     from jmvae_dist.evaluation.suite import SuiteNetworks
     from jmvae_dist.evaluation.user_networks import build_user_network, parse_user_networks
 
@@ -250,12 +379,12 @@ def _user_networks(options: argparse.Namespace, model: JMVAE) -> SuiteNetworks:
     return SuiteNetworks(
         classifiers=build("--classifier", options.classifier),
         extractors=build("--feature-extractor", options.feature_extractor),
-        folder=None if options.run_dir is None else options.run_dir / "evaluation",
+        folder=None if run_dir is None else run_dir / "evaluation",
     )
 
 
 def _supported(
-    options: argparse.Namespace, model: JMVAE, data: SuiteData, networks: SuiteNetworks, no_label: str
+    options: argparse.Namespace, model: JMVAE, data: SuiteData, networks: SuiteNetworks, missing: dict[str, str]
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """The metrics to compute, and those of `all` or `default` that cannot be, with the reason.
 
@@ -266,8 +395,9 @@ def _supported(
 
     reasons = {name: unsupported(name, model, data, networks, options.max_subset_size) for name in options.metrics}
     skipped = {name: reason for name, reason in reasons.items() if reason}
-    if "--label" in "".join(skipped.values()) and no_label:
-        skipped = {name: reason.replace("(--label)", f"(--label): {no_label}") for name, reason in skipped.items()}
+    for option, why in missing.items():
+        if why:
+            skipped = {name: reason.replace(f"({option})", f"({option}): {why}") for name, reason in skipped.items()}
     if skipped and options.is_explicit:
         name, reason = next(iter(skipped.items()))
         raise ConfigError(f"--metrics: {name} {reason}")
@@ -296,8 +426,9 @@ def _evaluate(task: _Task, runtime: Runtime) -> tuple[dict[str, float], dict[str
     return {f"eval/{key}": value for key, value in results.items()}, details
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(result: dict[str, Any], out: Path | None) -> None:
     from jmvae_dist.evaluation.table import format_results
+    from jmvae_dist.training.state import write_json
 
     print(f"step {result['global_step']}, {result['num_samples']:,} samples of {result['manifest']}")
     print(format_results(result["metrics"]))
@@ -312,59 +443,61 @@ def _show(result: dict[str, Any]) -> None:
             "(see *_unreliable_fraction): raise --joint-nll-samples, or do not rely on them"
         )
     sys.stdout.flush()
+    if out is not None:
+        write_json(out, result)
 
 
-def _draw(options: argparse.Namespace, task: _Task) -> dict[str, Path]:
+def _keep_in_run(options: argparse.Namespace, task: _Task, runtime: Runtime, result: dict[str, Any]) -> None:
+    """Draw, and add the results to the run's record, to W&B and to its report, if they are about its own data.
+
+    Raises:
+        Exception: Whatever went wrong with the figures; the results are logged all the same.
+    """
+    from jmvae_dist.training.state import locked_run_directory
+
+    collectives, place, reason = runtime.collectives, task.place, task.place.why_not_logged
+    figures: dict[str, Path] = {}
+    failure: Exception | None = None
+    with ExitStack() as stack:
+        if not reason:
+            assert place.run_dir is not None
+            try:
+                stack.enter_context(locked_run_directory(place.run_dir, runtime, "adding an evaluation to"))
+            except LaunchError as error:
+                reason = str(error)
+        if reason and runtime.is_main and place.run_dir is not None and not options.no_log:
+            print(f"not logged to {place.run_dir}: {reason}", file=sys.stderr)
+        if place.figures is not None and not (reason and place.draws_into_run):
+            try:
+                with collectives.together():
+                    figures = _draw(options, task, place.figures) if runtime.is_main else {}
+            except Exception as error:  # whatever a plotting library objects to must not cost the results
+                failure = error
+        if not reason:
+            collectives.on_main(lambda: _append(task, result, figures))
+    if failure is not None:
+        raise failure
+
+
+def _draw(options: argparse.Namespace, task: _Task, folder: Path) -> dict[str, Path]:
     from jmvae_dist.evaluation.runner import save_figures
-    from jmvae_dist.tracking.jsonl import iterate_records
+    from jmvae_dist.tracking.jsonl import readable_records
 
-    records = None if options.run_dir is None else options.run_dir / "metrics.jsonl"
+    run_dir = task.place.run_dir
     return save_figures(
         task.model,
         task.data.manifest,
         task.data.views,
-        options.figures,
+        folder,
         num_samples=10,
         seed=options.seed,
         label=task.data.label,
         access=task.data.access,
-        records=iterate_records(records) if records is not None and records.is_file() else (),
+        records=() if run_dir is None else readable_records(run_dir / "metrics.jsonl"),
     )
 
 
-def _log_to_run(
-    options: argparse.Namespace, task: _Task, runtime: Runtime, result: dict[str, Any], figures: dict[str, Path]
-) -> None:
-    """Add the results to the run's record, to W&B and to its report, if they are about its own held-out data."""
-    from jmvae_dist.training.state import locked_run_directory
-
-    if options.run_dir is None or options.no_log:
-        return
-    reason = runtime.collectives.on_main(lambda: _why_not_logged(task))
-    if not reason:
-        try:
-            with locked_run_directory(options.run_dir, runtime):
-                runtime.collectives.on_main(lambda: _append(options.run_dir, task, result, figures))
-        except LaunchError as error:
-            reason = str(error)
-    if reason and runtime.is_main:
-        print(f"not logged to {options.run_dir}: {reason}", file=sys.stderr)
-
-
-def _why_not_logged(task: _Task) -> str:
-    from jmvae_dist.data.manifest import Manifest
-
-    path = task.described.config["data"]["eval_manifest"]
-    if path is None:
-        return "the run has no held-out shards of its own (data.eval_manifest)"
-    try:
-        own = Manifest.load(path)
-    except (ConfigError, DataError) as error:
-        return f"its own held-out shards cannot be read ({error})"
-    return "" if own.fingerprint == task.data.manifest.fingerprint else f"its own held-out shards are {path}"
-
-
-def _append(run_dir: Path, task: _Task, result: dict[str, Any], figures: dict[str, Path]) -> None:
+def _append(task: _Task, result: dict[str, Any], figures: dict[str, Path]) -> None:
     from jmvae_dist.config import WandbSection
     from jmvae_dist.tracking.jsonl import (
         EVERY_RECORD,
@@ -376,6 +509,8 @@ def _append(run_dir: Path, task: _Task, result: dict[str, Any], figures: dict[st
     from jmvae_dist.tracking.wandb import WandbTracker
     from jmvae_dist.training.state import write_json
 
+    run_dir = task.place.run_dir
+    assert run_dir is not None
     (run_dir / "evaluation").mkdir(exist_ok=True)
     write_json(run_dir / "evaluation" / "latest.json", result)
     path, run_id = run_dir / "metrics.jsonl", task.described.tracking.get("wandb_run_id")

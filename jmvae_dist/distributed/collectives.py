@@ -110,6 +110,24 @@ class Collectives:
                 value = decide()
         return cast(T, self.broadcast(value))
 
+    def require_equal(self, name: str, value: str) -> None:
+        """Make sure that all ranks have read the same, which decides what they do together.
+
+        Args:
+            name: What was read, such as the path of a file.
+            value: What tells it from another, such as its fingerprint.
+
+        Raises:
+            DataError: Some rank has another value than rank 0; on every rank.
+        """
+        of_main = self.broadcast(value)
+        with self.together():
+            if value != of_main:
+                raise DataError(
+                    f"{name}: rank {self.rank} has read {value}, rank 0 has read {of_main}; do all nodes see the "
+                    "same file, and was it replaced a moment ago?"
+                )
+
     def _raise_together(self, error: Exception | None) -> None:
         report = None if error is None else [_kind_of(error).__name__, str(error)]
         failed = {rank: other for rank, other in enumerate(self.gather(report)) if other is not None}

@@ -100,6 +100,7 @@ def start_runtime(
     engine: str = "ddp",
     deepspeed_config: dict[str, Any] | None = None,
     timeout_s: float = 600.0,
+    patience_s: float | None = None,
     has_joined: bool = False,
 ) -> Iterator[Runtime]:
     """Start the process group and Accelerate, and take them down again.
@@ -111,6 +112,7 @@ def start_runtime(
         engine: ddp or zero0 .. zero3.
         deepspeed_config: From `deepspeed.build_config`, for the zero engines.
         timeout_s: After this long without an answer from a peer a collective fails.
+        patience_s: The same for `Runtime.collectives`, once all ranks have met; None: also `timeout_s`.
         has_joined: `join_launch` was called before; this process may hold the port where the ranks meet by now.
 
     Raises:
@@ -148,7 +150,8 @@ def start_runtime(
     )
     _check_world(accelerator, process, engine, backend)
     assert accelerator.device.type == ("cpu" if on_cpu else "cuda"), accelerator.device
-    group = dist.new_group(backend="gloo", timeout=timeout) if process.world_size > 1 else None
+    patience = timeout if patience_s is None else timedelta(seconds=patience_s)
+    group = dist.new_group(backend="gloo", timeout=patience) if process.world_size > 1 else None
     try:
         collectives = Collectives(process.rank, process.world_size, group)
         yield Runtime(accelerator, process, collectives, engine, precision)

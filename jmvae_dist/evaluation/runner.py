@@ -74,21 +74,23 @@ def evaluate_together(
         `eval/...` -> value.
 
     Raises:
-        DataError: Some rank cannot read its samples; on every rank.
+        ConfigError: Some rank cannot use the cache of remote shards; on every rank.
+        DataError: Some rank cannot read its samples, or has another manifest than rank 0; on every rank.
     """
-    loader = EvaluationLoader(
-        manifest,
-        rank=collectives.rank,
-        world_size=collectives.world_size,
-        batch_size=batch_size,
-        views=views,
-        verify=verify,
-        threads=threads,
-        on_bad_sample=on_bad_sample,
-        access=access,
-    )
+    collectives.require_equal(shown(manifest.path), f"fingerprint {manifest.fingerprint}")
     metrics = standard_metrics(model, seed=seed, joint_nll_samples=joint_nll_samples)
     with collectives.together():
+        loader = EvaluationLoader(
+            manifest,
+            rank=collectives.rank,
+            world_size=collectives.world_size,
+            batch_size=batch_size,
+            views=views,
+            verify=verify,
+            threads=threads,
+            on_bad_sample=on_bad_sample,
+            access=access,
+        )
         batches = sound_batches(loader, model, manifest, on_bad_sample)
         evaluate_batches(model, batches, metrics, progress=progress)
     load_vector(metrics, collectives.sum(vector_of(metrics)))

@@ -292,14 +292,9 @@ class Trainer:
     def _batches(self) -> CheckedBatches:
         """The remaining batches of this rank; raises on all ranks if one of them cannot even begin."""
         process, data = self.runtime.process, self.run.config.data
-        fingerprint = self.run.train_manifest.fingerprint
-        of_main = self.runtime.collectives.broadcast(fingerprint)
+        fingerprint = f"fingerprint {self.run.train_manifest.fingerprint}"
+        self.runtime.collectives.require_equal(str(data.train_manifest), fingerprint)
         with self.runtime.collectives.together():
-            if fingerprint != of_main:
-                raise DataError(
-                    f"{data.train_manifest}: rank {process.rank} has read fingerprint {fingerprint}, rank 0 has read "
-                    f"{of_main}; do all nodes see the same file, and was it replaced at the start of the run?"
-                )
             loader = TrainLoader(
                 self.run.train_manifest,
                 self.run.plan,

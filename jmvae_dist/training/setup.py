@@ -280,13 +280,18 @@ def check_held_out(train_manifest: Manifest, eval_manifest: Manifest) -> None:
     Raises:
         ConfigError: The two manifests are the same data.
     """
-    train_shards = {shard.sha256 for shard in train_manifest.shards}
-    shared = [shown(shard.url) for shard in eval_manifest.shards if shard.sha256 in train_shards]
-    if shared:
+    shared = find_shared_shard(train_manifest, eval_manifest)
+    if shared is not None:
         raise ConfigError(
-            f"data.eval_manifest: shard {shared[0]} is also one of data.train_manifest; held-out samples must not be "
+            f"data.eval_manifest: shard {shared} is also one of data.train_manifest; held-out samples must not be "
             "trained on (write the splits with --test-fraction, or set data.eval_manifest to null)"
         )
+
+
+def find_shared_shard(train_manifest: Manifest, eval_manifest: Manifest) -> str | None:
+    """A shard of the second manifest, for messages, whose content is also in the first; None if there is none."""
+    train_shards = {shard.sha256 for shard in train_manifest.shards}
+    return next((shown(shard.url) for shard in eval_manifest.shards if shard.sha256 in train_shards), None)
 
 
 # A checkpoint's weights mean something else under another value of these.

@@ -33,20 +33,25 @@ _PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "safetensors", "webdat
 
 
 @contextlib.contextmanager
-def locked_run_directory(output_dir: Path, runtime: Runtime) -> Iterator[None]:
+def locked_run_directory(output_dir: Path, runtime: Runtime, doing: str = "training in") -> Iterator[None]:
     """Hold the run directory: two runs that write the same checkpoints would destroy each other's.
 
     The operating system releases rank 0's lock when that process ends, however it ends.
 
+    Args:
+        output_dir: The run directory.
+        runtime: Of all ranks.
+        doing: What for, as another process is told that "is `doing` it".
+
     Raises:
-        LaunchError: Another run holds it, or the directory cannot be written; on every rank.
+        LaunchError: Another process holds it, or the directory cannot be written; on every rank.
     """
     with contextlib.ExitStack() as stack:
-        runtime.collectives.on_main(lambda: _lock(output_dir, stack))
+        runtime.collectives.on_main(lambda: _lock(output_dir, stack, doing))
         yield
 
 
-def _lock(output_dir: Path, stack: contextlib.ExitStack) -> None:
+def _lock(output_dir: Path, stack: contextlib.ExitStack, doing: str) -> None:
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         file = stack.enter_context((output_dir / ".lock").open("a+"))
@@ -57,12 +62,12 @@ def _lock(output_dir: Path, stack: contextlib.ExitStack) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # POSIX allows either for a lock that is held
         file.seek(0)
-        holder = file.read().strip() or "another process"
-        raise LaunchError(f"output_dir {output_dir}: {holder} is training in it; choose another one") from None
+        holder = file.read().strip() or "another process is using it"
+        raise LaunchError(f"output_dir {output_dir}: {holder}; wait for its end, or choose another one") from None
     except OSError as error:
         logger.warning("output_dir %s: this file system has no locks (%s)", output_dir, error.strerror)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} is {doing} it\n")
     file.flush()
 
 
