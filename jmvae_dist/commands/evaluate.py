@@ -500,6 +500,7 @@ def _draw(options: argparse.Namespace, task: _Task, folder: Path) -> dict[str, P
 def _append(task: _Task, result: dict[str, Any], figures: dict[str, Path]) -> None:
     from jmvae_dist.config import WandbSection
     from jmvae_dist.tracking.jsonl import (
+        EVALUATED_BY,
         EVERY_RECORD,
         MetricsLog,
         last_recorded_step,
@@ -514,7 +515,7 @@ def _append(task: _Task, result: dict[str, Any], figures: dict[str, Path]) -> No
     (run_dir / "evaluation").mkdir(exist_ok=True)
     write_json(run_dir / "evaluation" / "latest.json", result)
     path, run_id = run_dir / "metrics.jsonl", task.described.tracking.get("wandb_run_id")
-    record = {"global_step": task.described.global_step, **result["metrics"]}
+    record = {"global_step": task.described.global_step, EVALUATED_BY: "evaluate", **result["metrics"]}
     last_step = max(last_recorded_step(path), task.described.global_step)
     with MetricsLog(path, EVERY_RECORD) as log:
         tracker = None

@@ -110,7 +110,8 @@ class ImportanceSampling(Metric):
     - `key_effective_samples`: mean effective number of draws, and `key_unreliable_fraction`: the share of samples
       with fewer than FEW_EFFECTIVE_SAMPLES, whose estimates are too high by an unknown amount.
 
-    Suffixes go to the first part of the key, as in `marginal_nll_stderr/image`.
+    Suffixes go to the first part of the key, as in `marginal_nll_stderr/image`. And `joint_nll_samples`: K, without
+    which none of them says much.
     """
 
     _PARTS = ("squared", "monte_carlo_variance", "effective_samples", "unreliable_fraction")
@@ -148,7 +149,8 @@ class ImportanceSampling(Metric):
         self.sums["samples"] += len(batch)
 
     def results(self) -> dict[str, float]:
-        count, results = self.sums["samples"].item(), {}
+        count = self.sums["samples"].item()
+        results: dict[str, float] = {"joint_nll_samples": self._num_draws}
         for key in self._keys:
             results[key] = self._mean(key)
             if count > 1:

@@ -119,10 +119,9 @@ def _format_values(record: dict[str, Any], short: bool) -> str:
 
 def _format_evaluation(record: dict[str, Any]) -> str:
     """One line with the numbers that sum up an evaluation; the others are in the record."""
-    shown = ("eval/elbo", "eval/joint_nll", "eval/accuracy/")
     values = [
         f"{name.removeprefix('eval/')} {value:.4g}"
         for name, value in record.items()
-        if name.startswith(shown) and not name.endswith("_stderr")
+        if name in ("eval/elbo", "eval/joint_nll") or name.startswith("eval/accuracy/")
     ]
     return f"step {record['global_step']} evaluation  {'  '.join(values)}"

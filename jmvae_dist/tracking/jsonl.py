@@ -28,6 +28,8 @@ from jmvae_dist.errors import DataError
 from jmvae_dist.files import writing_atomic
 
 _MAX_STEP = 2**63 - 1
+# Key of the verb that made an evaluation, `train` or `evaluate`: their settings differ.
+EVALUATED_BY = "evaluated_by"
 # As `resume_step`: the record is only added to.
 EVERY_RECORD = _MAX_STEP
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

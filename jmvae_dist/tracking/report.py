@@ -508,7 +508,9 @@ def _evaluation_numbers(data: RunData) -> list[tuple[str, str, str]]:
     if _is_number(metrics.get("joint_nll")):
         error = metrics.get("joint_nll_stderr")
         extra = f"± {_format_number(error)}" if _is_number(error) else ""
-        numbers.append((_format_number(metrics["joint_nll"]), f"joint NLL (nats), {origin}", extra))
+        draws = metrics.get("joint_nll_samples")
+        unit = f"nats, K = {draws:.0f}" if _is_number(draws) and math.isfinite(draws) else "nats"
+        numbers.append((_format_number(metrics["joint_nll"]), f"joint NLL ({unit}), {origin}", extra))
     for name, value in sorted(metrics.items()):
         if name.startswith("accuracy/") and _is_number(value):
             label = name.removeprefix("accuracy/").replace("/from_", " from ")

@@ -32,6 +32,7 @@ from jmvae_dist.evaluation.runner import evaluate_together, save_figures
 from jmvae_dist.kernels.gaussian import choose
 from jmvae_dist.model import JMVAE
 from jmvae_dist.progress import progress
+from jmvae_dist.tracking.jsonl import EVALUATED_BY
 from jmvae_dist.tracking.ledger import COMPLETE, STOPPED
 from jmvae_dist.tracking.report import write_report
 from jmvae_dist.training.batches import CheckedBatches
@@ -469,7 +470,7 @@ class Trainer:
         except (DataError, StopRequested):
             self._save_checkpoint(wait=True)
             raise
-        self._write({"global_step": self.global_step, **metrics})
+        self._write({"global_step": self.global_step, EVALUATED_BY: "train", **metrics})
         self._draw_figures()
 
     def _evaluate_if_interrupted(self) -> None:
@@ -478,7 +479,7 @@ class Trainer:
         is_due = self._is_multiple_of(every_steps) and self.global_step < self.run.total_steps
         if not is_due or self.run.eval_manifest is None:
             return
-        if self.runtime.collectives.on_main(lambda: self.recorder.recorded(self.global_step, "eval/elbo")) is None:
+        if self.runtime.collectives.on_main(lambda: self.recorder.recorded_evaluation(self.global_step)) is None:
             self._evaluate_midway()
             self._enter("starting", has_limit=False)
 
@@ -502,18 +503,17 @@ class Trainer:
         self._stop_if_asked()
         collectives = self.runtime.collectives
         samples = self.run.config.evaluation.joint_nll_samples
-        key = "eval/joint_nll" if samples > 0 else "eval/elbo"
-        record = collectives.on_main(lambda: self.recorder.recorded(self.global_step, key))
+        record = collectives.on_main(lambda: self.recorder.recorded_evaluation(self.global_step, samples))
         if record is None:
             with self._evaluation_progress() as advance:
                 metrics = self._evaluate(joint_nll_samples=samples, advance=advance)
-            record = {"global_step": self.global_step, **metrics}
+            record = {"global_step": self.global_step, EVALUATED_BY: "train", **metrics}
             self._write(record)
         self._draw_figures()
         evaluation = {
             "global_step": self.global_step,
             "manifest": self.run.config.data.eval_manifest,
-            "num_samples": self.run.eval_manifest.num_samples,
+            "num_samples": int(record["eval/samples"]),
             "metrics": {key: value for key, value in record.items() if key.startswith("eval/")},
         }
         collectives.on_main(lambda: write_json(self.run.output_dir / "evaluation.json", evaluation))

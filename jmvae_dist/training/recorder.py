@@ -15,7 +15,7 @@ from typing import Any
 from jmvae_dist.config_io import to_plain
 from jmvae_dist.errors import TrainingError
 from jmvae_dist.tracking.console import Console
-from jmvae_dist.tracking.jsonl import MetricsLog, read_records
+from jmvae_dist.tracking.jsonl import EVALUATED_BY, MetricsLog, read_records
 from jmvae_dist.tracking.wandb import WandbTracker
 from jmvae_dist.training.guards import RewindRequested
 from jmvae_dist.training.setup import ResolvedRun
@@ -116,12 +116,18 @@ class Recorder:
         if self._log is not None:
             self._log.sync()
 
-    def recorded(self, global_step: int, key: str) -> dict[str, Any] | None:
-        """The record at `global_step` that has `key`, if an earlier attempt got as far as writing it."""
+    def recorded_evaluation(self, global_step: int, joint_nll_samples: int | None = None) -> dict[str, Any] | None:
+        """The training's own evaluation at `global_step`, if an earlier attempt got as far as writing it.
+
+        Args:
+            global_step: Of the evaluation.
+            joint_nll_samples: With this K, 0 being without likelihood; None: with any.
+        """
         if self._log is None:
             return None
         for record in reversed(read_records(self._log.path)):
-            if record["global_step"] == global_step and key in record:
+            is_own = record["global_step"] == global_step and record.get(EVALUATED_BY) == "train"
+            if is_own and joint_nll_samples in (None, record.get("eval/joint_nll_samples", 0)):
                 return record
         return None
 

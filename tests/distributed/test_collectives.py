@@ -94,6 +94,11 @@ def fail_in_turn(collectives: Collectives) -> list[str]:
                 raise _FullDiskError("full")
     except UnreachableError as caught:
         seen.append(f"{type(caught).__name__}: {caught}")
+    collectives.require_equal("m.json", "fingerprint 1")
+    try:
+        collectives.require_equal("m.json", f"fingerprint {int(collectives.rank == 2)}")
+    except DataError as caught:
+        seen.append(str(caught))
     with collectives.together():
         pass
     return seen
@@ -112,6 +117,7 @@ def test_errors_reach_every_rank(tmp_path: Path) -> None:
             assert seen[failing] == f"{kind}: {prefix}disk {failing}"
         assert seen[3] == ("ZeroDivisionError" if rank == 0 else "PeerError")
         assert seen[4] == f"StopRequested, True, {'_FullDiskError(' + repr('full') + ')' if rank == 2 else None}"
+        assert "m.json: rank 2 has read fingerprint 1, rank 0 has read fingerprint 0" in seen[6]
         assert seen[5] == ("_FullDiskError: full" if rank == 1 else "UnreachableError: rank 1: full")
 
 

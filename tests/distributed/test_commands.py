@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -97,6 +98,42 @@ def test_an_evaluation_is_logged_to_its_run(finished: Run, tmp_path: Path) -> No
     other = str(finished.digits / "train" / "manifest.json")
     jmvae("evaluate", run, "--manifest", other, "--metrics", "latents")
     assert finished.records()[-1] == last
+
+
+def test_ranks_that_see_other_disks_do_as_rank_0_says(
+    make_run: Callable[..., Run], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 does not see the training shards, rank 1 not the run directory around the checkpoint."""
+    monkeypatch.setenv("HOME", str(digits))
+    manifest = str(digits / "test" / "manifest.json")
+    data = ("--data.train_manifest", "~/train/manifest.json", "--data.eval_manifest", manifest)
+    run = make_run("run", "--training.steps", "2", *data)
+    run.train(1, "--evaluation.joint_nll_samples", "0")
+    away = shutil.copytree(run.checkpoint(2), tmp_path / "away" / run.checkpoint(2).name)
+    options = ["--manifest", manifest, "--metrics", "all", "--joint-nll-samples", "2", "--prior-samples", "8"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = []
+    for rank, (path, home) in enumerate([(run.output_dir, tmp_path), (away, digits)]):
+        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "HOME": str(home), **meeting}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jmvae_dist", "evaluate", str(path), *options],
+            env=launch_environment() | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        ranks.append(process)
+    try:
+        outputs = [process.communicate(timeout=60)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0], outputs
+    assert "left out: coherence needs the training shards" in outputs[0]
+    assert outputs[1] == ""
+    assert run.records()[-1]["eval/joint_nll_samples"] == 2
 
 
 def test_chosen_metrics_only(finished: Run, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,10 @@ def test_masked_samples_are_left_out_counted_and_tolerated_so_far(spoiled: Path,
     # Sums in another order, but the same samples and the same divisor: 63 valid ones of 64 weigh more each.
     assert_losses_agree(alone, elastic, 2e-5, STEPS)
     assert [record["data/masked_samples"] for record in elastic.records()] == masked
+
+    held_out = ("--data.eval_manifest", str(spoiled / "test" / "manifest.json"))
+    alone.train(1, *held_out, "--evaluation.joint_nll_samples", "0")
+    assert json.loads((alone.output_dir / "evaluation.json").read_text())["num_samples"] == 358
 
 
 def check_evaluation_masks_too(run: Run, manifest: Manifest, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -19,6 +20,7 @@ import pytest
 import jmvae_dist
 from jmvae_dist.checkpoint.layout import find_damage, list_checkpoints, read_manifest
 from jmvae_dist.commands.checkpoint import main as checkpoint_command
+from jmvae_dist.tracking.jsonl import EVALUATED_BY, EVERY_RECORD, MetricsLog
 from jmvae_dist.tracking.ledger import read_attempts, summarize
 from tests.conftest import Run, assert_same_tensors
 
@@ -259,9 +261,12 @@ def test_stop_signal_during_the_final_evaluation(make_run: MakeRun, digits: Path
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     assert not (run.output_dir / "evaluation.json").exists()
+    with MetricsLog(run.output_dir / "metrics.jsonl", EVERY_RECORD) as log:  # as `jmvae-dist evaluate` does
+        log.write({"global_step": 5, EVALUATED_BY: "evaluate", "eval/joint_nll": 1.0, "eval/joint_nll_samples": 10})
     run.train(num_processes, *manifest, "--evaluation.joint_nll_samples", "2")
-    assert (run.output_dir / "evaluation.json").is_file()
-    assert [record["global_step"] for record in run.records()] == [1, 2, 3, 4, 5, 5]
+    evaluation = json.loads((run.output_dir / "evaluation.json").read_text())
+    assert evaluation["metrics"]["eval/joint_nll_samples"] == 2
+    assert [record["global_step"] for record in run.records()] == [1, 2, 3, 4, 5, 5, 5]
     ledger = summarize(read_attempts(run.output_dir, pytest.fail))
     assert [item.outcome for item in ledger.attempts] == ["stopped", "complete"]
     assert [item.attempt.steps for item in ledger.attempts] == [5, 0]

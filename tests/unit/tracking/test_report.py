@@ -45,6 +45,7 @@ def charts_of(page: str) -> dict[str, dict[str, Any]]:
 def test_complete_run(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run")
     metrics = {"elbo": -104.25, "joint_nll": 98.5, "joint_nll_stderr": 0.25, "accuracy/b/from_a": 0.875}
+    metrics["joint_nll_samples"] = 50
     evaluation = {"global_step": 100, "num_samples": 40, "manifest": "test/manifest.json", "metrics": metrics}
     (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
     (run_dir / "environment.json").write_text(json.dumps({"torch": "2.9", "world_size": 4}))
@@ -60,7 +61,7 @@ def test_complete_run(tmp_path: Path) -> None:
     page = write_report(run_dir).read_text()
     assert "100 of 100 steps" in page
     assert ">complete<" in page
-    for text in ("-104.25", "98.5", "± 0.25", "87.5 %", "step-00000100", "2.9", "test/manifest.json"):
+    for text in ("-104.25", "98.5", "K = 50", "± 0.25", "87.5 %", "step-00000100", "2.9", "test/manifest.json"):
         assert text in page
     assert "data:image/png;base64," in page
     assert "step-00000200" not in page
