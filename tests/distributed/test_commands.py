@@ -98,6 +98,13 @@ def test_an_evaluation_is_logged_to_its_run(finished: Run, tmp_path: Path) -> No
     other = str(finished.digits / "train" / "manifest.json")
     jmvae("evaluate", run, "--manifest", other, "--metrics", "latents")
     assert finished.records()[-1] == last
+    # Nor do figures that cannot be drawn cost the results.
+    (tmp_path / "file").touch()
+    options = ["--metrics", "accuracy", "--figures", str(tmp_path / "file" / "figures")]
+    with pytest.raises(AssertionError, match="Not a directory"):
+        jmvae("evaluate", run, "--manifest", manifest, *options)
+    assert "eval/accuracy/label/from_image" in finished.records()[-1]
+    assert len(finished.records()) == len(before) + 2
 
 
 def test_ranks_that_see_other_disks_do_as_rank_0_says(
@@ -261,6 +268,8 @@ def test_saved_configuration_repeats_the_run(finished: Run, make_run: Callable[.
             "choose from default,all,elbo,accuracy,joint_nll",
         ),
         (["evaluate", "nowhere", "--manifest", "TEST"], 2, "no such directory"),
+        (["evaluate", "RUN", "--manifest", "TRAIN", "--metrics", "probe"], 2, "is one of them, and so not held-out"),
+        (["evaluate", "RUN", "--manifest", "TEST", "--figures", "--no-log"], 2, "give a directory for the figures"),
         (["sample", "RUN", "--out", "/tmp/x", "--given", "label"], 2, "belong together"),
         (["sample", "RUN", "--out", "/tmp/x", "--given", "sound", "--manifest", "TEST"], 2, "image, label"),
         (["checkpoint", "verify", "nowhere"], 2, "no such directory"),
@@ -272,6 +281,7 @@ def test_saved_configuration_repeats_the_run(finished: Run, make_run: Callable[.
 def test_mistakes(finished: Run, arguments: list[str], code: int, message: str) -> None:
     test_folder = finished.digits / "test"
     places = {"RUN": finished.output_dir, "TEST": test_folder / "manifest.json", "TEST_FOLDER": test_folder}
+    places["TRAIN"] = finished.digits / "train" / "manifest.json"
     command = [str(places.get(argument, argument)) for argument in arguments]
     result = subprocess.run(
         [sys.executable, "-m", "jmvae_dist", *command],
