@@ -192,7 +192,7 @@ class _Place:
 def _prepare(options: argparse.Namespace, runtime: Runtime) -> _Task:
     from jmvae_dist.checkpoint.export import model_from_checkpoint
     from jmvae_dist.checkpoint.layout import MANIFEST_NAME, read_manifest
-    from jmvae_dist.evaluation.suite import SuiteOptions
+    from jmvae_dist.evaluation.suite import SuiteOptions, check_networks
 
     collectives = runtime.collectives
     # Rank 0 chooses and checks: a checkpoint that is being written could look different to another rank.
@@ -209,6 +209,7 @@ def _prepare(options: argparse.Namespace, runtime: Runtime) -> _Task:
         model = model_from_checkpoint(checkpoint, described, trusted=options.trust_class).to(runtime.device)
         networks = _user_networks(options, model, place.run_dir)
         metrics, skipped = _supported(options, model, data, networks, reasons)
+        check_networks(model, data, networks, metrics)
         suite_options = SuiteOptions(
             metrics=metrics,
             seed=options.seed,

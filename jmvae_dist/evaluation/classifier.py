@@ -27,7 +27,6 @@ from jmvae_dist.data.plan import SamplePlan, default_lanes
 from jmvae_dist.data.store import RemoteAccess
 from jmvae_dist.data.views import View
 from jmvae_dist.errors import DataError
-from jmvae_dist.evaluation.reconstruction import is_picture
 from jmvae_dist.files import writing_atomic
 
 logger = logging.getLogger(__name__)
@@ -47,18 +46,21 @@ class Classifier(nn.Module):
 
     Pictures go through convolutions that halve them until they are about 7 pixels wide, anything else through one
     hidden layer. Inputs are standardised per element by statistics of the training data.
+
+    Args:
+        shape: Of one sample.
+        num_classes: Of the label.
+        is_picture: Whether neighbours in the last two dimensions are neighbours, and not ids of tokens.
     """
 
     offset: Tensor
     scale: Tensor
 
-    def __init__(self, shape: tuple[int, ...], num_classes: int) -> None:
+    def __init__(self, shape: tuple[int, ...], num_classes: int, is_picture: bool) -> None:
         super().__init__()
         self.register_buffer("offset", torch.zeros(shape))
         self.register_buffer("scale", torch.ones(shape))
-        layers = (
-            _convolutions(shape) if is_picture(shape) else [nn.Flatten(), nn.Linear(math.prod(shape), 256), nn.ReLU()]
-        )
+        layers = _convolutions(shape) if is_picture else [nn.Flatten(), nn.Linear(math.prod(shape), 256), nn.ReLU()]
         size = nn.Sequential(*layers)(torch.zeros(1, *shape)).flatten(1).shape[1]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(size, FEATURES), nn.ReLU())
         self.head = nn.Linear(FEATURES, num_classes)
@@ -108,11 +110,11 @@ def digest_of(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def make_classifier(view: View, label: View) -> Classifier:
+def make_classifier(view: View, label: View, is_picture: bool) -> Classifier:
     """One with initial weights that depend on the shapes alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Classifier(tuple(view.shape), label.shape[-1])
+        return Classifier(tuple(view.shape), label.shape[-1], is_picture)
 
 
 def train_classifier(
@@ -120,6 +122,7 @@ def train_classifier(
     label: View,
     manifest: Manifest,
     *,
+    is_picture: bool,
     num_steps: int,
     seed: int,
     device: torch.device,
@@ -131,6 +134,7 @@ def train_classifier(
         view: The modality.
         label: One-hot classes.
         manifest: Training shards.
+        is_picture: As of `Classifier`.
         num_steps: Optimizer steps of 128 samples.
         seed: Of the order of the samples.
         device: Where to train.
@@ -142,7 +146,7 @@ def train_classifier(
     Raises:
         DataError: A sample cannot be read, or the training diverged.
     """
-    model = make_classifier(view, label).to(device)
+    model = make_classifier(view, label, is_picture).to(device)
     plan = SamplePlan(
         manifest.shard_sizes,
         global_batch_size=_BATCH_SIZE,

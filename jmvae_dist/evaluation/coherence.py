@@ -42,13 +42,27 @@ class Accuracy(Metric):
     def update(self, batch: EvaluationBatch) -> None:
         for key, (target, sources) in self._predictions.items():
             mean = batch.posteriors.given(sources).mu
-            predicted = self._model.decode(mean, target)[target].argmax(-1)
-            correct = (predicted == batch.inputs[target].argmax(-1)).double()
+            predicted = most_probable(self._model.decode(mean, target)[target])
+            correct = agreement(predicted, batch.inputs[target].argmax(-1))
             self._add({key: correct.flatten(1).mean(1).sum() if correct.ndim > 1 else correct.sum()})
         self.sums["samples"] += len(batch)
 
     def results(self) -> dict[str, float]:
         return {key: self._mean(key) for key in self._predictions}
+
+
+def most_probable(logits: Tensor) -> Tensor:
+    """Most probable class of logits (*, num_classes): float64 (*), NaN where a logit is NaN or infinite.
+
+    Of such logits `argmax` would make class 0 or another one, which is right now and then. -inf is allowed: it is the
+    logit of a class that does not occur.
+    """
+    return torch.where((logits < torch.inf).all(-1), logits.argmax(-1).double(), torch.nan)
+
+
+def agreement(classes: Tensor, others: Tensor) -> Tensor:
+    """1 where two arrays of classes are equal, 0 where they differ, NaN where one is NaN; float64."""
+    return torch.where(classes.isnan() | others.isnan(), torch.nan, (classes == others).double())
 
 
 def _sources(model: JMVAE, target: str) -> dict[str, list[str]]:
@@ -112,18 +126,18 @@ class Coherence(Metric):
     def update(self, batch: EvaluationBatch) -> None:
         assert batch.labels is not None
         for name in self._classified:
-            correct = self._classes(name, batch.inputs[name]) == batch.labels
+            correct = agreement(self._classes(name, batch.inputs[name]), batch.labels)
             self._add({f"classifier_accuracy/{name}": correct.sum()})
         for subset in self._subsets:
             z = batch.posteriors.sample(subset, batch.rows, self._seed)
             for target in (target for target in self._targets if target not in subset):
                 generated = self._classes(target, expected_value(self._model, z, target))
-                self._add({_coherence_key(target, subset): (generated == batch.labels).sum()})
+                self._add({_coherence_key(target, subset): agreement(generated, batch.labels).sum()})
         self.sums["samples"] += len(batch)
 
     def update_prior(self, samples: PriorSamples) -> None:
         classes_TB = torch.stack([self._classes(name, samples.expected[name]) for name in self._targets])
-        self._add({"coherence/joint": (classes_TB == classes_TB[0]).all(0).sum()})
+        self._add({"coherence/joint": agreement(classes_TB, classes_TB[0]).prod(0).sum()})
         self.sums["prior_samples"] += len(samples.z)
 
     def results(self) -> dict[str, float]:
@@ -139,8 +153,8 @@ class Coherence(Metric):
         return results
 
     def _classes(self, name: str, values: Tensor) -> Tensor:
-        """int64 (B,)."""
-        return values.argmax(-1) if name == self._label else self._classifiers[name](values).argmax(-1)
+        """As of `most_probable`, (B,)."""
+        return most_probable(values if name == self._label else self._classifiers[name](values))
 
 
 def _coherence_key(target: str, subset: Sequence[str] | Subset) -> str:

@@ -5,6 +5,7 @@ Shape suffixes: B samples, F features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -23,8 +24,11 @@ def frechet_distance(mean1_F: Tensor, cov1_FF: Tensor, mean2_F: Tensor, cov2_FF:
     """``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2)``: squared 2-Wasserstein distance of two Gaussians.
 
     The roots are those of symmetric positive semi-definite matrices, by eigenvalues, in float64: unlike the usual
-    root of the product C1 C2, they need no correction for few samples, whose covariances are singular.
+    root of the product C1 C2, they need no correction for few samples, whose covariances are singular. NaN where a
+    moment is not finite: eigenvalues cannot be found then.
     """
+    if not all(moment.isfinite().all() for moment in (mean1_F, cov1_FF, mean2_F, cov2_FF)):
+        return math.nan
     root1_FF = _symmetric_root(cov1_FF.double())
     cross = torch.linalg.eigvalsh(root1_FF @ cov2_FF.double() @ root1_FF).clamp(min=0).sqrt().sum()
     distance = (mean1_F - mean2_F).double().square().sum() + cov1_FF.trace() + cov2_FF.trace() - 2 * cross

@@ -5,6 +5,7 @@ Shape suffixes: B samples, D latent dimensions.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -62,10 +63,13 @@ class Latents(Metric):
     def results(self) -> dict[str, float]:
         results = {}
         for source in self._sources:
+            variance_D, kl_D = self._variance(source), self.sums[f"kl{source}"]
             collapsed_D = self.sums[f"collapsed{source}"] / self.sums["samples"] >= 1 - COLLAPSE_DELTA
-            results[f"latent/active_units{source}"] = float((self._variance(source) > ACTIVE_VARIANCE).sum())
-            results[f"latent/kl_prior{source}"] = (self.sums[f"kl{source}"].sum() / self.sums["samples"]).item()
-            results[f"posterior_collapse{source}"] = collapsed_D.double().mean().item()
+            num_active, collapsed = (variance_D > ACTIVE_VARIANCE).sum().item(), collapsed_D.double().mean().item()
+            # NaN and infinity are neither above nor below a threshold.
+            results[f"latent/active_units{source}"] = float(num_active) if variance_D.isfinite().all() else math.nan
+            results[f"latent/kl_prior{source}"] = (kl_D.sum() / self.sums["samples"]).item()
+            results[f"posterior_collapse{source}"] = collapsed if kl_D.isfinite().all() else math.nan
         return results
 
     def details(self) -> dict[str, Any]:

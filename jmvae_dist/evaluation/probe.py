@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from jmvae_dist.errors import DataError
+from jmvae_dist.evaluation.coherence import agreement, most_probable
 from jmvae_dist.evaluation.metrics import EvaluationBatch, Metric, device_of
 from jmvae_dist.evaluation.posteriors import Subset, subset_name
 from jmvae_dist.model import JMVAE
@@ -138,7 +139,7 @@ class ProbeAccuracy(Metric):
         assert batch.labels is not None
         for subset, probe in self._probes.items():
             logits = batch.posteriors.given(subset).mu.double() @ probe.weight.T + probe.bias
-            self._add({_key(subset): (logits.argmax(-1) == batch.labels).sum()})
+            self._add({_key(subset): agreement(most_probable(logits), batch.labels).sum()})
         self.sums["samples"] += len(batch)
 
     def results(self) -> dict[str, float]:

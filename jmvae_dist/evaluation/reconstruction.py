@@ -5,6 +5,7 @@ Shape suffixes: N samples, C channels, H and W height and width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -24,6 +25,12 @@ _K1, _K2 = 0.01, 0.03
 def is_picture(shape: tuple[int, ...]) -> bool:
     """Grey (H, W) or (1, H, W), or colour (3, H, W); tiny arrays are rather feature tables."""
     return (len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3))) and min(shape[-2:]) >= 4
+
+
+def shows_picture(model: JMVAE, name: str) -> bool:
+    """Whether a modality is a picture: a categorical one of that shape is a text, one-hot (length, vocabulary)."""
+    assert model.config.input_dims is not None
+    return model.likelihoods[name].name != "categorical" and is_picture(tuple(model.config.input_dims[name]))
 
 
 def structural_similarity(first: Tensor, second: Tensor, data_range: float) -> Tensor:
@@ -113,5 +120,6 @@ class Reconstruction(Metric):
             if variation > 1e-12 * square.sum():
                 explained = (1 - error / variation).item()
                 results[f"reconstruction/explained_variance/{name}"] = explained
-                results[f"modality_collapse/{name}"] = float(not explained >= COLLAPSE_THRESHOLD)
+                collapsed = math.nan if math.isnan(explained) else float(explained < COLLAPSE_THRESHOLD)
+                results[f"modality_collapse/{name}"] = collapsed
         return results

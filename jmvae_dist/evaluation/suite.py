@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,12 +45,14 @@ from jmvae_dist.evaluation.likelihood import (
 from jmvae_dist.evaluation.metrics import Metric, device_of, load_vector, vector_of
 from jmvae_dist.evaluation.posteriors import Subset, subsets_of
 from jmvae_dist.evaluation.probe import CollectedPosteriors, Probe, ProbeAccuracy, fit_probe
-from jmvae_dist.evaluation.reconstruction import Reconstruction, is_picture
+from jmvae_dist.evaluation.reconstruction import Reconstruction, shows_picture
 from jmvae_dist.evaluation.sound_samples import sound_batches
 from jmvae_dist.model import JMVAE
 
 # With more modalities, somebody has to say which subsets are worth their time.
 _MOST_MODALITIES_FOR_ALL_SUBSETS = 8
+# Samples for which a user's network is tried: more than one, which many shapes fit.
+_TRIED = 2
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,61 @@ def unsupported(
     return ""
 
 
+def check_networks(model: JMVAE, data: SuiteData, networks: SuiteNetworks, metrics: Sequence[str]) -> None:
+    """Try the user's networks on two samples, before anything that takes time.
+
+    Raises:
+        ConfigError: One of them fails, or does not return what these metrics need of it.
+    """
+    for network in (*networks.classifiers.values(), *networks.extractors.values()):
+        network.to(device_of(model))
+    if "coherence" in metrics and data.label is not None:
+        wanted = (_TRIED, data.label.shape[0])
+        for name, network in networks.classifiers.items():
+            logits = _try(model, f"--classifier {name}", network, name)
+            if tuple(logits.shape) != wanted:
+                raise ConfigError(
+                    f"--classifier {name}: for {_TRIED} samples it returns {tuple(logits.shape)}, and logits of the "
+                    f"label {data.label.name} are {wanted}"
+                )
+    if "frechet" in metrics:
+        for option, given in (("--classifier", networks.classifiers), ("--feature-extractor", networks.extractors)):
+            for name, network in given.items():
+                features = _try(model, f"{option} {name}", _features_of(network), name)
+                if features.ndim != 2 or len(features) != _TRIED:
+                    raise ConfigError(
+                        f"{option} {name}: for {_TRIED} samples it returns {tuple(features.shape)}, and features are "
+                        f"({_TRIED}, number of features)"
+                    )
+
+
+def _try(model: JMVAE, option: str, function: Callable[[Tensor], Tensor], name: str) -> Tensor:
+    """What a user's network makes of two samples of zeros.
+
+    Raises:
+        ConfigError: It fails, or does not return numbers.
+    """
+    assert model.config.input_dims is not None
+    values = torch.zeros(_TRIED, *model.config.input_dims[name], device=device_of(model))
+    try:
+        with torch.no_grad():
+            output = function(values)
+    except Exception as error:  # the user's code may raise anything
+        raise ConfigError(
+            f"{option}: it cannot take values {tuple(values.shape)} ({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
+        raise ConfigError(f"{option}: it returns {kind}, not a tensor of floating point")
+    return output
+
+
+def _features_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A network's method `features`, else the network itself: another attribute of that name may be a part of it."""
+    features = getattr(network, "features", None)
+    return features if inspect.ismethod(features) else network
+
+
 def run_suite(
     model: JMVAE,
     data: SuiteData,
@@ -194,7 +252,7 @@ def run_suite(
         options: How to measure.
         collectives: All ranks call this together.
         networks: The user's; those trained here are added.
-        say: Told what takes time, on every rank.
+        say: Told what takes time, on the rank that does it, or on rank 0 for what all do.
         progress: Called after each batch of this rank with its number of samples.
 
     Returns:
@@ -211,7 +269,8 @@ def run_suite(
         _add_classifiers(model, data, options, collectives, networks, say)
     probes: dict[Subset, Probe] = {}
     if "probe" in wanted:
-        say("fitting linear probes")
+        if collectives.rank == 0:
+            say("fitting linear probes")
         probes = _fit_probes(model, data, options, collectives)
     ranges = _data_ranges(model, data, options, collectives) if "reconstruction" in wanted else {}
     with collectives.together():
@@ -277,8 +336,8 @@ def _estimands(model: JMVAE, options: SuiteOptions) -> list[Estimand]:
 
 def _frechet_metrics(model: JMVAE, networks: SuiteNetworks, seed: int) -> list[Metric]:
     metrics: list[Metric] = []
-    judges = {
-        "frechet": {name: getattr(network, "features", network) for name, network in networks.classifiers.items()},
+    judges: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
+        "frechet": {name: _features_of(network) for name, network in networks.classifiers.items()},
         "frechet_extractor": dict(networks.extractors),
     }
     for key, features in judges.items():
@@ -291,13 +350,7 @@ def _frechet_metrics(model: JMVAE, networks: SuiteNetworks, seed: int) -> list[M
 def _feature_size(model: JMVAE, name: str, features: Callable[[Tensor], Tensor]) -> int:
     if isinstance(getattr(features, "__self__", None), Classifier):
         return FEATURES
-    assert model.config.input_dims is not None
-    sample = torch.zeros(1, *model.config.input_dims[name], device=device_of(model))
-    with torch.no_grad():
-        output = features(sample)
-    if not isinstance(output, Tensor) or output.ndim != 2:
-        raise ConfigError(f"features of {name}: the network must return a tensor (batch, features)")
-    return output.shape[1]
+    return _try(model, f"features of {name}", features, name).shape[1]
 
 
 # Training data
@@ -319,7 +372,8 @@ def _add_classifiers(
     assert manifest is not None
     assert label is not None
     views = {view.name: view for view in data.train_views if view.name not in {label.name, *networks.classifiers}}
-    made = {name: make_classifier(view, label) for name, view in views.items()}
+    is_picture = {name: shows_picture(model, name) for name in views}
+    made = {name: make_classifier(view, label, is_picture[name]) for name, view in views.items()}
     described = {
         name: describe(view, label, manifest, options.classifier_steps, options.seed) for name, view in views.items()
     }
@@ -345,6 +399,7 @@ def _add_classifiers(
                     views[name],
                     label,
                     manifest,
+                    is_picture=is_picture[name],
                     num_steps=options.classifier_steps,
                     seed=options.seed,
                     device=device,
@@ -389,7 +444,8 @@ def _fit_probes(
     with collectives.together():
         views = with_label(data.train_views, label)
         loader = _loader(manifest, views, data, options, collectives)
-        evaluate_batches(model, _thinned(loader, stride), [collected], label=label.name)
+        batches = _thinned(sound_batches(loader, model, manifest, "stop"), stride)
+        evaluate_batches(model, batches, [collected], label=label.name)
     load_vector([collected], collectives.sum(vector_of([collected])))
     subsets = subsets_of([name for name in model.modalities if name != label.name], options.max_subset_size)
     num_classes, shared = label.shape[0], torch.zeros(len(subsets), label.shape[0], model.latent_dim + 1).double()
@@ -415,7 +471,7 @@ def _thinned(loader: Iterable[Batch], stride: int) -> Iterator[Batch]:
 
 def _data_ranges(model: JMVAE, data: SuiteData, options: SuiteOptions, collectives: Collectives) -> dict[str, float]:
     """Largest minus smallest value of every picture modality, over all held-out samples."""
-    views = [view for view in data.views if is_picture(tuple(view.shape))]
+    views = [view for view in data.views if shows_picture(model, view.name)]
     ranges = {view.name: 1.0 for view in views if model.likelihoods[view.name].name == "bernoulli"}
     open_views = [view for view in views if view.name not in ranges]
     if not open_views:

@@ -28,15 +28,23 @@ from jmvae_dist.evaluation.classifier import (
     save_classifier,
     train_classifier,
 )
-from jmvae_dist.evaluation.coherence import Coherence
+from jmvae_dist.evaluation.coherence import Accuracy, Coherence, most_probable
 from jmvae_dist.evaluation.evaluate import details_of
 from jmvae_dist.evaluation.frechet import FrechetDistance, frechet_distance
 from jmvae_dist.evaluation.latents import Latents
 from jmvae_dist.evaluation.metrics import EvaluationBatch, Metric
 from jmvae_dist.evaluation.posteriors import Posteriors, expected_value, subsets_of
-from jmvae_dist.evaluation.probe import fit_probe
-from jmvae_dist.evaluation.reconstruction import Reconstruction, structural_similarity
-from jmvae_dist.evaluation.suite import SuiteData, SuiteNetworks, SuiteOptions, find_label, run_suite, unsupported
+from jmvae_dist.evaluation.probe import Probe, ProbeAccuracy, fit_probe
+from jmvae_dist.evaluation.reconstruction import Reconstruction, is_picture, shows_picture, structural_similarity
+from jmvae_dist.evaluation.suite import (
+    SuiteData,
+    SuiteNetworks,
+    SuiteOptions,
+    check_networks,
+    find_label,
+    run_suite,
+    unsupported,
+)
 from jmvae_dist.evaluation.table import format_results
 from jmvae_dist.evaluation.user_networks import build_user_network, parse_user_networks
 from jmvae_dist.kernels.noise import Stream, normal_noise
@@ -221,7 +229,7 @@ def test_classifiers_are_trained_alike_and_kept(
     digit_views: tuple[Manifest, tuple[View, ...]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     manifest, (image, label) = digit_views
-    options: dict[str, Any] = {"num_steps": 60, "seed": 0, "device": torch.device("cpu")}
+    options: dict[str, Any] = {"is_picture": True, "num_steps": 60, "seed": 0, "device": torch.device("cpu")}
     first, again = (train_classifier(image, label, manifest, **options) for _ in range(2))
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True)
@@ -229,9 +237,9 @@ def test_classifiers_are_trained_alike_and_kept(
     description = describe(image, label, manifest, 60, 0)
     path = file_of(tmp_path, description)
     assert path != file_of(tmp_path, describe(image, label, manifest, 61, 0))
-    assert not load_classifier(make_classifier(image, label), path, description)
+    assert not load_classifier(make_classifier(image, label, True), path, description)
     save_classifier(first, path, description)
-    loaded = make_classifier(image, label)
+    loaded = make_classifier(image, label, True)
     assert load_classifier(loaded, path, description)
     x = torch.rand(5, *image.shape)
     assert torch.equal(loaded(x), first(x))
@@ -243,7 +251,7 @@ def test_classifiers_are_trained_alike_and_kept(
 
 @pytest.mark.parametrize("shape", [(28, 28), (1, 8, 8), (3, 64, 40), (7,), (5, 12)])
 def test_classifiers_fit_any_shape(shape: tuple[int, ...]) -> None:
-    network = Classifier(shape, 4)
+    network = Classifier(shape, 4, is_picture(shape))
     assert network(torch.zeros(2, *shape)).shape == (2, 4)
     assert network.features(torch.zeros(2, *shape)).shape == (2, 128)
     assert sum(parameter.numel() for parameter in network.parameters()) < 1_500_000
@@ -299,6 +307,70 @@ def test_what_data_cannot_support_is_said(digit_views: tuple[Manifest, tuple[Vie
         assert expected in reason
         assert bool(reason) == bool(expected)
     assert not unsupported("frechet", model, without, SuiteNetworks(extractors={"image": nn.Identity()}), None)
+
+
+def test_what_is_not_finite_is_no_plausible_number(batch: EvaluationBatch) -> None:
+    """NaN everywhere: `argmax` would see class 0, no dimension active, and eigenvalues not converge."""
+    torch.manual_seed(0)
+    broken = JMVAE(
+        JMVAEConfig(3, 3, dict(SHAPES), decoders_dist=DISTRIBUTIONS), networks=NetworksConfig([8], [8], [8])
+    )
+    with torch.no_grad():
+        for parameter in broken.parameters():
+            parameter.fill_(torch.nan)
+    classifiers = {"image": nn.Flatten(), "sound": nn.Identity()}
+    probes = {("sound",): Probe(torch.zeros(4, 3).double(), torch.zeros(4).double())}
+    results = run(
+        broken,
+        batch,
+        *(Accuracy(broken), Coherence(broken, classifiers, label="label", seed=0), Latents(broken)),
+        *(ProbeAccuracy(broken, probes), Reconstruction(broken, {"image": 1.0})),
+        FrechetDistance(broken, classifiers, {"image": 42, "sound": 5}, key="frechet", seed=0),
+    )
+    own = {key: results.pop(key) for key in ("samples", "classifier_accuracy/image", "classifier_accuracy/sound")}
+    assert not any(map(math.isnan, own.values()))
+    assert [key for key, value in results.items() if not math.isnan(value)] == []
+    # A class that never occurs has the logit -inf.
+    logits = torch.tensor([[-torch.inf, 1.0], [torch.nan, 1.0], [0.0, torch.inf]])
+    assert most_probable(logits).nan_to_num(-1).tolist() == [1, -1, -1]
+
+
+def test_a_text_is_no_picture() -> None:
+    shapes = {"text": (8, 12), "image": (8, 12)}
+    config = JMVAEConfig(2, 3, shapes, decoders_dist={"text": "categorical", "image": "normal"})
+    model = JMVAE(config, networks=NetworksConfig([8], [8], [8]))
+    assert not shows_picture(model, "text")
+    assert shows_picture(model, "image")
+    layers = {flag: list(Classifier((8, 12), 4, flag).modules()) for flag in (True, False)}
+    assert [any(isinstance(layer, nn.Conv2d) for layer in layers[flag]) for flag in layers] == [True, False]
+
+
+class _Judge(nn.Module):
+    """Of sounds: logits (B, `size`), with a part that is called `features`."""
+
+    def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.features = nn.Linear(5, 7)
+        self.head = nn.Linear(5, size)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x).to(self.dtype)
+
+
+def test_networks_of_the_user_are_tried(model: JMVAE, digit_views: tuple[Manifest, tuple[View, ...]]) -> None:
+    manifest, views = digit_views
+    data = SuiteData(manifest, views, views[1])  # 10 classes
+    check_networks(model, data, SuiteNetworks({"sound": _Judge(10)}), ["coherence", "frechet"])
+    check_networks(model, data, SuiteNetworks({"sound": _Judge(3)}), ["elbo", "frechet"])
+    for judges, message in (
+        ({"classifiers": {"sound": _Judge(3)}}, r"--classifier sound: .* \(2, 3\), and logits of .* are \(2, 10\)"),
+        ({"classifiers": {"sound": _Judge(10, torch.int64)}}, "returns torch.int64, not a tensor of floating point"),
+        ({"classifiers": {"image": _Judge(10)}}, r"--classifier image: it cannot take values \(2, 1, 6, 7\)"),
+        ({"extractors": {"image": nn.Identity()}}, r"--feature-extractor image: .* \(2, number of features\)"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_networks(model, data, SuiteNetworks(**judges), ["coherence", "frechet"])
 
 
 def test_networks_of_the_user() -> None:
