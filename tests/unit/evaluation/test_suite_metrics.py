@@ -17,7 +17,7 @@ from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.views import View, make_views
 from jmvae_dist.distributed.collectives import Collectives
-from jmvae_dist.errors import ConfigError
+from jmvae_dist.errors import ConfigError, is_on_all_ranks
 from jmvae_dist.evaluation import evaluate_batches, evaluate_prior, results_of
 from jmvae_dist.evaluation.classifier import (
     Classifier,
@@ -36,6 +36,7 @@ from jmvae_dist.evaluation.metrics import EvaluationBatch, Metric
 from jmvae_dist.evaluation.posteriors import Posteriors, expected_value, subsets_of
 from jmvae_dist.evaluation.probe import Probe, ProbeAccuracy, fit_probe
 from jmvae_dist.evaluation.reconstruction import Reconstruction, is_picture, shows_picture, structural_similarity
+from jmvae_dist.evaluation.runner import evaluate_together
 from jmvae_dist.evaluation.suite import (
     SuiteData,
     SuiteNetworks,
@@ -281,6 +282,15 @@ def test_the_suite_learns_from_training_data(digits: Path, digit_views: tuple[Ma
     assert set(results) >= {"coherence/image/from_label", "coherence/label/from_image", "coherence/joint"}
     assert "probe/from_label" not in results  # it would read the label off the label
     assert results["frechet/image/prior"] > results["frechet/image/from_others"] * 0.1 > 0
+
+
+def test_a_loader_that_one_rank_cannot_make_ends_all(digit_views: tuple[Manifest, tuple[View, ...]]) -> None:
+    manifest, views = digit_views
+    shapes = {view.name: tuple(view.shape) for view in views}
+    model = JMVAE(JMVAEConfig(2, 2, shapes), networks=NetworksConfig([4], [4], [4]))
+    with pytest.raises(ConfigError, match="batch size") as caught:
+        evaluate_together(model, manifest, views, Collectives(), batch_size=0, seed=0, joint_nll_samples=0)
+    assert is_on_all_ranks(caught.value)
 
 
 def test_what_data_cannot_support_is_said(digit_views: tuple[Manifest, tuple[View, ...]]) -> None:
