@@ -291,7 +291,8 @@ def _find_place(
         return _text(run_dir), _text(options.figures), reason
     hindrance = reason
     if run_dir is not None and run_dir != options.path:
-        newest = max(step_of(checkpoint.name) for checkpoint in list_checkpoints(run_dir / "checkpoints"))
+        checkpoints = list_checkpoints(run_dir / "checkpoints")
+        newest = max((step_of(item.name) for item in checkpoints), default=0)
         if newest > described.global_step:
             hindrance = hindrance or f"the run has a checkpoint of step {newest}"
     if run_dir is None or hindrance:

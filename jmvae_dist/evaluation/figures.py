@@ -271,12 +271,16 @@ def cross_modal_matrix_figure(
     num_columns = len(shown[model.modalities[0]])
     rows_B = torch.arange(num_columns, device=shown[model.modalities[0]].device)
     noise = normal_noise(seed, 0, rows_B, model.latent_dim, Stream.CONDITIONAL)[None]
-    lines = [("data", "", {name: _Row(name, "", _as_array(shown[name]), True) for name in model.modalities})]
+    lines = [("data", {name: _Row(name, "", _as_array(shown[name]), True) for name in model.modalities})]
     for source in (*model.modalities, "all"):
         decoded = model.decode(model.encode(shown, source, flatten=True, noise=noise, check_inputs=False))
         cells = {name: _Row(name, "", _expected(model, decoded, name), False) for name in model.modalities}
-        lines.append(("given", source, cells))
+        lines.append((f"given {source}", cells))
+    return _draw_matrix(model, lines, num_columns, "Every modality from every modality")
 
+
+def _draw_matrix(model: JMVAE, lines: list[tuple[str, dict[str, _Row]]], num_columns: int, title: str) -> Figure:
+    """A row per line, with its label at the left, and a block of `num_columns` columns per modality."""
     from matplotlib.figure import Figure
 
     width = _LABEL_INCHES + (_CELL_INCHES * num_columns + 0.12) * len(model.modalities) + 0.1
@@ -292,28 +296,19 @@ def cross_modal_matrix_figure(
         wspace=0.12 / (_CELL_INCHES * num_columns),
         hspace=0.1,
     )
-    figure.text(
-        0.15 / width,
-        1 - 0.13 / height,
-        "Every modality from every modality",
-        fontsize=11,
-        color=_INK,
-        va="top",
-        fontweight="bold",
-    )
+    figure.text(0.15 / width, 1 - 0.13 / height, title, fontsize=11, color=_INK, va="top", fontweight="bold")
     for column, name in enumerate(model.modalities):
         likelihood = model.likelihoods[name]
-        limits = _limits([cells[name] for _, _, cells in lines], name, likelihood)
+        limits = _limits([cells[name] for _, cells in lines], name, likelihood)
         box = blocks[0, column].get_position(figure)
         figure.text(box.x0, box.y1 + 0.06 / height, name, fontsize=9, color=_INK, va="bottom")
-        for line, (_, _, cells) in enumerate(lines):
+        for line, (_, cells) in enumerate(lines):
             grid = blocks[line, column].subgridspec(1, num_columns, wspace=0.08)
             for sample in range(num_columns):
                 _draw_cell(figure.add_subplot(grid[0, sample]), cells[name], sample, likelihood, limits)
-    for line, (kind, source, _) in enumerate(lines):
+    for line, (label, _) in enumerate(lines):
         box = blocks[line, 0].get_position(figure)
-        text = f"{kind} {source}".strip()
-        figure.text(0.15 / width, (box.y0 + box.y1) / 2, text, fontsize=9, color=_INK, va="center")
+        figure.text(0.15 / width, (box.y0 + box.y1) / 2, label, fontsize=9, color=_INK, va="center")
     return figure
 
 

@@ -4,7 +4,7 @@ The probe of a subset is a multinomial logistic regression (scikit-learn, L-BFGS
 standardised posterior means of training samples. It is convex and solved to a tight tolerance, so that the number of
 ranks, which changes the last digits of the latents, does not change what it predicts.
 
-Shape suffixes: N training samples, B samples of a batch, D latent dimensions.
+Shape suffixes: M modalities, N training samples, B samples of a batch, D latent dimensions.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jmvae_dist.errors import DataError
 from jmvae_dist.evaluation.coherence import agreement, most_probable
 from jmvae_dist.evaluation.metrics import EvaluationBatch, Metric, device_of
 from jmvae_dist.evaluation.posteriors import Subset, subset_name
+from jmvae_dist.kernels.reference import product_of_experts
 from jmvae_dist.model import JMVAE
 
 _TOLERANCE = 1e-7
@@ -109,9 +110,10 @@ class CollectedPosteriors(Metric):
             return self.sums["mu/"]
         if len(subset) == 1:
             return self.sums[f"mu/{subset[0]}"]
-        precisions = [torch.exp(-self.sums[f"logvar/{name}"]) for name in subset]
-        weighted = [precision * self.sums[f"mu/{name}"] for precision, name in zip(precisions, subset, strict=True)]
-        return torch.stack(weighted).sum(0) / torch.stack(precisions).sum(0)
+        mus_MND, logvars_MND = (
+            torch.stack([self.sums[f"{part}/{name}"] for name in subset]) for part in ("mu", "logvar")
+        )
+        return product_of_experts(mus_MND, logvars_MND)[0]
 
     def results(self) -> dict[str, float]:
         return {}

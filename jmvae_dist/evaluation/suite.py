@@ -377,18 +377,7 @@ def _add_classifiers(
     described = {
         name: describe(view, label, manifest, options.classifier_steps, options.seed) for name, view in views.items()
     }
-    folder = networks.folder
-
-    def load_known() -> list[str]:
-        if folder is None:
-            return []
-        return [
-            name
-            for name, network in made.items()
-            if load_classifier(network, file_of(folder, described[name]), described[name])
-        ]
-
-    known = collectives.on_main(load_known)
+    known = collectives.on_main(lambda: _load_known(made, described, networks.folder))
     missing = [name for name in made if name not in known]
     owners = {name: missing.index(name) % collectives.world_size if name in missing else 0 for name in made}
     with collectives.together():
@@ -406,11 +395,26 @@ def _add_classifiers(
                     access=data.access,
                 )
     for name, network in made.items():
-        weights = weights_vector(network)
-        mine = weights if owners[name] == collectives.rank else torch.zeros_like(weights)
-        load_weights_vector(network, collectives.sum(mine))
+        _take_weights(network, owners[name], collectives)
         networks.classifiers[name] = network.to(device).eval()
     collectives.on_main(lambda: _save_classifiers(networks, missing, described, say))
+
+
+def _load_known(
+    made: Mapping[str, Classifier], described: Mapping[str, dict[str, Any]], folder: Path | None
+) -> list[str]:
+    """Fill the classifiers that are kept in the folder; returns their modalities."""
+    if folder is None:
+        return []
+    paths = {name: file_of(folder, described[name]) for name in made}
+    return [name for name, network in made.items() if load_classifier(network, paths[name], described[name])]
+
+
+def _take_weights(network: Classifier, owner: int, collectives: Collectives) -> None:
+    """Fill a classifier with the weights that it has on the rank `owner`."""
+    weights = weights_vector(network)
+    mine = weights if owner == collectives.rank else torch.zeros_like(weights)
+    load_weights_vector(network, collectives.sum(mine))
 
 
 def _save_classifiers(
