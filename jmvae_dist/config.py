@@ -366,8 +366,8 @@ class TrainingSection:
         require(0 <= self.seed < 2**63, "training.seed", self.seed, "between 0 and 2^63 - 1")
         if self.compile != "off" and self.engine == "zero3":
             raise ConfigError(
-                f"training.compile: {self.compile} cannot be used with training.engine zero3, which gathers the weights "
-                "of each layer when it is called; use another engine, or off"
+                f"training.compile: {self.compile} cannot be used with training.engine zero3, which gathers the "
+                "weights of each layer when it is called; use another engine, or off"
             )
         self._check_deepspeed()
         timeout = self.process_group_timeout_s
