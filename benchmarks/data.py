@@ -17,12 +17,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import io
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -37,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from conditions import machine, versions
 from data_rivals import RIVALS, Batches, Samples
 
 from jmvae_dist.data.indexing.inspection import ModalityRequest
@@ -93,8 +92,8 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     report: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "machine": _machine(),
-        "versions": _versions(),
+        "machine": machine(),
+        "versions": versions(PACKAGES),
     }
     print(json.dumps({key: report[key] for key in ("machine", "versions")}, indent=1))
     with tempfile.TemporaryDirectory() as folder:
@@ -341,29 +340,6 @@ def _resume(path: str, epoch: float, verify: str) -> tuple[float, float]:
     with contextlib.closing(loader.iterate(step, step + 1)) as batches:
         next(batches)
         return 1000 * (opened - start), 1000 * (time.perf_counter() - start)
-
-
-# Where and with what
-
-
-def _machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return {
-        "processor": next((line.partition(":")[2].strip() for line in lines if "model name" in line), "unknown"),
-        "cpus": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
 
 
 if __name__ == "__main__":

@@ -18,11 +18,9 @@ batches of 256, float32.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from conditions import machine, versions
 from torch import Tensor, nn
 
 from jmvae_dist.checkpoint.multivae import multivae_networks
@@ -79,8 +78,8 @@ def main() -> int:
         return 0
     report: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "machine": _machine(),
-        "versions": _versions(),
+        "machine": machine(),
+        "versions": versions(PACKAGES),
     }
     print(json.dumps({key: report[key] for key in ("machine", "versions")}, indent=1), flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -378,28 +377,6 @@ def _multivae_trainer(samples: int, epochs: int = 4) -> float:
         )
         Timed(model, train_dataset=data, training_config=config).train()
     return samples * (epochs - 1) / sum(epochs_s[1:])
-
-
-# What was measured, and where
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "load": os.getloadavg()[0],
-    }
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
 
 
 if __name__ == "__main__":

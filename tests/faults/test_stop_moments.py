@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 
-from tests.conftest import ROOT, Run, launch_environment
+from tests.conftest import Run
+from tests.faults.patched import train
 
 MakeRun = Callable[..., Run]
 SETTINGS = ("--training.steps", "6", "--training.log_every_steps", "1")
-
-
-def train(run: Run, patch: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-    """Train in a process in which `patch`, Python statements, has been run before."""
-    program = f"""
-import os, signal, sys
-from jmvae_dist.__main__ import main
-{patch}
-sys.exit(main(sys.argv[1:]))
-"""
-    return subprocess.run(
-        [sys.executable, "-c", program, "train", *run.arguments()],
-        cwd=ROOT,
-        env={**launch_environment(), **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-    )
 
 
 def test_a_stop_while_the_configuration_is_read_is_not_lost(make_run: MakeRun) -> None:
