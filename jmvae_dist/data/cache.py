@@ -186,6 +186,12 @@ class ShardCache:
                 file.path.unlink()
         file.close()
 
+    def discard(self, file: CachedFile) -> None:
+        """Close a copy, and remove it unless somebody else has it open; whoever closes it last removes it then."""
+        file.close()
+        with self._locked():
+            self._remove_unused(file.path)
+
     # Complete copies
 
     def _open_complete(self, entry: CacheEntry) -> CachedFile | None:

@@ -92,11 +92,12 @@ def _verify_shard(data: _Data, number: int, report: Report) -> list[str]:
 def _remote_shard_problems(data: _Data, number: int, report: Report) -> list[str]:
     """The problems of a shard at a URL, found in a copy of it."""
     assert data.store is not None
-    assert data.store.cache is not None
+    cache = data.store.cache
+    assert cache is not None
     copies: dict[str, CachedFile] = {}
     try:
         for file in shard_files(data.manifest, number):
-            copies[file.url] = data.store.cache.open(file)
+            copies[file.url] = cache.open(file)
 
         def local_path(location: Location) -> str:
             return str(copies[location].path if isinstance(location, str) else location)
@@ -114,9 +115,12 @@ def _remote_shard_problems(data: _Data, number: int, report: Report) -> list[str
         return [str(error)]
     finally:
         for copy in copies.values():
+            # Copies are named after their content: equal files, such as the indexes of shards of one layout, are one
+            # copy, which another process may be reading.
             if data.are_copies_temporary:
-                copy.path.unlink(missing_ok=True)
-            copy.close()
+                cache.discard(copy)
+            else:
+                copy.close()
 
 
 def _shard_problems(manifest: Manifest, number: int, report: Report) -> list[str]:

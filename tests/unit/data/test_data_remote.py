@@ -24,9 +24,9 @@ from jmvae_dist.data.loader import Batch, EvaluationLoader, TrainLoader
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardSet
-from jmvae_dist.data.store import RemoteAccess
+from jmvae_dist.data.store import RemoteAccess, ShardStore, shard_files
 from jmvae_dist.data.urls import REMOTE_SCHEMES, check_remote, resolve, shown
-from jmvae_dist.data.verify import verify_shards
+from jmvae_dist.data.verify import _Data, _verify_shard, verify_shards
 from jmvae_dist.data.views import SampleKeys, make_views
 from jmvae_dist.data.writer import write_shards
 from jmvae_dist.data_config import CacheSection, RemoteSection
@@ -344,6 +344,20 @@ def test_show_and_verify(server: FaultyServer, capsys: pytest.CaptureFixture[str
     assert f"shard 1 {server.url}{SHARD_1}: sha256 differs" in problems[0]
     assert "shard 3" in problems[1]
     assert "answered 404" in problems[1]
+
+
+def test_verify_shares_temporary_copies(local: Manifest, remote: Manifest, cached: RemoteAccess) -> None:
+    """Uniform shards have equal indexes, so one copy: the first process to be done must leave it to the others."""
+    assert local.shards[0].index.sha256 == local.shards[1].index.sha256
+    store = ShardStore(remote, "first_use", cached)
+    assert store.cache is not None
+    data = _Data(remote, store, are_copies_temporary=True)
+    used_by_another = store.cache.open(shard_files(remote, 1)[0])
+    assert _verify_shard(data, 0, lambda done: None) == []
+    assert used_by_another.path.exists()
+    used_by_another.close()
+    assert _verify_shard(data, 1, lambda done: None) == []
+    assert store.cache.used_bytes() == 0
 
 
 def test_verify_names_urls_not_copies(server: FaultyServer, local: Manifest, tmp_path: Path) -> None:
