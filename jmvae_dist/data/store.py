@@ -181,6 +181,8 @@ class ShardStore:
             raise ConfigError(
                 "data.verify: 'always' needs whole shards, and they are at URLs: set data.cache.dir or use first_use"
             )
+        # Of the shards that are read in parts: one that is closed and opened again must still be the same.
+        self._versions: dict[str, str] = {}
         self._cancelled = threading.Event()
         self._executor: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
@@ -289,7 +291,8 @@ class ShardStore:
 
     def _open_ranged(self, shard_number: int, url: str) -> RangedShard:
         num_bytes = self._manifest.shards[shard_number].num_bytes
-        remote = RemoteFile(url, num_bytes, f"shard {shard_number}", self._access.remote, self._cancelled)
+        name = f"shard {shard_number}"
+        remote = RemoteFile(url, num_bytes, name, self._access.remote, self._cancelled, self._versions)
         return RangedShard(shown(url), remote, self._read_index(shard_number, lambda: False))
 
     def _open_cached(

@@ -40,6 +40,8 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _MAX_DIGITS = 19  # of a 64-bit number; Python refuses to convert thousands of them
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
+# What stores call that which differs between versions of an object: S3, Azure, Google, Hugging Face.
+_VERSIONS = ("ETag", "etag", "generation", "blob_id")
 _DRIVERS = {
     "s3": "s3fs",
     "gs": "gcsfs",
@@ -95,6 +97,8 @@ class RemoteFile:
         name: What it is, for messages: `shard 3`.
         settings: Timeouts and retries.
         cancelled: Ends any transfer of this file with TransferCancelled once it is set.
+        versions: By URL, the version of which parts have been read; where files are opened again and again, shared
+            by all openings, so that all parts are of one version.
 
     Raises:
         DataError: The URL may not be opened.
@@ -107,6 +111,7 @@ class RemoteFile:
         name: str,
         settings: RemoteSection,
         cancelled: threading.Event | None = None,
+        versions: dict[str, str] | None = None,
     ) -> None:
         try:
             check_remote(url)
@@ -117,7 +122,7 @@ class RemoteFile:
         self._settings = settings
         self._cancelled = cancelled or threading.Event()
         source = _HttpSource if scheme_of(url) in HTTP_SCHEMES else _StoreSource
-        self._source: _Source = source(url, num_bytes, settings)
+        self._source: _Source = source(url, num_bytes, settings, {} if versions is None else versions)
 
     def read_whole(self, max_bytes: int) -> bytes:
         """The content of a small file.
@@ -325,11 +330,13 @@ class _Sink:
 class _HttpSource:
     """A file at http:// or https://, through `requests`: proxies and certificates are those of the environment."""
 
-    def __init__(self, url: str, num_bytes: int | None, settings: RemoteSection) -> None:
+    def __init__(
+        self, url: str, num_bytes: int | None, settings: RemoteSection, versions: dict[str, str]
+    ) -> None:
         self._url = url
         self._num_bytes = num_bytes
         self._settings = settings
-        self._etag: str | None = None
+        self._versions = versions
 
     def read(self, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
         # Without Range where the whole file is wanted: some servers answer it with an error.
@@ -444,11 +451,8 @@ class _HttpSource:
     def _check_same_version(self, response: Any) -> None:
         """Parts of one file must be of one version; that of a whole file is known by its sha256."""
         etag = response.headers.get("ETag", "")
-        if not etag.startswith('"'):  # a weak one (W/) says nothing about bytes
-            return
-        if self._etag not in (None, etag):
-            raise _WrongFile("the file has changed on the server since this process began to read it")
-        self._etag = etag
+        if etag.startswith('"'):  # a weak one (W/) says nothing about bytes
+            _check_version(self._versions, self._url, etag)
 
     def _body(self, response: Any, position: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
         import requests
@@ -490,6 +494,11 @@ class _HttpSource:
             raise _WrongFile("more bytes than the manifest says: the file was replaced")
 
 
+def _check_version(versions: dict[str, str], url: str, version: str) -> None:
+    if versions.setdefault(url, version) != version:
+        raise _WrongFile("the file has changed on the server since this process began to read it")
+
+
 class _StallGuard:
     """Notices a transfer that goes on, but hardly."""
 
@@ -514,20 +523,18 @@ class _StallGuard:
 class _StoreSource:
     """An object in a store, through `fsspec` and the package of the store; options are those of the environment."""
 
-    def __init__(self, url: str, num_bytes: int | None, settings: RemoteSection) -> None:
+    def __init__(
+        self, url: str, num_bytes: int | None, settings: RemoteSection, versions: dict[str, str]
+    ) -> None:
         self._url = url
         self._num_bytes = num_bytes
+        self._versions = versions
         self._timeout_s = settings.connect_timeout_s + settings.stall_timeout_s
         self._size: int | None = None
 
     def read(self, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
         if self._size is None:
-            size = self._call(lambda system: system.info(self._url).get("size"))
-            if not isinstance(size, int):
-                raise _WrongFile("not a file of known size")
-            if self._num_bytes is not None and size != self._num_bytes:
-                raise _WrongFile(f"{size} bytes, the manifest says {self._num_bytes}: the file was replaced")
-            self._size = size
+            self._size = self._look()
         stop = self._size if stop is None else stop
         while start < stop:
             end = min(stop, start + _STORE_BLOCK_BYTES)
@@ -539,11 +546,23 @@ class _StoreSource:
             yield start, block
             start += len(block)
 
+    def _look(self) -> int:
+        """The size, once size and version are what they should be: stores do not say them with each part."""
+        facts = self._call(lambda system: system.info(self._url))
+        size, version = facts.get("size"), next((str(facts[key]) for key in _VERSIONS if facts.get(key)), None)
+        if not isinstance(size, int):
+            raise _WrongFile("not a file of known size")
+        if self._num_bytes is not None and size != self._num_bytes:
+            raise _WrongFile(f"{size} bytes, the manifest says {self._num_bytes}: the file was replaced")
+        if version is not None:
+            _check_version(self._versions, self._url, version)
+        return size
+
     def identify(self) -> tuple[int, str]:
         facts = self._call(lambda system: system.info(self._url))
         if not isinstance(facts.get("size"), int):
             raise _LastingFailure("not a file of known size")
-        versions = (facts.get(key) for key in ("ETag", "etag", "generation", "LastModified", "mtime"))
+        versions = (facts.get(key) for key in (*_VERSIONS, "LastModified", "mtime"))
         return facts["size"], next((str(version) for version in versions if version), "")
 
     def _read_block(self, start: int, end: int) -> bytes:

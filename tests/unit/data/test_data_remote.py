@@ -279,6 +279,16 @@ def test_a_damaged_shard_is_asked_for_once(server: FaultyServer, remote: Manifes
     assert server.count(f"{SHARD_1}.index") <= 2
 
 
+def test_a_shard_is_of_one_version_however_often_it_is_opened(server: FaultyServer, remote: Manifest) -> None:
+    shards = ShardSet(remote, max_open=1, access=RANGED)
+    for number, etag in ((1, '"1"'), (0, '"1"'), (1, '"1"'), (0, '"1"')):
+        server.always[SHARD_1] = Fault(headers={"ETag": etag})
+        gather(shards, remote, [number], [3])
+    server.always[SHARD_1] = Fault(headers={"ETag": '"2"'})
+    with pytest.raises(DataError, match=rf"{SHARD_1}: the file has changed on the server"):
+        gather(shards, remote, [1], [4])
+
+
 def test_always_verifying_needs_whole_shards(remote: Manifest) -> None:
     with pytest.raises(ConfigError, match=r"data\.verify: 'always' needs whole shards"):
         ShardSet(remote, "always", access=RANGED)

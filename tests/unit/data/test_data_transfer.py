@@ -251,10 +251,14 @@ class TestStores:
             store: dict[str, Any] = {}  # noqa: RUF012
             pseudo_dirs = [""]  # noqa: RUF012
             failures: list[Exception] = []  # noqa: RUF012
+            etag = ""
 
             @classmethod
             def _strip_protocol(cls, path: str) -> str:
                 return "/" + path.removeprefix("s3://").strip("/")
+
+            def info(self, path: str, **options: Any) -> dict[str, Any]:
+                return {**super().info(path, **options), "ETag": self.etag}
 
             def cat_file(self, path: str, **options: Any) -> bytes:
                 if self.failures:
@@ -283,6 +287,16 @@ class TestStores:
         bucket.failures.extend([RuntimeError("slow down")] * 3)
         with pytest.raises(DataError, match="RuntimeError slow down; given up after 3 attempts"):
             RemoteFile("s3://bucket/a.tar", len(CONTENT), "shard 7", QUICK).read_range(0, 5)
+
+    def test_all_openings_are_of_one_version(self, bucket: Any) -> None:
+        versions: dict[str, str] = {}
+        for etag in ("1", "1", "2"):
+            type(bucket).etag = etag  # every thread has its own bucket
+            file = RemoteFile("s3://bucket/a.tar", len(CONTENT), "shard 7", QUICK, versions=versions)
+            if etag == "1":
+                assert file.read_range(10, 20) == CONTENT[10:20]
+        with pytest.raises(DataError, match=r"shard 7 s3://bucket/a.tar: the file has changed"):
+            file.read_range(10, 20)
 
     def test_a_missing_package_is_named(self) -> None:
         pytest.importorskip("fsspec")
