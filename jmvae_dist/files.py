@@ -47,8 +47,14 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal sha256 of a file's content, read in chunks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
+    with path.open("rb", buffering=0) as file:
+        return sha256_of_descriptor(file.fileno())
+
+
+def sha256_of_descriptor(descriptor: int) -> str:
+    """Hexadecimal sha256 of the content of an open file, wherever its position is; leaves that as it is."""
+    digest, position = hashlib.sha256(), 0
+    while chunk := os.pread(descriptor, _CHUNK_BYTES, position):
+        digest.update(chunk)
+        position += len(chunk)
     return digest.hexdigest()

@@ -8,20 +8,34 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from jmvae_dist.data.urls import Location
 from jmvae_dist.errors import DataError, UnreachableError
 
 # What says that the file itself is not there; all else (too many open files, no memory, a lost mount) may pass.
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
-def read_error(path: str | Path, what: str, error: OSError) -> DataError:
+def read_error(path: str | Path, what: str, error: OSError, manifest: Location | None = None) -> DataError:
     """The error of a file that cannot be read; an UnreachableError unless the file is not there.
 
     A sample of a shard that is missing is bad, and may be masked. One of a shard that this process cannot open at the
-    moment is not.
+    moment is not, and where the folder or the manifest is missing as well, a disk is, and not a shard.
+
+    Args:
+        path: the file.
+        what: it is, for the message.
+        error: of the operating system.
+        manifest: the one that names the file.
     """
-    kind = DataError if error.errno in _ABSENT else UnreachableError
-    return kind(f"{path}: cannot read {what}: {error.strerror}")
+    message = f"{path}: cannot read {what}: {error.strerror}"
+    if error.errno not in _ABSENT:
+        return UnreachableError(message)
+    if error.errno == errno.ENOENT:
+        beside = [Path(path).parent, *([manifest] if isinstance(manifest, Path) else [])]
+        for place in beside:
+            if not place.exists():
+                return UnreachableError(f"{message}, and {place} is gone too: is the file system mounted?")
+    return DataError(message)
 
 
 def open_regular(path: str | Path) -> BinaryIO:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jmvae_dist.data.files import open_regular, read_error
+from jmvae_dist.data.urls import Location
 from jmvae_dist.errors import DataError
 
 INDEX_VERSION = 1
@@ -42,9 +43,17 @@ def index_num_bytes(num_samples: int, num_modalities: int) -> int:
 
 
 def read_index(
-    path: str | Path, num_samples: int, num_modalities: int, shard_num_bytes: int, sha256: str | None
+    path: str | Path,
+    num_samples: int,
+    num_modalities: int,
+    shard_num_bytes: int,
+    sha256: str | None,
+    manifest: Location | None = None,
 ) -> np.ndarray:
     """Read and check an index file; arguments, result and errors are those of `parse_index`.
+
+    Args:
+        manifest: the one that names the file; see `read_error`.
 
     Raises:
         DataError: the file cannot be read, besides.
@@ -57,7 +66,7 @@ def read_index(
             # Not before the size is right: to read reserves memory for whatever number a manifest states.
             content = file.read(expected_bytes) if num_bytes == expected_bytes else b""
     except OSError as error:
-        raise read_error(path, "index", error) from None
+        raise read_error(path, "index", error, manifest) from None
     if len(content) != expected_bytes:
         size = f"only {num_bytes}" if num_bytes < expected_bytes else "more"
         raise DataError(f"{path}: index should have {expected_bytes} bytes but has {size}; copy it again")

@@ -24,7 +24,7 @@ from jmvae_dist.data.transfer import RemoteFile
 from jmvae_dist.data.urls import shown
 from jmvae_dist.data_config import CacheSection, RemoteSection
 from jmvae_dist.errors import ConfigError, DataError, UnreachableError
-from jmvae_dist.files import sha256_of
+from jmvae_dist.files import sha256_of_descriptor
 
 Verify = Literal["always", "first_use", "never"]
 
@@ -33,9 +33,10 @@ TAR_BLOCK_BYTES = 512
 _MAX_GAP_BYTES = 64 * 2**10
 _MAX_REQUEST_BYTES = 8 * 2**20
 
-# Files whose sha256 this process has checked. The identity includes inode and modification time, so a file
-# that is replaced while the process runs is checked again.
-_checked_files: set[tuple[int, int, int, int, str]] = set()
+# Files whose sha256 this process has checked. The identity includes inode and times, so a file that is replaced or
+# changed while the process runs is checked again.
+_Identity = tuple[int, int, int, int, int, str]
+_checked_files: set[_Identity] = set()
 
 
 @dataclass(frozen=True)
@@ -200,9 +201,9 @@ class ShardStore:
         """
         location = self._manifest.shard_location(shard_number)
         if isinstance(location, Path):
-            shard = self._manifest.shards[shard_number]
-            buffer = _map_local(location, shard.num_bytes, shard.sha256, self._verify)
-            return MappedShard(str(location), buffer, self._read_index(shard_number, release))
+            # Before the shard, which may have to be hashed.
+            records_NM = self._read_index(shard_number, release)
+            return MappedShard(str(location), self._map_local(location, shard_number), records_NM)
         if self.cache is None:
             return self._open_ranged(shard_number, location)
         return self._open_cached(shard_number, location, self.cache, release)
@@ -212,9 +213,8 @@ class ShardStore:
         if isinstance(location, Path):
             shard = self._manifest.shards[shard_number]
             # Whatever `verify` says: it is small, and damage to it makes one sample pass for another.
-            return read_index(
-                location, shard.num_samples, len(self._manifest.modalities), shard.num_bytes, shard.index.sha256
-            )
+            counts = shard.num_samples, len(self._manifest.modalities), shard.num_bytes
+            return read_index(location, *counts, shard.index.sha256, self._manifest.path)
         if self.cache is not None:
             return self._read_cached_index(shard_number, self.cache, release)
         num_bytes, name = self._manifest.shards[shard_number].index.num_bytes, f"index of shard {shard_number}"
@@ -287,6 +287,32 @@ class ShardStore:
             for future in futures:
                 future.cancel()
 
+    def _map_local(self, path: Path, shard_number: int) -> mmap.mmap:
+        """Map a shard read-only after checking its size and, as `verify` says, its sha256."""
+        shard = self._manifest.shards[shard_number]
+        try:
+            with open_regular(path) as file:
+                status = os.fstat(file.fileno())
+                if status.st_size != shard.num_bytes:
+                    what = "truncated" if status.st_size < shard.num_bytes else "replaced"
+                    raise DataError(
+                        f"{path}: {status.st_size} bytes, the manifest says {shard.num_bytes}: "
+                        f"the shard was {what}; copy it again"
+                    )
+                # By descriptor: another file may have taken the name meanwhile.
+                buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                identity = _identity(status, shard.sha256)
+                if _must_hash(identity, self._verify):
+                    if sha256_of_descriptor(file.fileno()) != shard.sha256:
+                        raise DataError(
+                            f"{path}: sha256 differs from the manifest's: the shard is damaged or was "
+                            "replaced; copy it again"
+                        )
+                    _checked_files.add(identity)
+                return buffer
+        except OSError as error:
+            raise read_error(path, "shard", error, self._manifest.path) from None
+
     # Remote shards
 
     def _open_ranged(self, shard_number: int, url: str) -> RangedShard:
@@ -303,13 +329,13 @@ class ShardStore:
         for _ in range(2):
             file = cache.open(entry, release)
             try:
-                status = os.fstat(file.descriptor)
-                must_hash = not file.is_new and _must_hash(status, entry.sha256, self._verify)
-                if must_hash and sha256_of(file.path) != entry.sha256:
+                identity = _identity(os.fstat(file.descriptor), entry.sha256, is_copy=True)
+                must_hash = not file.is_new and _must_hash(identity, self._verify)
+                if must_hash and sha256_of_descriptor(file.descriptor) != entry.sha256:
                     cache.remove_damaged(file)  # and download it again, once
                     continue
                 if must_hash or file.is_new:
-                    _checked_files.add(_identity(status, entry.sha256))
+                    _checked_files.add(identity)
                 buffer = mmap.mmap(file.descriptor, 0, access=mmap.ACCESS_READ)
             except OSError as error:
                 file.close()
@@ -395,32 +421,11 @@ def _is_header_of(header: bytes, size: int) -> bool:
     return checksum in (unsigned, signed) and stated_size == size
 
 
-def _map_local(path: Path, num_bytes: int, sha256: str, verify: Verify) -> mmap.mmap:
-    """Map a shard read-only after checking its size and, as `verify` says, its sha256."""
-    try:
-        with open_regular(path) as file:
-            status = os.fstat(file.fileno())
-            if status.st_size != num_bytes:
-                what = "truncated" if status.st_size < num_bytes else "replaced"
-                raise DataError(
-                    f"{path}: {status.st_size} bytes, the manifest says {num_bytes}: "
-                    f"the shard was {what}; copy it again"
-                )
-            if _must_hash(status, sha256, verify):
-                if sha256_of(path) != sha256:
-                    raise DataError(
-                        f"{path}: sha256 differs from the manifest's: the shard is damaged or was "
-                        "replaced; copy it again"
-                    )
-                _checked_files.add(_identity(status, sha256))
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise read_error(path, "shard", error) from None
+def _must_hash(identity: _Identity, verify: Verify) -> bool:
+    return verify == "always" or (verify == "first_use" and identity not in _checked_files)
 
 
-def _must_hash(status: os.stat_result, sha256: str, verify: Verify) -> bool:
-    return verify == "always" or (verify == "first_use" and _identity(status, sha256) not in _checked_files)
-
-
-def _identity(status: os.stat_result, sha256: str) -> tuple[int, int, int, int, str]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, sha256
+def _identity(status: os.stat_result, sha256: str, *, is_copy: bool = False) -> _Identity:
+    # Whoever uses a copy in the cache sets its time of access, and with it that of the last change of its entry.
+    changed_ns = 0 if is_copy else status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, changed_ns, sha256

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jmvae_dist.data.encodings import decode_member, parse_npy_header
+from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import RECORD_DTYPE, index_bytes, read_index
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.reader import ShardReader, ShardSet
 from jmvae_dist.data.views import SampleKeys, make_views
 from jmvae_dist.errors import ConfigError, DataError, UnreachableError
+from jmvae_dist.files import sha256_of_descriptor
 
 MakeManifest = Callable[..., Manifest]
 IMAGE = Modality("image", "float32", (2, 3), offset=1.0, scale=2.0)
@@ -212,19 +215,56 @@ def test_a_flipped_bit_is_found_at_first_use(example_manifest: MakeManifest) -> 
     ShardReader(manifest, 0, verify="never")
 
 
-def test_first_use_checks_once_and_always_checks_again(example_manifest: MakeManifest) -> None:
+def count_hashes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows with every file of which all bytes are hashed."""
+    hashed: list[int] = []
+
+    def counting(descriptor: int) -> str:
+        hashed.append(descriptor)
+        return sha256_of_descriptor(descriptor)
+
+    monkeypatch.setattr("jmvae_dist.data.store.sha256_of_descriptor", counting)
+    return hashed
+
+
+def test_first_use_checks_once_and_always_checks_again(
+    example_manifest: MakeManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = example_manifest()
     path = manifest.shard_path(0)
     ShardReader(manifest, 0, verify="first_use").close()
+    hashed = count_hashes(monkeypatch)
+    ShardReader(manifest, 0, verify="first_use").close()
+    assert not hashed
+    ShardReader(manifest, 0, verify="always").close()
+    assert len(hashed) == 1
     status = path.stat()
     flip_byte(path, 700)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    ShardReader(manifest, 0, verify="first_use").close()  # same file, by all that the file system says
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # only the time of the last change tells
+    for verify in ("always", "first_use"):
+        with pytest.raises(DataError, match="sha256 differs"):
+            ShardReader(manifest, 0, verify=verify)
+
+
+def test_the_bytes_that_are_hashed_are_those_that_are_read(
+    example_manifest: MakeManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another file takes the name of a damaged shard after that was opened."""
+    manifest = example_manifest()
+    path = manifest.shard_path(0)
+    sound = path.with_name("sound")
+    sound.write_bytes(path.read_bytes())
+    flip_byte(path, 700)
+
+    def opened_then_replaced(name: Path) -> BinaryIO:
+        file = open_regular(name)
+        if name == path and sound.exists():
+            sound.replace(path)
+        return file
+
+    monkeypatch.setattr("jmvae_dist.data.store.open_regular", opened_then_replaced)
     with pytest.raises(DataError, match="sha256 differs"):
         ShardReader(manifest, 0, verify="always")
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    with pytest.raises(DataError, match="sha256 differs"):
-        ShardReader(manifest, 0, verify="first_use")
 
 
 def test_unknown_verify_mode(example_manifest: MakeManifest) -> None:
