@@ -27,7 +27,7 @@ MAX_IMAGE_BYTES = 256 * 2**20
 MAX_DOCUMENT_BYTES = 16 * 2**20
 _MAX_NPY_HEADER_BYTES = 4096
 MAX_NPY_HEADER_BYTES = _MAX_NPY_HEADER_BYTES + 16  # with magic, version and length
-_MAX_CLASS_CHARACTERS = 24
+MAX_CLASS_BYTES = 24
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_CHUNK_BYTES = 12  # length, type and checksum around a chunk's data
 _IMAGE_FORMATS = ("PNG", "JPEG")
@@ -41,7 +41,7 @@ Rework = Callable[["Image"], "Image"]
 def max_member_bytes(modality: Modality) -> int:
     """Most bytes that a member of a modality can have; what is longer is refused, however it begins."""
     if modality.encoding == "cls":
-        return _MAX_CLASS_CHARACTERS
+        return MAX_CLASS_BYTES
     if modality.encoding == "image":
         return MAX_IMAGE_BYTES
     if modality.encoding in ("text", "json"):
@@ -123,7 +123,9 @@ def parse_npy_header(content: bytes) -> tuple[np.dtype, tuple[int, ...], bool, i
 def _decode_class(content: bytes, modality: Modality) -> int:
     """Others write class indices without padding, with more of it, or with a line end."""
     assert modality.num_classes is not None
-    digits = content.strip() if len(content) <= _MAX_CLASS_CHARACTERS else b""
+    if len(content) > MAX_CLASS_BYTES:
+        raise DataError(f"more than {MAX_CLASS_BYTES} bytes, the limit of a class index")
+    digits = content.strip()
     if not digits.isdigit():
         shown = content[:20].decode("ascii", "backslashreplace")
         raise DataError(f"{shown!r} is not a class index")

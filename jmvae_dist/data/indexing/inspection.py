@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jmvae_dist.data.encodings import (
+    MAX_CLASS_BYTES,
     MAX_DOCUMENT_BYTES,
     MAX_IMAGE_BYTES,
     decode_document,
@@ -27,7 +28,6 @@ MAX_KINDS = 50
 MAX_DEFAULT_TEXT_LENGTH = 512
 
 _MAX_HEADER_BYTES = 8192
-_MAX_CLASS_BYTES = 64
 _GRAY_MODES = {"1", "L"}
 
 _ENCODINGS_BY_EXTENSION = {
@@ -176,15 +176,16 @@ class _NpyInspector:
 
 
 class _ClassInspector:
-    limit_bytes = _MAX_CLASS_BYTES
+    limit_bytes = MAX_CLASS_BYTES
 
     def __init__(self, request: ModalityRequest) -> None:
         self.facts = Facts()
         self._limit = request.num_classes or MAX_CLASSES
 
     def see(self, content: bytes, size: int, example: str) -> None:
+        _check_size(size, self.limit_bytes)
         digits = content.strip()
-        if size > self.limit_bytes or not digits.isdigit():
+        if not digits.isdigit():
             raise DataError(f"{content[:20]!r} is not a class index")
         if int(digits) >= self._limit:
             raise DataError(f"class index {int(digits)} is not below {self._limit}")

@@ -240,6 +240,7 @@ def test_incomplete_samples(tmp_path: Path) -> None:
         ([("1.image.npy", npy_bytes(np.zeros(2)))], "no member with extension cls"),
         ([("1.txt", b"0")], r"no member with extension image\.npy in the shards; there are txt"),
         ([("1.image.npy", npy_bytes(np.zeros(2))), ("1.cls", b"-1")], "'-1' is not a class index"),
+        ([("1.image.npy", npy_bytes(np.zeros(2))), ("1.cls", b"0" * 25)], "25 bytes, more than the limit of 24"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:

@@ -131,7 +131,7 @@ BAD_MEMBERS = {
     "class too large": ("label.cls", b"12", "class index 12 is not below num_classes 12"),
     "not a class": ("label.cls", b"-1", "'-1' is not a class index"),
     "empty class": ("label.cls", b"", "'' is not a class index"),
-    "endless class": ("label.cls", b"9" * 5000, "is not a class index"),
+    "endless class": ("label.cls", b"9" * 5000, "more than 24 bytes, the limit of a class index"),
 }
 
 
