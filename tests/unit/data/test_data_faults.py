@@ -209,6 +209,23 @@ def test_a_lack_of_open_files_masks_nothing(tmp_path: Path) -> None:
     assert not shards.gather_valid(*wanted)[1]
 
 
+@pytest.mark.parametrize("lost", ["folder", "all files"])
+def test_a_lost_mount_masks_nothing(tmp_path: Path, lost: str) -> None:
+    """Where a disk is not mounted, files are missing like those that were deleted."""
+    manifest = write(tmp_path / "data")
+    shards, views = ShardSet(manifest, "never"), make_views(manifest.modalities)
+    wanted = np.array([0, 1]), np.array([0, 0]), views, SampleKeys(np.arange(2))
+    aside = (tmp_path / "data").rename(tmp_path / "aside")
+    if lost == "all files":
+        (tmp_path / "data").mkdir()  # the place where the disk was
+    with pytest.raises(UnreachableError, match=r"No such file .* is gone too: is the file system mounted\?"):
+        shards.gather_valid(*wanted)
+    if lost == "all files":
+        (tmp_path / "data").rmdir()
+    aside.rename(tmp_path / "data")
+    assert not shards.gather_valid(*wanted)[1]
+
+
 @pytest.mark.parametrize(("modality", "cause"), [(0, "limit of an image"), (1, "not a valid npy"), (3, "16777216")])
 def test_no_more_of_a_member_is_read_than_it_may_have(tmp_path: Path, modality: int, cause: str) -> None:
     manifest = write(tmp_path / "data")
