@@ -11,6 +11,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ import numpy as np
 
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import MAX_INDEX_BYTES, index_num_bytes
+from jmvae_dist.data.sums import sums_num_bytes
 from jmvae_dist.data.tokenizers import TOKENIZERS
 from jmvae_dist.data.transfer import RemoteFile
 from jmvae_dist.data.urls import Location, is_remote, resolve, shown
@@ -348,31 +350,44 @@ class Modality:
 
 @dataclass(frozen=True, slots=True)
 class IndexFile:
-    """The sidecar index of a shard."""
+    """A file beside a shard: its index, or the sums of its members."""
 
     url: str
     num_bytes: int
     sha256: str
 
+    @classmethod
+    def write(cls, path: Path, content: bytes) -> IndexFile:
+        """Write and fsync a new file; the result is what a manifest in its folder says of it."""
+        with open(path, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        return cls(path.name, len(content), hashlib.sha256(content).hexdigest())
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar file."""
+    """One tar file; with sums, its members can be checked one by one."""
 
     url: str
     num_samples: int
     num_bytes: int
     sha256: str
     index: IndexFile
+    sums: IndexFile | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        record = {
             "url": self.url,
             "num_samples": self.num_samples,
             "num_bytes": self.num_bytes,
             "sha256": self.sha256,
             "index": {"url": self.index.url, "num_bytes": self.index.num_bytes, "sha256": self.index.sha256},
         }
+        if self.sums is not None:
+            record["sums"] = {"url": self.sums.url, "num_bytes": self.sums.num_bytes, "sha256": self.sums.sha256}
+        return record
 
 
 @dataclass(frozen=True)
@@ -383,7 +398,7 @@ class Manifest:
         modalities: in the order in which the index lists the members of a sample.
         fingerprint: sha256 over what determines content and order: the modalities, number of samples and sha256 of
             each shard in order, and from version 2 on the sha256 of each index. URLs are not part of it: a moved
-            folder is the same data.
+            folder is the same data. Nor are the sums, which add nothing to what the sha256 of a shard says.
         source: how the data was made; free JSON.
         path: the file or URL it was loaded from; relative URLs are relative to its folder.
     """
@@ -512,6 +527,12 @@ class Manifest:
         """The index file of a shard; raises like `shard_location`."""
         return self._resolve(self.shards[shard_number].index.url, f"shards[{shard_number}].index.url")
 
+    def sums_location(self, shard_number: int) -> Location:
+        """The sums file of a shard that has one; raises like `shard_location`."""
+        sums = self.shards[shard_number].sums
+        assert sums is not None
+        return self._resolve(sums.url, f"shards[{shard_number}].sums.url")
+
     def shard_path(self, shard_number: int) -> Path:
         """The tar file of a local shard; raises DataError if it is at a URL."""
         return self._local(self.shard_location(shard_number))
@@ -520,12 +541,16 @@ class Manifest:
         """The index file of a local shard; raises like `shard_path`."""
         return self._local(self.index_location(shard_number))
 
+    def sums_path(self, shard_number: int) -> Path:
+        """The sums file of a local shard that has one; raises like `shard_path`."""
+        return self._local(self.sums_location(shard_number))
+
     @cached_property
     def has_remote_shards(self) -> bool:
-        """Whether some shard or index is at a URL."""
+        """Whether some shard, index or sums are at a URL."""
         if not isinstance(self.path, Path):
             return True
-        return any(is_remote(shard.url) or is_remote(shard.index.url) for shard in self.shards)
+        return any(is_remote(url) for shard in self.shards for url in _urls(shard))
 
     def _local(self, location: Location) -> Path:
         if not isinstance(location, Path):
@@ -537,6 +562,11 @@ class Manifest:
             return resolve(self.path, url)
         except ValueError as error:
             raise DataError(f"{shown(self.path)}: {key}: {error}") from None
+
+
+def _urls(shard: Shard) -> list[str]:
+    """All URLs that are stated of a shard."""
+    return [shard.url, shard.index.url, *([] if shard.sums is None else [shard.sums.url])]
 
 
 def _location(path: Location) -> Location:
@@ -575,7 +605,8 @@ def _fingerprint(modalities: Sequence[Modality], shards: Sequence[Shard], format
 
 
 _SHARD_KEYS = {"url", "num_samples", "num_bytes", "sha256", "index"}
-_INDEX_KEYS = {"url", "num_bytes", "sha256"}
+_OPTIONAL_SHARD_KEYS = frozenset({"sums"})
+_FILE_KEYS = {"url", "num_bytes", "sha256"}
 _OPTIONAL_KEYS = frozenset({"num_classes", "member", "length", "tokenizer", "field"})
 
 
@@ -620,9 +651,11 @@ class _ManifestParser:
         is_local = isinstance(self._location, Path)
         for shard_number, shard in enumerate(manifest.shards):
             # Most are plain paths, in which there is nothing to check.
-            if not is_local or ":" in shard.url or ":" in shard.index.url:
+            if not is_local or any(":" in url for url in _urls(shard)):
                 manifest.shard_location(shard_number)
                 manifest.index_location(shard_number)
+                if shard.sums is not None:
+                    manifest.sums_location(shard_number)
 
     def _decode(self, content: bytes) -> Any:
         if sum(content.count(mark) for mark in (b",", b"[", b"{")) > MAX_MANIFEST_VALUES:
@@ -711,7 +744,7 @@ class _ManifestParser:
         shards = []
         for number, entry in enumerate(entries):
             key = f"shards[{number}]"
-            entry = self._object(entry, key, _SHARD_KEYS)
+            entry = self._object(entry, key, _SHARD_KEYS, _OPTIONAL_SHARD_KEYS)
             num_samples = self._integer(entry["num_samples"], f"{key}.num_samples", minimum=1)
             shards.append(
                 Shard(
@@ -720,28 +753,44 @@ class _ManifestParser:
                     num_bytes=self._integer(entry["num_bytes"], f"{key}.num_bytes", minimum=1),
                     sha256=self._sha256(entry["sha256"], f"{key}.sha256"),
                     index=self._index(entry["index"], f"{key}.index", num_samples, num_modalities),
+                    sums=self._sums(entry["sums"], f"{key}.sums", num_samples, num_modalities)
+                    if "sums" in entry
+                    else None,
                 )
             )
         return shards
 
     def _index(self, value: Any, key: str, num_samples: int, num_modalities: int) -> IndexFile:
-        entry = self._object(value, key, _INDEX_KEYS)
-        index = IndexFile(
-            url=self._url(entry["url"], f"{key}.url"),
-            num_bytes=self._integer(entry["num_bytes"], f"{key}.num_bytes", minimum=1),
-            sha256=self._sha256(entry["sha256"], f"{key}.sha256"),
-        )
+        index = self._file(value, key)
         expected_bytes = index_num_bytes(num_samples, num_modalities)
         if expected_bytes > MAX_INDEX_BYTES:
             limit = f"an index has at most {MAX_INDEX_BYTES} bytes; make smaller shards"
             self._fail(key, f"{num_samples} samples in one shard: {limit}")
-        if index.num_bytes != expected_bytes:
+        self._check_size(index, key, expected_bytes, num_samples, num_modalities)
+        return index
+
+    def _sums(self, value: Any, key: str, num_samples: int, num_modalities: int) -> IndexFile:
+        sums = self._file(value, key)
+        self._check_size(sums, key, sums_num_bytes(num_samples, num_modalities), num_samples, num_modalities)
+        return sums
+
+    def _file(self, value: Any, key: str) -> IndexFile:
+        entry = self._object(value, key, _FILE_KEYS)
+        return IndexFile(
+            url=self._url(entry["url"], f"{key}.url"),
+            num_bytes=self._integer(entry["num_bytes"], f"{key}.num_bytes", minimum=1),
+            sha256=self._sha256(entry["sha256"], f"{key}.sha256"),
+        )
+
+    def _check_size(
+        self, file: IndexFile, key: str, expected_bytes: int, num_samples: int, num_modalities: int
+    ) -> None:
+        if file.num_bytes != expected_bytes:
             self._fail(
                 f"{key}.num_bytes",
-                f"says {index.num_bytes}, but {num_samples} samples with {num_modalities} modalities take "
+                f"says {file.num_bytes}, but {num_samples} samples with {num_modalities} modalities take "
                 f"{expected_bytes}",
             )
-        return index
 
 
 def _sound_shards(entries: list[Any], num_modalities: int) -> list[Shard] | None:
@@ -749,12 +798,16 @@ def _sound_shards(entries: list[Any], num_modalities: int) -> list[Shard] | None
 
     A manifest of 100,000 shards is read at every start of every process of a run.
     """
-    if set(map(type, entries)) != {dict} or any(entry.keys() != _SHARD_KEYS for entry in entries):
+    if set(map(type, entries)) != {dict}:
+        return None
+    if any(entry.keys() - _OPTIONAL_SHARD_KEYS != _SHARD_KEYS for entry in entries):
         return None
     indexes = [entry["index"] for entry in entries]
-    if set(map(type, indexes)) != {dict} or any(index.keys() != _INDEX_KEYS for index in indexes):
+    with_sums = [entry for entry in entries if "sums" in entry]
+    files = [*indexes, *(entry["sums"] for entry in with_sums)]
+    if set(map(type, files)) != {dict} or any(file.keys() != _FILE_KEYS for file in files):
         return None
-    for records in (entries, indexes):
+    for records in (entries, files):
         if not _are_urls([record["url"] for record in records]):
             return None
         if not _are_digests([record["sha256"] for record in records]):
@@ -769,8 +822,17 @@ def _sound_shards(entries: list[Any], num_modalities: int) -> list[Shard] | None
         for samples, index in zip(num_samples, indexes, strict=True)
     ):
         return None
+    if any(entry["sums"]["num_bytes"] != sums_num_bytes(entry["num_samples"], num_modalities) for entry in with_sums):
+        return None
     return [
-        Shard(entry["url"], entry["num_samples"], entry["num_bytes"], entry["sha256"], IndexFile(**entry["index"]))
+        Shard(
+            entry["url"],
+            entry["num_samples"],
+            entry["num_bytes"],
+            entry["sha256"],
+            IndexFile(**entry["index"]),
+            IndexFile(**entry["sums"]) if "sums" in entry else None,
+        )
         for entry in entries
     ]
 

@@ -17,8 +17,9 @@ import resource
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
@@ -28,7 +29,16 @@ from jmvae_dist.data.encodings import MAX_NPY_HEADER_BYTES, decode_member, max_m
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import read_index
 from jmvae_dist.data.manifest import Manifest, Modality
-from jmvae_dist.data.store import TAR_BLOCK_BYTES, RangedShard, RemoteAccess, ShardBytes, ShardStore, Verify
+from jmvae_dist.data.store import (
+    TAR_BLOCK_BYTES,
+    DamagedCopyError,
+    MappedShard,
+    RangedShard,
+    RemoteAccess,
+    ShardBytes,
+    ShardStore,
+    Verify,
+)
 from jmvae_dist.data.urls import shown
 from jmvae_dist.data.views import SampleKeys, View
 from jmvae_dist.errors import DataError, UnreachableError
@@ -50,8 +60,7 @@ class ShardReader:
     Args:
         manifest: the data set.
         shard_number: which of its shards.
-        verify: when to compare the sha256 of shard and index with the manifest: `always` (each opening),
-            `first_use` (once per process) or `never` (that of the index alone).
+        verify: when the bytes of the shard are checked; see `ShardStore`.
         content: the opened shard; opened here without it.
 
     Raises:
@@ -67,6 +76,7 @@ class ShardReader:
     ) -> None:
         self.content = content or ShardStore(manifest, verify).open(shard_number)
         self.path = self.content.name
+        self._shard_number = shard_number
         self.num_samples = manifest.shards[shard_number].num_samples
         self._modalities = {modality.name: modality for modality in manifest.modalities}
         self._columns = {modality.name: column for column, modality in enumerate(manifest.modalities)}
@@ -102,7 +112,9 @@ class ShardReader:
         column = self.column(modality)
         if column is None:
             return self._decode_each(index_B, modality)
-        stored, is_other_B = parse_members(column.members[index_B], column.header, self._modalities[modality])
+        members_BS = column.members[index_B]
+        self.check_members(modality, index_B, lambda places: [memoryview(members_BS[place]) for place in places])
+        stored, is_other_B = parse_members(members_BS, column.header, self._modalities[modality])
         # The general path knows what else a member may be, and explains what is wrong.
         return self._decode_each(index_B, modality) if is_other_B.any() else stored
 
@@ -146,9 +158,39 @@ class ShardReader:
 
     def fail(self, index: int, modality: str, problem: str) -> NoReturn:
         """Raise the DataError of one sample."""
-        raise DataError(
-            f"{self.path}: sample {index} (key {self.key(index, modality)!r}), modality {modality!r}: {problem}"
-        )
+        raise DataError(self._message(index, modality, problem))
+
+    def _message(self, index: int, modality: str, problem: str) -> str:
+        return f"{self.path}: sample {index} (key {self.key(index, modality)!r}), modality {modality!r}: {problem}"
+
+    def check_members(
+        self,
+        modality: str,
+        index_B: np.ndarray,
+        contents: Callable[[np.ndarray], Sequence[bytes | memoryview]],
+    ) -> None:
+        """Compare the members of some samples with their digests, as far as this process has not done that before.
+
+        Args:
+            modality: of the members.
+            index_B: the samples.
+            contents: gives the bytes that are about to be used of the samples at some places of `index_B`.
+
+        Raises:
+            DataError: names shard, key, modality and cause.
+        """
+        checks, column = self.content.checks, self._columns[modality]
+        if checks is None or not len(places := checks.unchecked(column, index_B)):
+            return
+        index_C = index_B[places]
+        is_right_C = checks.compare(column, index_C, contents(places))
+        if is_right_C.all():
+            return
+        index = int(index_C[np.argmin(is_right_C)])
+        problem = "its bytes are not those that the shard's sums were made of: it is damaged; copy the shard again"
+        if self.content.is_copy:
+            raise DamagedCopyError(self._message(index, modality, problem), self._shard_number)
+        self.fail(index, modality, problem)
 
     def _check_indices(self, index_B: np.ndarray) -> None:
         """Raise DataError unless the shard has all these samples."""
@@ -163,17 +205,24 @@ class ShardReader:
         return max_member_bytes(self._modalities[modality]) + 1
 
     def member_bytes(self, index: int, modality: str) -> bytes:
-        """The content of a member, not all of one that is too long; raises DataError if the sample has none."""
+        """The content of a member, not all of one that is too long.
+
+        Raises:
+            DataError: the sample has none, or it is damaged.
+        """
         offset, size = self.location(index, modality)
         if offset == 0:
             names = " or ".join(repr(name) for name in self._modalities[modality].extensions)
             self.fail(index, modality, f"the sample has no member {names}")
         try:
-            return self.content.read_member(offset, size, self._most_bytes(modality))
+            content = self.content.read_member(offset, size, self._most_bytes(modality))
         except UnreachableError:
             raise
         except DataError as error:
             self.fail(index, modality, str(error))
+        if len(content) == size:  # else it is too long, and will be refused
+            self.check_members(modality, np.array([index]), lambda places: [content])
+        return content
 
     # Strided path
 
@@ -318,6 +367,13 @@ class ShardSet:
         self._open.popitem(last=False)[1].close()
         return True
 
+    def _remove_copy(self, shard_number: int) -> None:
+        """Remove the damaged copy of an open shard from the cache: it is downloaded again when it is needed again."""
+        content = self._open.pop(shard_number).content
+        assert isinstance(content, MappedShard)
+        assert self._store.cache is not None
+        content.remove_copy(self._store.cache)
+
     def _open_together(self, shard_numbers: Sequence[int]) -> None:
         """Open what is not open yet with several threads: sums over whole shards and answers of servers take time."""
         missing = [number for number in shard_numbers if number not in self._open and number not in self._unsound]
@@ -368,13 +424,28 @@ class ShardSet:
             UnreachableError: the batch does not fit into memory, besides.
         """
         try:
-            return self._gather(shard_B, index_B, views, keys)
+            return self._gather_replacing_copies(shard_B, index_B, views, keys)
         except MemoryError:
             largest = max(views, key=lambda view: math.prod(view.shape))
             raise UnreachableError(
                 f"memory is too small for a batch of {len(shard_B)} samples; one of modality {largest.name!r} has "
                 f"the shape {list(largest.shape)}: use more ranks, or a smaller training.global_batch_size"
             ) from None
+
+    def _gather_replacing_copies(
+        self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], keys: SampleKeys
+    ) -> dict[str, np.ndarray]:
+        """`_gather`; a copy in the cache that turns out to be damaged is removed, and with that downloaded again."""
+        replaced: set[int] = set()
+        while True:
+            try:
+                return self._gather(shard_B, index_B, views, keys)
+            except DamagedCopyError as error:
+                if error.shard_number in replaced:
+                    message = f"{error} (the copy is damaged again and again; is the disk of the cache sound?)"
+                    raise UnreachableError(message) from None
+                replaced.add(error.shard_number)
+                self._remove_copy(error.shard_number)
 
     def _gather(
         self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], keys: SampleKeys
@@ -408,6 +479,8 @@ class ShardSet:
                         if view.name not in alike:
                             alike[view.name] = _Alike(view.modality, column, len(shard_B))
                         if alike[view.name].take(column, rows, wanted):
+                            contents = partial(alike[view.name].contents, column, rows)
+                            reader.check_members(view.name, wanted, contents)
                             continue
                     for row, index in zip(rows.tolist(), wanted.tolist(), strict=True):
                         yield _Member(view, row, reader.member_bytes(index, view.name))
@@ -562,6 +635,12 @@ class _Alike:
             return False
         self._rows.append(rows)
         return True
+
+    def contents(self, column: Column, rows: np.ndarray, places: np.ndarray) -> list[memoryview]:
+        """The members that `take` copied from a column to the rows at some places of `rows`."""
+        size, width = column.members.shape[1], self._members_BS.shape[1]
+        all_bytes = self._members_BS.data.cast("B")
+        return [all_bytes[stop - size : stop] for stop in ((rows[places] + 1) * width).tolist()]
 
     def parse_into(self, stored: dict[str, np.ndarray], name: str) -> list[int]:
         """Put the decoded values into the rows that were taken; returns those where a member is something else."""

@@ -20,6 +20,7 @@ from jmvae_dist.data.cache import CachedFile, CacheEntry, ShardCache
 from jmvae_dist.data.files import open_regular, read_error
 from jmvae_dist.data.index import parse_index, read_index
 from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.sums import CheckedMembers, MemberChecks, parse_sums, read_sums, sums_num_bytes
 from jmvae_dist.data.transfer import RemoteFile
 from jmvae_dist.data.urls import shown
 from jmvae_dist.data_config import CacheSection, RemoteSection
@@ -37,6 +38,9 @@ _MAX_REQUEST_BYTES = 8 * 2**20
 # changed while the process runs is checked again.
 _Identity = tuple[int, int, int, int, int, str]
 _checked_files: set[_Identity] = set()
+# What was found to be right in shards that are checked member by member, by identity of the shard and sha256 of index
+# and sums, which say what the members are and should be.
+_checked_members: dict[tuple[_Identity, str, str], CheckedMembers] = {}
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,14 @@ class RemoteAccess:
         return 2 if manifest.has_remote_shards and self.cache.dir is not None else 1
 
 
+class DamagedCopyError(DataError):
+    """A member of a shard's copy in the cache is not what it should be; that says nothing against the shard."""
+
+    def __init__(self, message: str, shard_number: int) -> None:
+        super().__init__(message)
+        self.shard_number = shard_number
+
+
 class MappedShard:
     """A shard of which all bytes are at hand.
 
@@ -68,12 +80,21 @@ class MappedShard:
         name: path or URL, for messages.
         buffer: the whole tar, mapped into memory.
         records_NM: the index.
+        checks: how members are to be checked when they are used; None: not at all.
     """
 
-    def __init__(self, name: str, buffer: mmap.mmap, records_NM: np.ndarray, file: CachedFile | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        buffer: mmap.mmap,
+        records_NM: np.ndarray,
+        checks: MemberChecks | None,
+        file: CachedFile | None = None,
+    ) -> None:
         self.name = name
         self.buffer: mmap.mmap | None = buffer
         self.records_NM = records_NM
+        self.checks = checks
         self._map = buffer
         self._file = file
 
@@ -84,6 +105,18 @@ class MappedShard:
     def read_member(self, offset: int, size: int, most_bytes: int) -> bytes:
         """The first up to `most_bytes` of the content of a member."""
         return self.read(offset, min(size, most_bytes))
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it is a file in the cache."""
+        return self._file is not None
+
+    def remove_copy(self, cache: ShardCache) -> None:
+        """Close it and remove it from the cache, from where whoever opens it next will not get it again."""
+        assert self._file is not None
+        cache.remove_damaged(self._file)
+        self._file = None
+        self.close()
 
     def close(self) -> None:
         # A traceback may still refer to a view; the mapping then goes when the view does.
@@ -97,14 +130,16 @@ class MappedShard:
 class RangedShard:
     """A shard on a server, of which only the members that are asked for are read, and kept until the next ones are.
 
-    Its sha256 cannot be checked. Each member's tar header is.
+    Its sha256 cannot be checked. Each member's tar header is, and its digest if there are `checks`.
     """
 
     buffer = None
+    is_copy = False
 
-    def __init__(self, name: str, remote: RemoteFile, records_NM: np.ndarray) -> None:
+    def __init__(self, name: str, remote: RemoteFile, records_NM: np.ndarray, checks: MemberChecks | None) -> None:
         self.name = name
         self.records_NM = records_NM
+        self.checks = checks
         self._remote = remote
         self._starts: list[int] = []
         self._pieces: list[bytes] = []
@@ -158,9 +193,10 @@ class ShardStore:
 
     Args:
         manifest: the data set.
-        verify: when to compare the sha256 of shard and index with the manifest: `always` (each opening),
-            `first_use` (once per process) or `never` (that of the index alone). Downloads are always
-            compared.
+        verify: when the bytes of shards are checked: `always` (at each opening, by the sha256 of the whole shard),
+            `first_use` (once per process: each member when it is first used, or the whole shard when it is first
+            opened if it has no sums) or `never`. The sha256 of an index is compared at each opening, that of a
+            download always.
         access: how remote shards are read.
 
     Attributes:
@@ -203,7 +239,14 @@ class ShardStore:
         if isinstance(location, Path):
             # Before the shard, which may have to be hashed.
             records_NM = self._read_index(shard_number, release)
-            return MappedShard(str(location), self._map_local(location, shard_number), records_NM)
+            buffer, identity = self._map_local(location, shard_number)
+            try:
+                read_digests = partial(self._read_sums, shard_number, release)
+                checks = self._member_checks(shard_number, identity, records_NM, read_digests)
+            except BaseException:
+                buffer.close()
+                raise
+            return MappedShard(str(location), buffer, records_NM, checks)
         if self.cache is None:
             return self._open_ranged(shard_number, location)
         return self._open_cached(shard_number, location, self.cache, release)
@@ -215,11 +258,52 @@ class ShardStore:
             # Whatever `verify` says: it is small, and damage to it makes one sample pass for another.
             counts = shard.num_samples, len(self._manifest.modalities), shard.num_bytes
             return read_index(location, *counts, shard.index.sha256, self._manifest.path)
-        if self.cache is not None:
-            return self._read_cached_index(shard_number, self.cache, release)
-        num_bytes, name = self._manifest.shards[shard_number].index.num_bytes, f"index of shard {shard_number}"
-        file = RemoteFile(location, num_bytes, name, self._access.remote, self._cancelled)
-        return self._parse_index(file.read_whole(num_bytes), shown(location), shard_number)
+        entry = _index_entry(self._manifest, shard_number, location)
+        return self._read_small(entry, partial(self._parse_index, shard_number), release)
+
+    def _read_sums(self, shard_number: int, release: Callable[[], bool]) -> np.ndarray:
+        """The digests of all members of a shard that has sums: uint64 (N, M, 2)."""
+        location, shard = self._manifest.sums_location(shard_number), self._manifest.shards[shard_number]
+        assert shard.sums is not None
+        shape = shard.num_samples, len(self._manifest.modalities)
+        if isinstance(location, Path):
+            return read_sums(location, *shape, shard.sums.sha256, self._manifest.path)
+
+        def parse(content: bytes, name: str) -> np.ndarray:
+            assert shard.sums is not None
+            _check_length(content, name, sums_num_bytes(*shape))
+            return parse_sums(content, name, *shape, shard.sums.sha256)
+
+        return self._read_small(_sums_entry(self._manifest, shard_number, location), parse, release)
+
+    def _checks_members(self, shard_number: int) -> bool:
+        """Whether a shard's members are checked one by one, and not the shard as a whole."""
+        return self._verify == "first_use" and self._manifest.shards[shard_number].sums is not None
+
+    def _member_checks(
+        self,
+        shard_number: int,
+        identity: _Identity | None,
+        records_NM: np.ndarray,
+        read_digests: Callable[[], np.ndarray],
+    ) -> MemberChecks | None:
+        """What checks the members of a shard when they are used, if anything is left to be checked.
+
+        Args:
+            shard_number: which.
+            identity: of the file that was opened; None for one that is not at hand, whose bytes come anew each time.
+            records_NM: its index.
+            read_digests: gives the digests from its sums.
+        """
+        shard = self._manifest.shards[shard_number]
+        if not self._checks_members(shard_number) or identity in _checked_files:
+            return None
+        if identity is None:
+            return MemberChecks(read_digests(), records_NM, None)
+        assert shard.sums is not None
+        key = (identity, shard.index.sha256, shard.sums.sha256)
+        checked = _checked_members.get(key) or _checked_members.setdefault(key, CheckedMembers(records_NM))
+        return None if checked.are_all else MemberChecks(read_digests(), records_NM, checked)
 
     def load(self, wanted: Iterable[tuple[RangedShard, np.ndarray]]) -> None:
         """Read members (records) of several shards, some at a time.
@@ -252,7 +336,9 @@ class ShardStore:
 
     def _is_hashed(self, shard_number: int) -> bool:
         """Whether to open a shard may mean to read all of it from a local disk."""
-        return self._verify != "never" and isinstance(self._manifest.shard_location(shard_number), Path)
+        if self._verify == "never" or self._checks_members(shard_number):
+            return False
+        return isinstance(self._manifest.shard_location(shard_number), Path)
 
     def is_ranged(self, shard_number: int) -> bool:
         """Whether a shard is read over the network, member by member."""
@@ -287,7 +373,7 @@ class ShardStore:
             for future in futures:
                 future.cancel()
 
-    def _map_local(self, path: Path, shard_number: int) -> mmap.mmap:
+    def _map_local(self, path: Path, shard_number: int) -> tuple[mmap.mmap, _Identity]:
         """Map a shard read-only after checking its size and, as `verify` says, its sha256."""
         shard = self._manifest.shards[shard_number]
         try:
@@ -302,35 +388,46 @@ class ShardStore:
                 # By descriptor: another file may have taken the name meanwhile.
                 buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 identity = _identity(status, shard.sha256)
-                if _must_hash(identity, self._verify):
+                if self._must_hash(shard_number, identity):
                     if sha256_of_descriptor(file.fileno()) != shard.sha256:
                         raise DataError(
                             f"{path}: sha256 differs from the manifest's: the shard is damaged or was "
                             "replaced; copy it again"
                         )
                     _checked_files.add(identity)
-                return buffer
+                return buffer, identity
         except OSError as error:
             raise read_error(path, "shard", error, self._manifest.path) from None
+
+    def _must_hash(self, shard_number: int, identity: _Identity) -> bool:
+        """Whether the whole shard must be hashed before anything of it is used."""
+        if self._verify == "first_use":
+            return not self._checks_members(shard_number) and identity not in _checked_files
+        return self._verify == "always"
 
     # Remote shards
 
     def _open_ranged(self, shard_number: int, url: str) -> RangedShard:
+        records_NM = self._read_index(shard_number, lambda: False)
+        read_digests = partial(self._read_sums, shard_number, lambda: False)
+        checks = self._member_checks(shard_number, None, records_NM, read_digests)
         num_bytes = self._manifest.shards[shard_number].num_bytes
         name = f"shard {shard_number}"
         remote = RemoteFile(url, num_bytes, name, self._access.remote, self._cancelled, self._versions)
-        return RangedShard(shown(url), remote, self._read_index(shard_number, lambda: False))
+        return RangedShard(shown(url), remote, records_NM, checks)
 
     def _open_cached(
         self, shard_number: int, url: str, cache: ShardCache, release: Callable[[], bool]
     ) -> MappedShard:
         records_NM = self._read_index(shard_number, release)
+        # Before the shard, which takes up room in the cache that another process may wait for while it is open.
+        digests_NM2 = self._read_sums(shard_number, release) if self._checks_members(shard_number) else None
         entry = shard_files(self._manifest, shard_number)[-1]
         for _ in range(2):
             file = cache.open(entry, release)
             try:
                 identity = _identity(os.fstat(file.descriptor), entry.sha256, is_copy=True)
-                must_hash = not file.is_new and _must_hash(identity, self._verify)
+                must_hash = not file.is_new and self._must_hash(shard_number, identity)
                 if must_hash and sha256_of_descriptor(file.descriptor) != entry.sha256:
                     cache.remove_damaged(file)  # and download it again, once
                     continue
@@ -340,19 +437,37 @@ class ShardStore:
             except OSError as error:
                 file.close()
                 raise UnreachableError(f"{shown(url)}: cannot read its copy {file.path}: {error.strerror}") from None
-            return MappedShard(shown(url), buffer, records_NM, file)
+            checks = None
+            if digests_NM2 is not None:
+                checks = self._member_checks(shard_number, identity, records_NM, partial(np.asarray, digests_NM2))
+            return MappedShard(shown(url), buffer, records_NM, checks, file)
         raise UnreachableError(
             f"{file.path}: the copy of {shown(url)} is damaged again and again; is the disk sound?"
         )
 
-    def _read_cached_index(self, shard_number: int, cache: ShardCache, release: Callable[[], bool]) -> np.ndarray:
-        entry = shard_files(self._manifest, shard_number)[0]
+    def _read_small(
+        self, entry: CacheEntry, parse: Callable[[bytes, str], np.ndarray], release: Callable[[], bool]
+    ) -> np.ndarray:
+        """What `parse` makes of a whole remote file beside a shard and its name; from the cache if there is one."""
+        if self.cache is not None:
+            return self._read_cached(entry, self.cache, parse, release)
+        file = RemoteFile(entry.url, entry.num_bytes, entry.name, self._access.remote, self._cancelled)
+        return parse(file.read_whole(entry.num_bytes), shown(entry.url))
+
+    @staticmethod
+    def _read_cached(
+        entry: CacheEntry,
+        cache: ShardCache,
+        parse: Callable[[bytes, str], np.ndarray],
+        release: Callable[[], bool],
+    ) -> np.ndarray:
         for is_last in (False, True):
             file = cache.open(entry, release)
             try:
-                with file.path.open("rb") as opened:  # pinned, so still there
+                with open(file.descriptor, "rb", closefd=False) as opened:
+                    opened.seek(0)
                     content = opened.read(entry.num_bytes)
-                records_NM = self._parse_index(content, shown(entry.url), shard_number)
+                result = parse(content, shown(entry.url))
             except OSError as error:
                 file.close()
                 raise UnreachableError(
@@ -365,27 +480,42 @@ class ShardStore:
                 cache.remove_damaged(file)
                 continue
             file.close()
-            return records_NM
+            return result
         raise AssertionError("the last attempt returns or raises")
 
-    def _parse_index(self, content: bytes, name: str, shard_number: int) -> np.ndarray:
+    def _parse_index(self, shard_number: int, content: bytes, name: str) -> np.ndarray:
         shard, num_modalities = self._manifest.shards[shard_number], len(self._manifest.modalities)
-        if len(content) != shard.index.num_bytes:
-            raise DataError(f"{name}: {len(content)} bytes, the manifest says {shard.index.num_bytes}")
+        _check_length(content, name, shard.index.num_bytes)
         return parse_index(content, name, shard.num_samples, num_modalities, shard.num_bytes, shard.index.sha256)
 
 
 def shard_files(manifest: Manifest, shard_number: int) -> list[CacheEntry]:
-    """The files of a shard, index first, as far as they are remote."""
+    """The files of a shard, index and sums first, as far as they are remote."""
     shard = manifest.shards[shard_number]
     files = []
-    for location, file, name in (
-        (manifest.index_location(shard_number), shard.index, f"index of shard {shard_number}"),
-        (manifest.shard_location(shard_number), shard, f"shard {shard_number}"),
-    ):
-        if not isinstance(location, Path):
-            files.append(CacheEntry(location, file.num_bytes, file.sha256, name))
+    if not isinstance(location := manifest.index_location(shard_number), Path):
+        files.append(_index_entry(manifest, shard_number, location))
+    if shard.sums is not None and not isinstance(location := manifest.sums_location(shard_number), Path):
+        files.append(_sums_entry(manifest, shard_number, location))
+    if not isinstance(location := manifest.shard_location(shard_number), Path):
+        files.append(CacheEntry(location, shard.num_bytes, shard.sha256, f"shard {shard_number}"))
     return files
+
+
+def _index_entry(manifest: Manifest, shard_number: int, url: str) -> CacheEntry:
+    index = manifest.shards[shard_number].index
+    return CacheEntry(url, index.num_bytes, index.sha256, f"index of shard {shard_number}")
+
+
+def _sums_entry(manifest: Manifest, shard_number: int, url: str) -> CacheEntry:
+    sums = manifest.shards[shard_number].sums
+    assert sums is not None
+    return CacheEntry(url, sums.num_bytes, sums.sha256, f"sums of shard {shard_number}")
+
+
+def _check_length(content: bytes, name: str, num_bytes: int) -> None:
+    if len(content) != num_bytes:
+        raise DataError(f"{name}: {len(content)} bytes, the manifest says {num_bytes}")
 
 
 def check_verify(verify: str) -> None:
@@ -419,10 +549,6 @@ def _is_header_of(header: bytes, size: int) -> bool:
     unsigned = sum(content)
     signed = unsigned - 256 * sum(byte > 127 for byte in content)  # as some old programs have it
     return checksum in (unsigned, signed) and stated_size == size
-
-
-def _must_hash(identity: _Identity, verify: Verify) -> bool:
-    return verify == "always" or (verify == "first_use" and identity not in _checked_files)
 
 
 def _identity(status: os.stat_result, sha256: str, *, is_copy: bool = False) -> _Identity:

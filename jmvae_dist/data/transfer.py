@@ -330,9 +330,7 @@ class _Sink:
 class _HttpSource:
     """A file at http:// or https://, through `requests`: proxies and certificates are those of the environment."""
 
-    def __init__(
-        self, url: str, num_bytes: int | None, settings: RemoteSection, versions: dict[str, str]
-    ) -> None:
+    def __init__(self, url: str, num_bytes: int | None, settings: RemoteSection, versions: dict[str, str]) -> None:
         self._url = url
         self._num_bytes = num_bytes
         self._settings = settings
@@ -523,9 +521,7 @@ class _StallGuard:
 class _StoreSource:
     """An object in a store, through `fsspec` and the package of the store; options are those of the environment."""
 
-    def __init__(
-        self, url: str, num_bytes: int | None, settings: RemoteSection, versions: dict[str, str]
-    ) -> None:
+    def __init__(self, url: str, num_bytes: int | None, settings: RemoteSection, versions: dict[str, str]) -> None:
         self._url = url
         self._num_bytes = num_bytes
         self._versions = versions

@@ -22,6 +22,7 @@ from jmvae_dist.data.manifest import Manifest, Modality, printable
 from jmvae_dist.data.processes import Report, default_workers, run_in_processes
 from jmvae_dist.data.reader import ShardReader
 from jmvae_dist.data.store import RemoteAccess, ShardStore, shard_files
+from jmvae_dist.data.sums import read_sums
 from jmvae_dist.data.urls import Location, shown
 from jmvae_dist.data_config import CacheSection
 from jmvae_dist.errors import DataError
@@ -29,13 +30,15 @@ from jmvae_dist.files import sha256_of
 from jmvae_dist.progress import progress
 
 _CHUNK_BYTES = 64 * 2**20
+# Of the members of a shard that differ from its sums.
+_MOST_NAMED = 10
 
 
 def verify_shards(manifest: Manifest, workers: int | None = None, access: RemoteAccess | None = None) -> list[str]:
     """Everything that is wrong with a data set, in shard order; empty if it is sound.
 
-    Checks of every shard: size and sha256 of shard and index; the index against the members that the tar
-    holds; every member against the declared dtype, shape and number of classes; finite values; and that plain
+    Checks of every shard: size and sha256 of shard, index and sums; index and sums against the members that the
+    tar holds; every member against the declared dtype, shape and number of classes; finite values; and that plain
     webdataset reads the same samples. With several workers, a script must call this inside
     `if __name__ == "__main__":`, because every worker imports the script.
 
@@ -104,7 +107,10 @@ def _remote_shard_problems(data: _Data, number: int, report: Report) -> list[str
 
         shard = data.manifest.shards[number]
         index = replace(shard.index, url=local_path(data.manifest.index_location(number)))
-        local = replace(shard, url=local_path(data.manifest.shard_location(number)), index=index)
+        sums = None
+        if shard.sums is not None:
+            sums = replace(shard.sums, url=local_path(data.manifest.sums_location(number)))
+        local = replace(shard, url=local_path(data.manifest.shard_location(number)), index=index, sums=sums)
         problems = _shard_problems(
             Manifest.create(data.manifest.modalities, [local], data.manifest.source), 0, report
         )
@@ -184,15 +190,39 @@ def _check_layout(manifest: Manifest, number: int, reader: ShardReader) -> tuple
     if others and not indexed.foreign:
         extensions = ", ".join(printable(extension) for extension in sorted(findings.ignored)[:3])
         return [f"{path}: the tar has {others} members of no sample (extensions: {extensions or 'none'})"], False
-    problem = _compare_index(scan, reader, indexed)
-    is_plain = not others and not findings.incomplete.count and not findings.scattered.count
-    return ([], is_plain) if problem is None else ([f"{path}: {problem}"], False)
-
-
-def _compare_index(scan: ShardScan, reader: ShardReader, indexed: _IndexedBy) -> str | None:
     rows = np.arange(len(scan.keys))
     if not indexed.with_incomplete:
         rows = np.flatnonzero(is_complete(scan.records))
+    problem = _compare_index(scan, rows, reader)
+    if problem is not None:
+        return [f"{path}: {problem}"], False
+    is_plain = not others and not findings.incomplete.count and not findings.scattered.count
+    return _compare_sums(scan.digests[rows], manifest, number, reader), is_plain
+
+
+def _compare_sums(digests_NMC: np.ndarray, manifest: Manifest, number: int, reader: ShardReader) -> list[str]:
+    """What the sums say of the members (C bytes each) against the members themselves."""
+    sums = manifest.shards[number].sums
+    if sums is None:
+        return []
+    try:
+        num_samples, num_modalities, _ = digests_NMC.shape
+        expected_NM2 = read_sums(manifest.sums_path(number), num_samples, num_modalities, sums.sha256)
+    except DataError as error:
+        return [str(error)]
+    differs = np.argwhere((digests_NMC.view(np.uint64) != expected_NM2).any(axis=2))
+    problems = []
+    for index, column in differs[:_MOST_NAMED].tolist():
+        modality = reader.modalities[column]
+        where = f"{reader.path}: sample {index} (key {reader.key(index, modality)!r}), modality {modality!r}"
+        problems.append(f"{where}: its bytes are not those that the shard's sums were made of")
+    if len(differs) > _MOST_NAMED:
+        problems.append(f"{reader.path}: {len(differs) - _MOST_NAMED} more members differ from the sums")
+    return problems
+
+
+def _compare_index(scan: ShardScan, rows: np.ndarray, reader: ShardReader) -> str | None:
+    """What is wrong with the index, if the samples in these rows of a scan are right."""
     if len(rows) != reader.num_samples:
         return f"the tar has {len(rows)} samples, the index {reader.num_samples}"
     differs = np.flatnonzero((scan.records[rows] != reader.records).any(axis=1))

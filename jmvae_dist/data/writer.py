@@ -2,6 +2,7 @@
 
     DIR/shard-000000.tar         USTAR, readable by plain webdataset: <key>.<modality>.npy or .cls
     DIR/shard-000000.tar.index   where each member lies (see `jmvae_dist.data.index`)
+    DIR/shard-000000.tar.sums    a digest of each member (see `jmvae_dist.data.sums`)
     DIR/manifest.json            written last
 
 Everything is written to a hidden folder beside DIR, which takes its name only when it is complete, so
@@ -40,6 +41,7 @@ from jmvae_dist.data.sources.base import (
     check_seed,
     member_bytes,
 )
+from jmvae_dist.data.sums import member_digest
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import fsync_path, sha256_of
 from jmvae_dist.progress import progress
@@ -47,7 +49,7 @@ from jmvae_dist.progress import progress
 MANIFEST_NAME = "manifest.json"
 
 _TAR_NAME_BYTES = 100
-_OUR_FILES = re.compile(r"shard-\d{6,}\.tar(\.index)?|manifest\.json")
+_OUR_FILES = re.compile(r"shard-\d{6,}\.tar(\.index|\.sums)?|manifest\.json")
 
 
 def write_shards(
@@ -221,12 +223,13 @@ class _HashingFile(io.RawIOBase):
 
 
 def _write_shard(packing: _Packing, job: _Job, report: Report) -> Shard:
-    """Write and fsync one shard and its index."""
+    """Write and fsync one shard, its index and its sums."""
     from webdataset import TarWriter
 
     source, modalities = packing.source, packing.source.modalities
     num_samples = job.stop - job.start
     records_NM = np.empty((num_samples, len(modalities)), RECORD_DTYPE)
+    digests: list[bytes] = []
     encoders = [_MemberEncoder(modality) for modality in modalities]
     with open(job.path, "xb") as file:
         hashing = _HashingFile(file)
@@ -239,13 +242,8 @@ def _write_shard(packing: _Packing, job: _Job, report: Report) -> Shard:
                 tar.write({"__key__": key, **members})
                 end = _record_members(records_NM[row], members, key, start)
                 assert tar.tarstream.offset == end, f"{key}: unexpected tar layout"
+                digests += map(member_digest, members.values())
                 report(row + 1)
-        file.flush()
-        os.fsync(file.fileno())
-    index = index_bytes(records_NM)
-    index_path = job.path.with_name(f"{job.path.name}.index")
-    with open(index_path, "xb") as file:
-        file.write(index)
         file.flush()
         os.fsync(file.fileno())
     return Shard(
@@ -253,7 +251,8 @@ def _write_shard(packing: _Packing, job: _Job, report: Report) -> Shard:
         num_samples=num_samples,
         num_bytes=hashing.num_bytes,
         sha256=hashing.digest.hexdigest(),
-        index=IndexFile(index_path.name, len(index), hashlib.sha256(index).hexdigest()),
+        index=IndexFile.write(job.path.with_name(f"{job.path.name}.index"), index_bytes(records_NM)),
+        sums=IndexFile.write(job.path.with_name(f"{job.path.name}.sums"), b"".join(digests)),
     )
 
 
@@ -360,17 +359,21 @@ def _other_content(out: Path) -> ConfigError:
 
 
 def _is_intact(manifest: Manifest) -> bool:
-    """Whether all files of a manifest are there with the sha256 that it states."""
+    """Whether all files that are written here are there with the sha256 that the manifest states."""
     try:
         return all(
-            manifest.shard_path(number).is_file()
-            and manifest.index_path(number).is_file()
-            and sha256_of(manifest.shard_path(number)) == shard.sha256
-            and sha256_of(manifest.index_path(number)) == shard.index.sha256
+            shard.sums is not None
+            and _has_sha256(manifest.shard_path(number), shard.sha256)
+            and _has_sha256(manifest.index_path(number), shard.index.sha256)
+            and _has_sha256(manifest.sums_path(number), shard.sums.sha256)
             for number, shard in enumerate(manifest.shards)
         )
     except (OSError, DataError):
         return False
+
+
+def _has_sha256(path: Path, sha256: str) -> bool:
+    return path.is_file() and sha256_of(path) == sha256
 
 
 class _Staging:

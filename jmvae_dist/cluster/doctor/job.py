@@ -140,7 +140,7 @@ def _gather_shards(context: Context) -> dict[str, Any]:
 
 
 def _look_at_shards(manifest: Manifest, remote: RemoteSection, deadline_s: float) -> dict[str, Any]:
-    """Whether shards and indexes are there with the right size; evenly spread ones, if there are many."""
+    """Whether shards, indexes and sums are there with the right size; evenly spread ones, if there are many."""
     number = len(manifest.shards)
     stride = math.ceil(number / _SHARDS_LOOKED_AT)
     looked_at, problems = 0, []
@@ -149,10 +149,13 @@ def _look_at_shards(manifest: Manifest, remote: RemoteSection, deadline_s: float
             break
         looked_at += 1
         shard = manifest.shards[shard_number]
-        for location, num_bytes in (
+        files = [
             (manifest.shard_location(shard_number), shard.num_bytes),
             (manifest.index_location(shard_number), shard.index.num_bytes),
-        ):
+        ]
+        if shard.sums is not None:
+            files.append((manifest.sums_location(shard_number), shard.sums.num_bytes))
+        for location, num_bytes in files:
             try:
                 if isinstance(location, str):
                     # The answer states the size of the whole file, which is checked.

@@ -1,7 +1,7 @@
 """Makes a manifest and indexes for tars that others wrote, which stay where and as they are.
 
     OUT                                  the manifest
-    OUT.indexes-FINGERPRINT/             one index per shard
+    OUT.indexes-FINGERPRINT/             one index per shard, and the sums of its members
     .OUT.indexing/                       while it lasts: what was found in the shards read so far
 
 Every shard is read once, from the start to the end. After a kill, shards that were read and have not changed are not
@@ -12,7 +12,6 @@ the manifest at OUT is complete and leads to its own indexes.
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -188,7 +187,7 @@ def _commit(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     shards = [
-        _write_index(workspace, staging, position, record, incomplete) for position, record in enumerate(records)
+        _write_beside(workspace, staging, position, record, incomplete) for position, record in enumerate(records)
     ]
     fsync_path(staging)
     left_out = sum(record.num_samples for record in records) - sum(shard.num_samples for shard in shards)
@@ -196,7 +195,7 @@ def _commit(
     fingerprint = Manifest.create(modalities, shards, source, out, format_version=2).fingerprint
     folder = out.with_name(f"{out.name}.indexes-{fingerprint[:16]}")
     # The fingerprint does not cover places: what is in the folder can depend on it.
-    shards = [replace(shard, index=replace(shard.index, url=f"{folder.name}/{shard.index.url}")) for shard in shards]
+    shards = [_in_folder(shard, folder.name) for shard in shards]
     manifest = Manifest.create(modalities, shards, source, out, format_version=2)
     if existing is not None and existing.fingerprint != fingerprint and not overwrite:
         raise ConfigError(f"{out} describes other data; choose another --out, or add --overwrite")
@@ -213,21 +212,24 @@ def _commit(
     return Manifest.load(out), written
 
 
-def _write_index(
+def _write_beside(
     workspace: Workspace, folder: Path, position: int, record: ShardRecord, incomplete: Incomplete
 ) -> Shard:
-    """Write the index of one shard, without the samples that are left out."""
-    records_NM = workspace.index_records(record)
+    """Write index and sums of one shard, without the samples that are left out."""
+    records_NM, digests = workspace.index_records(record), workspace.digests(record)
     if incomplete != "keep":
-        records_NM = records_NM[is_complete(records_NM)]
-    content = index_bytes(records_NM)
-    name = f"{position:06d}.index"
-    with open(folder / name, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    index = IndexFile(name, len(content), hashlib.sha256(content).hexdigest())
-    return Shard(_url(record.shard, workspace.out), len(records_NM), record.num_bytes, record.sha256, index)
+        is_kept_N = is_complete(records_NM)
+        records_NM, digests = records_NM[is_kept_N], digests[is_kept_N]
+    index = IndexFile.write(folder / f"{position:06d}.index", index_bytes(records_NM))
+    sums = IndexFile.write(folder / f"{position:06d}.sums", digests.tobytes())
+    return Shard(_url(record.shard, workspace.out), len(records_NM), record.num_bytes, record.sha256, index, sums)
+
+
+def _in_folder(shard: Shard, folder: str) -> Shard:
+    """The shard with its files in a folder beside the manifest."""
+    assert shard.sums is not None
+    index, sums = (replace(file, url=f"{folder}/{file.url}") for file in (shard.index, shard.sums))
+    return replace(shard, index=index, sums=sums)
 
 
 def _url(shard: str, out: Path) -> str:

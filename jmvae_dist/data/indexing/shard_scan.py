@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from jmvae_dist.data.indexing.grouping import SampleGrouper
 from jmvae_dist.data.indexing.inspection import Facts, ModalityRequest, make_inspector
 from jmvae_dist.data.indexing.tar_scan import ByteStream, TarScanner
 from jmvae_dist.data.manifest import printable
+from jmvae_dist.data.sums import DIGEST_BYTES
 from jmvae_dist.errors import DataError
 
 
@@ -85,6 +87,7 @@ class ShardScan:
         num_bytes, sha256: of the tar.
         keys: of its samples, in the order in which they begin.
         records: index records (samples, modalities); offset and size 0 where a member is missing or unreadable.
+        digests: of the members, uint8 (samples, modalities, DIGEST_BYTES); zeros where the record is.
         findings: what else there is to know.
     """
 
@@ -92,6 +95,7 @@ class ShardScan:
     sha256: str
     keys: list[str]
     records: np.ndarray
+    digests: np.ndarray
     findings: Findings
 
 
@@ -130,9 +134,15 @@ def scan_shard(
     unreadable = Count()
     for member in scanner:
         columns = grouper.add(member)
-        if not columns or not inspect:
+        if not columns:
             continue
         content = scanner.content(max([limits[column] for column in columns]))
+        digest = hashlib.sha256(content)
+        for piece in scanner.rest():
+            digest.update(piece)
+        grouper.set_digest(columns, digest.digest()[:DIGEST_BYTES])
+        if not inspect:
+            continue
         for column in columns:
             try:
                 inspectors[column].see(content, member.size, member.name)
@@ -148,7 +158,7 @@ def scan_shard(
     findings.scattered.add(f"{path}: {printable(first_scattered)}" if num_scattered else "", num_scattered)
     findings.ignored, findings.skipped = dict(grouper.ignored), grouper.skipped
     findings.extended_header_bytes = scanner.extended_header_bytes
-    return ShardScan(scanner.num_bytes, scanner.sha256, grouper.keys, records_NM, findings)
+    return ShardScan(scanner.num_bytes, scanner.sha256, grouper.keys, records_NM, grouper.digests(), findings)
 
 
 def is_complete(records_NM: np.ndarray) -> np.ndarray:

@@ -121,6 +121,11 @@ class TarScanner:
         self._content_left -= size
         return content
 
+    def rest(self) -> Iterator[bytes]:
+        """The rest of that content, in pieces; raises like `content`."""
+        while self._content_left:
+            yield self.content(_CHUNK_BYTES)
+
     @property
     def sha256(self) -> str:
         """Of the bytes read so far; once the iteration is over, of the tar."""

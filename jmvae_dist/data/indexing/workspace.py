@@ -16,11 +16,12 @@ from jmvae_dist.data.index import RECORD_DTYPE
 from jmvae_dist.data.indexing.inspection import ModalityRequest
 from jmvae_dist.data.indexing.opening import Identity
 from jmvae_dist.data.indexing.shard_scan import Findings, ShardScan
+from jmvae_dist.data.sums import DIGEST_BYTES
 from jmvae_dist.files import writing_atomic
 
 Incomplete = Literal["error", "skip", "keep"]
 
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Workspace:
 
     def save(self, shard: str, identity: Identity, scan: ShardScan) -> ShardRecord:
         """Remember a shard; the record, which says that the rest is complete, last."""
-        data = scan.records.tobytes() + _key_hashes(scan.keys)
+        data = scan.records.tobytes() + scan.digests.tobytes() + _key_hashes(scan.keys)
         record = ShardRecord(
             shard=shard,
             identity=identity,
@@ -88,14 +89,19 @@ class Workspace:
 
     def index_records(self, record: ShardRecord) -> np.ndarray:
         """The index records of a shard, also of incomplete samples: (samples, modalities)."""
-        data = self._path(record.shard, ".data").read_bytes()
-        count = record.num_samples * len(self.requests)
+        data, count = self._path(record.shard, ".data").read_bytes(), record.num_samples * len(self.requests)
         return np.frombuffer(data, RECORD_DTYPE, count).reshape(record.num_samples, len(self.requests))
+
+    def digests(self, record: ShardRecord) -> np.ndarray:
+        """The digests of the members of these samples: uint8 (samples, modalities, DIGEST_BYTES)."""
+        data, count = self._path(record.shard, ".data").read_bytes(), record.num_samples * len(self.requests)
+        digests = np.frombuffer(data, np.uint8, count * DIGEST_BYTES, count * RECORD_DTYPE.itemsize)
+        return digests.reshape(record.num_samples, len(self.requests), DIGEST_BYTES)
 
     def key_hashes(self, record: ShardRecord) -> np.ndarray:
         """64-bit hashes of the keys of a shard: uint64 (samples,)."""
-        data = self._path(record.shard, ".data").read_bytes()
-        return np.frombuffer(data, np.uint64, offset=record.num_samples * len(self.requests) * RECORD_DTYPE.itemsize)
+        data, count = self._path(record.shard, ".data").read_bytes(), record.num_samples * len(self.requests)
+        return np.frombuffer(data, np.uint64, offset=count * (RECORD_DTYPE.itemsize + DIGEST_BYTES))
 
     def remove(self) -> None:
         """Forget everything: the result is on disk."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_examples import example_source
+from data_examples import example_source, without_sums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -192,9 +192,10 @@ def test_only_what_is_needed_is_read(server: FaultyServer, local: Manifest, remo
     ("offset", "message"),
     [(0, r"sample 0 .*modality 'image': the tar header before it is damaged"), (514, "sample 0 .*not a valid npy")],
 )
-def test_damage_that_ranged_reading_notices(
+def test_damage_that_ranged_reading_notices_without_sums(
     server: FaultyServer, remote: Manifest, offset: int, message: str
 ) -> None:
+    remote = without_sums(remote)
     flip_byte(server.folder / SHARD_1[1:], offset)
     with pytest.raises(DataError, match=rf"^http://.*{SHARD_1}: {message}"):
         gather(ShardSet(remote, access=RANGED), remote, [1], [0])
@@ -237,14 +238,39 @@ def test_a_server_without_range_needs_a_cache(
         gather(ShardSet(remote, access=RANGED), remote, [1], [3])
 
 
-def test_damaged_copies_are_replaced(server: FaultyServer, remote: Manifest, cached: RemoteAccess) -> None:
-    manifest = remote
-    before = gather(ShardSet(manifest, access=cached), manifest, [1], [3])
-    for file in (manifest.shards[1].sha256, manifest.shards[1].index.sha256):
-        flip_byte(Path(str(cached.cache.dir)) / file, 600 if file == manifest.shards[1].sha256 else 30)
-    after = gather(ShardSet(manifest, access=cached), manifest, [1], [3])
+@pytest.mark.parametrize("has_sums", [True, False])
+def test_damaged_copies_are_replaced(
+    server: FaultyServer, remote: Manifest, cached: RemoteAccess, has_sums: bool
+) -> None:
+    manifest = remote if has_sums else without_sums(remote)
+    shard = manifest.shards[1]
+    before = gather(ShardSet(manifest, access=cached), manifest, [0, 1], [3, 0])
+    for file in (shard.sha256, shard.index.sha256, *([shard.sums.sha256] if shard.sums else [])):
+        flip_byte(Path(str(cached.cache.dir)) / file, 650 if file == shard.sha256 else 30)
+    after = gather(ShardSet(manifest, access=cached), manifest, [0, 1], [3, 0])
     assert all(np.array_equal(values, after[name]) for name, values in before.items())
-    assert (server.count(SHARD_1), server.count(f"{SHARD_1}.index")) == (2, 2)
+    assert server.count(SHARD_1) == 2
+    assert server.count(f"{SHARD_1}.sums") == 2 * has_sums
+    server.always[SHARD_1] = Fault(404)
+    again = gather(ShardSet(manifest, access=cached), manifest, [0, 1], [3, 0])
+    assert all(np.array_equal(values, again[name]) for name, values in before.items())
+
+
+def test_a_copy_that_is_damaged_again_and_again(remote: Manifest, cached: RemoteAccess) -> None:
+    """The run stops: nothing says that the samples are bad."""
+    gather(ShardSet(remote, access=cached), remote, [1], [0])
+    copy = Path(str(cached.cache.dir)) / remote.shards[1].sha256
+    content = copy.read_bytes()
+
+    class OnABadDisk(ShardSet):
+        def _gather(self, *arguments: Any) -> dict[str, np.ndarray]:
+            copy.write_bytes(content)
+            flip_byte(copy, 650)
+            return super()._gather(*arguments)
+
+    shards, views = OnABadDisk(remote, access=cached), make_views(remote.modalities)
+    with pytest.raises(UnreachableError, match=r"sample 0 .*damaged again and again"):
+        shards.gather_valid(np.array([1]), np.array([0]), views, SampleKeys(np.array([0])))
 
 
 def test_idle_sets_give_way(remote: Manifest, cached: RemoteAccess) -> None:

@@ -36,10 +36,11 @@ def with_true_checksums(manifest: Manifest) -> Manifest:
     shards = []
     for number, shard in enumerate(manifest.shards):
         content, index = manifest.shard_path(number).read_bytes(), manifest.index_path(number).read_bytes()
-        index_file = replace(shard.index, num_bytes=len(index), sha256=hashlib.sha256(index).hexdigest())
-        shards.append(
-            replace(shard, num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), index=index_file)
-        )
+        changes = {"index": replace(shard.index, num_bytes=len(index), sha256=hashlib.sha256(index).hexdigest())}
+        if shard.sums is not None:
+            sums = manifest.sums_path(number).read_bytes()
+            changes["sums"] = replace(shard.sums, sha256=hashlib.sha256(sums).hexdigest())
+        shards.append(replace(shard, num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), **changes))
     return Manifest.create(manifest.modalities, shards, {}, manifest.path)
 
 
@@ -63,6 +64,20 @@ def test_every_flipped_bit_is_found(example_manifest: MakeManifest, position: in
     path.write_bytes(content)
     problems = verify_shards(manifest)
     assert any("shard-000001.tar: sha256 differs" in problem for problem in problems)
+
+
+def test_sums_of_other_members_are_found(example_manifest: MakeManifest) -> None:
+    """Training would refuse these samples, although the shard is sound."""
+    manifest = example_manifest()
+    path = manifest.sums_path(1)
+    content = bytearray(path.read_bytes())
+    content[16 * (2 * 3 + 1)] ^= 1
+    path.write_bytes(content)
+    (problem,) = verify_shards(with_true_checksums(manifest))
+    assert re.search(r"shard-000001.tar: sample 3 \(key '.*'\), modality 'label': its bytes are not those", problem)
+    path.write_bytes(b"short")
+    (problem,) = verify_shards(manifest)
+    assert problem == f"{path}: sums should have 320 bytes but have 5; copy them again"
 
 
 def test_all_problems_are_listed(example_manifest: MakeManifest) -> None:
@@ -200,6 +215,7 @@ def test_the_same_shard_twice_is_found(example_manifest: MakeManifest) -> None:
     manifest = example_manifest(20)
     manifest.shard_path(1).write_bytes(manifest.shard_path(0).read_bytes())
     manifest.index_path(1).write_bytes(manifest.index_path(0).read_bytes())
+    manifest.sums_path(1).write_bytes(manifest.sums_path(0).read_bytes())
     problems = verify_shards(with_true_checksums(manifest))
     assert len(problems) == 1
     assert "shard-000001.tar: same content as" in problems[0]

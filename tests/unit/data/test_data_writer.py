@@ -36,7 +36,7 @@ def test_layout(example_manifest: MakeManifest, tmp_path: Path) -> None:
     manifest = example_manifest(25, samples_per_shard=10)
     assert list(content_of(tmp_path / "shards")) == [
         "manifest.json",
-        *(f"shard-00000{n}.tar{suffix}" for n in range(3) for suffix in ("", ".index")),
+        *(f"shard-00000{n}.tar{suffix}" for n in range(3) for suffix in ("", ".index", ".sums")),
     ]
     assert manifest.shard_sizes == (9, 8, 8)
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
