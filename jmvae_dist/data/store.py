@@ -237,16 +237,7 @@ class ShardStore:
         """
         location = self._manifest.shard_location(shard_number)
         if isinstance(location, Path):
-            # Before the shard, which may have to be hashed.
-            records_NM = self._read_index(shard_number, release)
-            buffer, identity = self._map_local(location, shard_number)
-            try:
-                read_digests = partial(self._read_sums, shard_number, release)
-                checks = self._member_checks(shard_number, identity, records_NM, read_digests)
-            except BaseException:
-                buffer.close()
-                raise
-            return MappedShard(str(location), buffer, records_NM, checks)
+            return self._open_local(shard_number, location, release)
         if self.cache is None:
             return self._open_ranged(shard_number, location)
         return self._open_cached(shard_number, location, self.cache, release)
@@ -373,10 +364,10 @@ class ShardStore:
             for future in futures:
                 future.cancel()
 
-    def _map_local(self, path: Path, shard_number: int) -> tuple[mmap.mmap, _Identity]:
-        """Map a shard read-only after checking its size and, as `verify` says, its sha256."""
+    def _open_local(self, shard_number: int, path: Path, release: Callable[[], bool]) -> MappedShard:
         shard = self._manifest.shards[shard_number]
         try:
+            # All by one descriptor: another file may take the name meanwhile.
             with open_regular(path) as file:
                 status = os.fstat(file.fileno())
                 if status.st_size != shard.num_bytes:
@@ -385,8 +376,7 @@ class ShardStore:
                         f"{path}: {status.st_size} bytes, the manifest says {shard.num_bytes}: "
                         f"the shard was {what}; copy it again"
                     )
-                # By descriptor: another file may have taken the name meanwhile.
-                buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                records_NM = self._read_index(shard_number, release)  # soon done, unlike the sum over the shard
                 identity = _identity(status, shard.sha256)
                 if self._must_hash(shard_number, identity):
                     if sha256_of_descriptor(file.fileno()) != shard.sha256:
@@ -395,9 +385,12 @@ class ShardStore:
                             "replaced; copy it again"
                         )
                     _checked_files.add(identity)
-                return buffer, identity
+                read_digests = partial(self._read_sums, shard_number, release)
+                checks = self._member_checks(shard_number, identity, records_NM, read_digests)
+                buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise read_error(path, "shard", error, self._manifest.path) from None
+        return MappedShard(str(path), buffer, records_NM, checks)
 
     def _must_hash(self, shard_number: int, identity: _Identity) -> bool:
         """Whether the whole shard must be hashed before anything of it is used."""
