@@ -145,8 +145,9 @@ class DataSection:
         workers: Reader processes per rank; 0 reads in the training process.
         decode_threads: Threads that decode images, texts and JSON in each process that reads; by default as many
             as the CPUs that this process may use, and at most 8, or 1 beside reader processes. Arrays need none.
-        verify: When a shard's sha256 is checked: at every opening, at the first one in each process, or never. That
-            of its index is checked at every opening.
+        verify: When the bytes of shards are checked: always (the whole shard at every opening), first_use (each
+            member when a process first uses it; the whole shard at its first opening if it has no sums) or never. The
+            sha256 of an index is checked at every opening.
         cache: Copies of remote shards.
         remote: Timeouts and retries of remote shards.
         transforms: By modality, a list of steps between the stored value and the model: `{name: resize, size: [H,

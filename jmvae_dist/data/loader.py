@@ -129,7 +129,7 @@ class TrainLoader:
         views: what the model sees of which modalities, in this order (None: of all, as they are).
         workers: worker processes; 0 reads in this process.
         threads: threads that decode images, texts and JSON, in each process that reads.
-        verify: when shards' sha256 are compared with the manifest (see `ShardReader`).
+        verify: when the bytes of shards are checked; see `ShardStore`.
         on_bad_sample: `stop` raises; `mask` leaves the sample out of its batch and says so in `Batch.problems`.
         pin_memory: copy batches to page-locked memory (only useful with a GPU).
         access: how remote shards are read.

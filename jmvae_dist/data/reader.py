@@ -305,7 +305,7 @@ class ShardSet:
 
     Args:
         manifest: the data set.
-        verify: when to compare checksums; see `ShardReader`.
+        verify: when the bytes of shards are checked; see `ShardStore`.
         max_open: how many shards to keep open.
         threads: how many decode members that are not strided arrays.
         access: how remote shards are read.

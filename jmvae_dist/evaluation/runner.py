@@ -63,7 +63,7 @@ def evaluate_together(
         batch_size: Samples per forward pass on one rank.
         seed: Of the noise, which is keyed by it and by the sample's position: not by rank or batch size.
         joint_nll_samples: Importance samples per sample for the joint likelihood; 0 leaves it out.
-        verify: When shards' sha256 are checked; see `data_config.DataSection`.
+        verify: When the bytes of shards are checked; see `data_config.DataSection`.
         threads: Threads that decode images, texts and JSON.
         on_bad_sample: `mask` leaves samples out that cannot be read or that their likelihood cannot explain, and
             counts them in `eval/masked_samples`.
@@ -126,7 +126,7 @@ def save_figures(
         label: Classes that colour the projection; None: those of the only modality of encoding `cls`, if there is
             one.
         records: Of the run's `metrics.jsonl`, for learning curves; none: no such figure.
-        verify: When shards' sha256 are checked; see `data_config.DataSection`.
+        verify: When the bytes of shards are checked; see `data_config.DataSection`.
         on_bad_sample: `mask` leaves out what `evaluate_together` would.
         access: How remote shards are read.
 
