@@ -40,14 +40,15 @@ class DataSet:
 
     Attributes:
         manifest: its document.
-        tars, indexes: by shard.
-        places: offset and size of each member, [shard][sample][modality].
+        tars, indexes, sums: by shard.
+        contents: tars and indexes by sha256.
     """
 
     modalities: tuple[Modality, ...]
     manifest: dict[str, Any]
     tars: list[bytes]
     indexes: list[bytes]
+    sums: list[bytes]
     contents: dict[str, bytes] = field(default_factory=dict)
 
     def write(self, folder: Path, number: int, **other: Any) -> Manifest:
@@ -56,27 +57,51 @@ class DataSet:
         Args:
             folder: exists.
             number: of the case: every case gets times of its own, by which readers tell files apart.
-            other: `manifest` (bytes or dict), `tars`, `indexes`.
+            other: `manifest` (bytes or dict), `tars`, `indexes`, `sums`.
         """
         document = other.get("manifest", self.manifest)
         content = document if isinstance(document, bytes) else json.dumps(document).encode()
-        for shard, (tar, index) in enumerate(
-            zip(other.get("tars", self.tars), other.get("indexes", self.indexes), strict=True)
-        ):
-            for name, data in ((tar_name(shard), tar), (f"{tar_name(shard)}.index", index)):
+        kinds = (("tars", ""), ("indexes", ".index"), ("sums", ".sums"))
+        for kind, suffix in kinds:
+            for shard, data in enumerate(other.get(kind, getattr(self, kind))):
+                name = f"{tar_name(shard)}{suffix}"
                 (folder / name).write_bytes(data)
                 os.utime(folder / name, ns=(10**9 * (number + 1),) * 2)
         (folder / "manifest.json").write_bytes(content)
         return Manifest.load(folder / "manifest.json")
 
-    def described(self, tars: Sequence[bytes], indexes: Sequence[bytes]) -> dict[str, Any]:
+    def described(self, tars: Sequence[bytes], indexes: Sequence[bytes], sums: Sequence[bytes]) -> dict[str, Any]:
         """The manifest with sizes and digests of other files."""
         document = json.loads(json.dumps(self.manifest))
-        for entry, tar, index in zip(document["shards"], tars, indexes, strict=True):
+        for entry, tar, index, digests in zip(document["shards"], tars, indexes, sums, strict=True):
             entry.update(num_bytes=len(tar), sha256=hashlib.sha256(tar).hexdigest())
             entry["index"].update(num_bytes=len(index), sha256=hashlib.sha256(index).hexdigest())
+            entry["sums"].update(num_bytes=len(digests), sha256=hashlib.sha256(digests).hexdigest())
         seal_manifest(document)
         return document
+
+    def sums_of(self, tars: Sequence[bytes], indexes: Sequence[bytes]) -> list[bytes]:
+        """Sums that fit other tars and indexes."""
+        return [sums_of(tar, index) for tar, index in zip(tars, indexes, strict=True)]
+
+    def tar_of(self, shard: Shard) -> bytes:
+        """The tar that a manifest of parts of this one means: the sums say it, if there are any."""
+        if shard.sums is None:
+            return self.contents[shard.sha256]
+        return self.tars[[hashlib.sha256(digests).hexdigest() for digests in self.sums].index(shard.sums.sha256)]
+
+
+def sums_of(tar: bytes, index: bytes) -> bytes:
+    """The digests of what lies at the places that an index names; of its whole records, if it has half ones."""
+    whole = len(index) - (len(index) - INDEX_HEADER_BYTES) % RECORD_DTYPE.itemsize
+    records = np.frombuffer(index[INDEX_HEADER_BYTES:whole], RECORD_DTYPE).tolist()
+    return b"".join(hashlib.sha256(tar[offset : offset + size]).digest()[:16] for offset, size in records)
+
+
+def without_sums(document: dict[str, Any]) -> dict[str, Any]:
+    """A manifest as it was before there were sums; they are not part of the fingerprint."""
+    shards = [{key: value for key, value in shard.items() if key != "sums"} for shard in document["shards"]]
+    return {**document, "shards": shards}
 
 
 def tar_name(shard: int) -> str:
@@ -102,19 +127,21 @@ def seal_manifest(document: Any) -> None:
 
 def make_dataset(modalities: tuple[Modality, ...], members: Callable[[int], dict[str, bytes]]) -> DataSet:
     """Shards of samples whose members all tell their number."""
-    tars, indexes, shards = [], [], []
+    tars, indexes, sums, shards = [], [], [], []
     for shard in range(SHARDS):
         samples = {f"s{shard}/{row:03d}": members(shard * SAMPLES + row) for row in range(SAMPLES)}
         tar = make_tar(samples, tarfile.USTAR_FORMAT)
         index = index_bytes(records_of(tar, modalities, list(samples)))
         tars.append(tar)
         indexes.append(index)
-        digests = [hashlib.sha256(data).hexdigest() for data in (tar, index)]
-        index_file = IndexFile(f"{tar_name(shard)}.index", len(index), digests[1])
-        shards.append(Shard(tar_name(shard), SAMPLES, len(tar), digests[0], index_file))
+        sums.append(sums_of(tar, index))
+        tar_sha256, *others = [hashlib.sha256(data).hexdigest() for data in (tar, index, sums[-1])]
+        index_file = IndexFile(f"{tar_name(shard)}.index", len(index), others[0])
+        sums_file = IndexFile(f"{tar_name(shard)}.sums", len(sums[-1]), others[1])
+        shards.append(Shard(tar_name(shard), SAMPLES, len(tar), tar_sha256, index_file, sums_file))
     document = Manifest.create(modalities, shards, {"name": "fuzz"}, format_version=2).to_json()
     contents = {hashlib.sha256(content).hexdigest(): content for content in (*tars, *indexes)}
-    return DataSet(modalities, document, tars, indexes, contents)
+    return DataSet(modalities, document, tars, indexes, sums, contents)
 
 
 def make_tar(samples: dict[str, dict[str, bytes]], format: int, **fields: Any) -> bytes:

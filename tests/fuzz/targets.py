@@ -50,6 +50,7 @@ from tests.fuzz.material import (
     mixed_members,
     reference,
     seal_manifest,
+    without_sums,
 )
 from tests.fuzz.mutations import PICKLE, Random, mutate_bytes, mutate_json, mutate_tar
 
@@ -86,33 +87,70 @@ class _OfDataSets(Target):
 
 
 class ShardTarget(_OfDataSets):
-    """A damaged shard, with the sound digests or those of the damaged bytes, verified or not."""
+    """A damaged shard with the sound digests or those of the damaged bytes, with or without sums, verified or not."""
 
     def run(self, rng: Random, folder: Path, number: int) -> None:
         data, damaged = rng.choice(self.datasets), rng.randrange(SHARDS)
         tars = list(data.tars)
-        tars[damaged] = tars[1 - damaged] if rng.random() < 0.05 else mutate_tar(rng, tars[damaged])
-        is_stale, verify = rng.random() < 0.5, rng.choice(("never", "first_use"))
-        document = data.manifest if is_stale else data.described(tars, data.indexes)
-        manifest = data.write(folder, number, tars=tars, manifest=document)
+        kind = rng.random()
+        if kind < 0.05:
+            tars[damaged] = tars[1 - damaged]
+        elif kind < 0.2:
+            tars[damaged] = _flip_in_member(rng, tars[damaged], data.indexes[damaged])
+        else:
+            tars[damaged] = mutate_tar(rng, tars[damaged])
+        is_stale, has_sums, verify = rng.random() < 0.5, rng.random() < 0.5, rng.choice(("never", "first_use"))
+        sums = data.sums if is_stale else data.sums_of(tars, data.indexes)
+        document = data.manifest if is_stale else data.described(tars, data.indexes, sums)
+        document = document if has_sums else without_sums(document)
+        manifest = data.write(folder, number, tars=tars, sums=sums, manifest=document)
         is_changed = tars[damaged] != data.tars[damaged]
-        must_refuse = {damaged} if is_stale and verify != "never" and is_changed else set()
-        read_and_check(manifest, tars, data.indexes, verify, rng, must_refuse, originals=data.tars)
+        must_notice = is_stale and verify != "never" and is_changed
+        must_refuse = {damaged} if must_notice and not has_sums else set()
+        read_and_check(
+            manifest,
+            tars,
+            data.indexes,
+            verify,
+            rng,
+            must_refuse,
+            originals=data.tars,
+            must_be_original=must_notice and has_sums,
+        )
+
+
+def _flip_in_member(rng: Random, tar: bytes, index: bytes) -> bytes:
+    """Another bit where a value is: mostly another value, which only a digest tells from the right one."""
+    offset, size = rng.choice(np.frombuffer(index, RECORD_DTYPE, offset=INDEX_HEADER_BYTES).tolist())
+    content = bytearray(tar)
+    content[offset + rng.randrange(size)] ^= 1 << rng.randrange(8)
+    return bytes(content)
 
 
 class IndexTarget(_OfDataSets):
-    """A damaged index, with the sound digest or that of the damaged bytes."""
+    """A damaged index, with the sound digest or that of the damaged bytes, or damaged sums."""
 
     def run(self, rng: Random, folder: Path, number: int) -> None:
         data, damaged = rng.choice(self.datasets), rng.randrange(SHARDS)
         indexes = list(data.indexes)
         change = _change_records if rng.random() < 0.6 else mutate_bytes
         indexes[damaged] = change(rng, indexes[damaged])
-        is_stale, verify = rng.random() < 0.3, rng.choice(("never", "first_use"))
-        document = data.manifest if is_stale else data.described(data.tars, indexes)
-        manifest = data.write(folder, number, indexes=indexes, manifest=document)
-        is_changed = indexes[damaged] != data.indexes[damaged]
-        read_and_check(manifest, data.tars, indexes, verify, rng, {damaged} if is_stale and is_changed else set())
+        is_stale, has_sums, verify = rng.random() < 0.3, rng.random() < 0.5, rng.choice(("never", "first_use"))
+        sums = data.sums if is_stale else data.sums_of(data.tars, indexes)
+        document = data.manifest if is_stale else data.described(data.tars, indexes, sums)
+        must_refuse = {damaged} if is_stale and indexes[damaged] != data.indexes[damaged] else set()
+        if has_sums and rng.random() < 0.2:
+            other = rng.randrange(SHARDS)
+            sums = [mutate_bytes(rng, digests) if number == other else digests for number, digests in enumerate(sums)]
+            if verify != "never" and hashlib.sha256(sums[other]).hexdigest() != _sums_sha256(document, other):
+                must_refuse.add(other)
+        document = document if has_sums else without_sums(document)
+        manifest = data.write(folder, number, indexes=indexes, sums=sums, manifest=document)
+        read_and_check(manifest, data.tars, indexes, verify, rng, must_refuse)
+
+
+def _sums_sha256(document: dict[str, Any], shard: int) -> str:
+    return str(document["shards"][shard]["sums"]["sha256"])
 
 
 def _change_records(rng: Random, content: bytes) -> bytes:
@@ -148,12 +186,14 @@ def read_and_check(
     rng: Random,
     must_refuse: set[int],
     originals: Sequence[bytes] | None = None,
+    must_be_original: bool = False,
 ) -> None:
     """Read every sample in every way; whatever is read must be what lies at its place in the files.
 
     Args:
         must_refuse: shards of which nothing may be read.
         originals: the sound tars; members that still are like theirs must be readable.
+        must_be_original: no other members may be readable.
     """
     refused: dict[tuple[int, int], DataError] = {}
     for shard in range(len(tars)):
@@ -171,7 +211,7 @@ def read_and_check(
                 refused[shard, row] = error
         reader.close()
     if originals is not None:
-        _check_spread(manifest, tars, indexes, originals, refused)
+        _check_spread(tars, indexes, originals, refused, must_be_original)
     _check_batches(manifest, verify, rng, refused)
     if refused:
         raise next(iter(refused.values()))
@@ -194,20 +234,24 @@ def _check_sample(
 
 
 def _check_spread(
-    manifest: Manifest,
     tars: Sequence[bytes],
     indexes: Sequence[bytes],
     originals: Sequence[bytes],
     refused: dict[tuple[int, int], DataError],
+    must_be_original: bool,
 ) -> None:
     """Damage must not spread: a sample whose members are as they were is not refused with its neighbours."""
-    for (shard, row), error in refused.items():
+    for shard, row in itertools.product(range(SHARDS), range(SAMPLES)):
+        error = refused.get((shard, row))
         if any(words in str(error) for words in ("sha256", "truncated", "replaced", "outside the shard")):
             continue  # nothing of that shard is used
         records = np.frombuffer(indexes[shard], RECORD_DTYPE, offset=INDEX_HEADER_BYTES).reshape(SAMPLES, -1)[row]
         parts = [slice(int(record["offset"]), int(record["offset"]) + int(record["size"])) for record in records]
-        if all(tars[shard][part] == originals[shard][part] for part in parts):
+        is_original = all(tars[shard][part] == originals[shard][part] for part in parts)
+        if is_original and error is not None:
             raise WrongDataError(f"sample {row} of shard {shard} is sound, but: {error}")
+        if must_be_original and not is_original and error is None:
+            raise WrongDataError(f"sample {row} of shard {shard} is damaged, and was read all the same")
 
 
 def _check_batches(
@@ -261,6 +305,8 @@ class ManifestTarget(_OfDataSets):
     def _look(manifest: Manifest) -> None:
         for shard in range(len(manifest.shards)):
             manifest.index_location(shard)
+            if manifest.shards[shard].sums is not None:
+                manifest.sums_location(shard)
             describe_sample(manifest, shard, 0, manifest.modalities[0].name)
         manifest.select([modality.name for modality in manifest.modalities])
 
@@ -283,7 +329,7 @@ class ManifestTarget(_OfDataSets):
         with contextlib.closing(ShardSet(manifest, "first_use", access=RemoteAccess(remote=_QUICK))) as shards:
             shards.gather(shard_B, index_B.reshape(-1), views, keys)
         for shard, entry in enumerate(manifest.shards):
-            tar, index = data.contents[entry.sha256], data.contents[entry.index.sha256]
+            tar, index = data.tar_of(entry), data.contents[entry.index.sha256]
             store = ShardStore(manifest, "first_use", RemoteAccess(remote=_QUICK))
             with contextlib.closing(ShardReader(manifest, shard, content=store.open(shard))) as reader:
                 records = np.frombuffer(index, RECORD_DTYPE, offset=INDEX_HEADER_BYTES)
@@ -443,9 +489,14 @@ class RemoteTarget(_OfDataSets):
             contents[shard] = (mutate_tar if contents is tars else mutate_bytes)(rng, contents[shard])
         served = folder / "served"
         served.mkdir()
-        document = data.described(tars, indexes) if rng.random() < 0.3 else data.manifest
+        sums, document = data.sums, data.manifest
+        if rng.random() < 0.3:
+            sums = data.sums_of(tars, indexes)
+            document = data.described(tars, indexes, sums)
+        if rng.random() < 0.5:
+            document = without_sums(document)
         with contextlib.suppress(*REFUSALS):  # whether it is sound is for the reader at the other end to say
-            data.write(served, number, tars=tars, indexes=indexes, manifest=document)
+            data.write(served, number, tars=tars, indexes=indexes, sums=sums, manifest=document)
         self._serve(rng, served)
         access = RemoteAccess(remote=_QUICK)
         if rng.random() < 0.6:
@@ -472,7 +523,7 @@ class RemoteTarget(_OfDataSets):
         cache = folder / "cache"
         cache.mkdir()
         for shard in document["shards"]:
-            for entry in (shard, shard["index"]):
+            for entry in (shard, shard["index"], *([shard["sums"]] if "sums" in shard else [])):
                 content = (folder / "served" / entry["url"]).read_bytes()
                 name = rng.choice((entry["sha256"], f"{entry['sha256']}-{entry['num_bytes']}.part", "lock", "wanted"))
                 kind = rng.randrange(9)
@@ -548,7 +599,8 @@ class WorkspaceTarget(Target):
     @staticmethod
     def _indexes(paths: Sequence[Path], out: Path) -> tuple[str, ...]:
         manifest = index_shards([str(path) for path in paths], out, REQUESTS, workers=1).manifest
-        return manifest.fingerprint, *(shard.index.sha256 for shard in manifest.shards)
+        files = [file for shard in manifest.shards for file in (shard.index, shard.sums)]
+        return manifest.fingerprint, *(file.sha256 for file in files if file is not None)
 
 
 def _json_in(content: bytes) -> Any:
