@@ -403,6 +403,8 @@ def _start(dataset: _Batches, numbers: range, workers: int, pin_memory: bool) ->
         collate_fn=_unchanged,
         pin_memory=pin_memory,
         prefetch_factor=PREFETCH_BATCHES_PER_WORKER if workers else None,
+        # It would draw from torch's global generator, whose numbers would then depend on how data are read.
+        generator=torch.Generator(),
     )
     return iter(loader)
 
@@ -412,7 +414,9 @@ def _next_batch(batches: Iterator[Batch | _Failure], workers: int) -> Batch | _F
         return next(batches)
     except (RuntimeError, OSError, EOFError) as error:
         # A worker's death shows as a message of torch, or as a broken connection to it, whichever comes first.
-        if workers == 0 or (isinstance(error, RuntimeError) and not _tells_of_a_dead_worker(error)):
+        if workers == 0 or _was_raised_in_worker(error):
+            raise
+        if isinstance(error, RuntimeError) and not _tells_of_a_dead_worker(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
@@ -430,6 +434,11 @@ def _shut_down(batches: Iterator[Batch | _Failure]) -> None:
 
 def _tells_of_a_dead_worker(error: RuntimeError) -> bool:
     return str(error).startswith("DataLoader worker")
+
+
+def _was_raised_in_worker(error: Exception) -> bool:
+    """Whether code in a worker, such as a user's transform, raised it: torch sends such errors on with these words."""
+    return str(error).startswith("Caught ")
 
 
 def _unchanged(batch: Any) -> Any:

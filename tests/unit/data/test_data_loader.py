@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from data_examples import npy_bytes
@@ -20,7 +21,7 @@ from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardReader
 from jmvae_dist.data.store import ShardBytes, Verify
-from jmvae_dist.data.views import make_views
+from jmvae_dist.data.views import SampleKeys, View, make_views
 from jmvae_dist.errors import ConfigError, DataError
 
 MakeManifest = Callable[..., Manifest]
@@ -73,7 +74,9 @@ def test_batches_follow_the_plan(example_manifest: MakeManifest) -> None:
 def test_workers_do_not_change_the_batches(example_manifest: MakeManifest, workers: int) -> None:
     manifest = example_manifest(47)
     alone = list(train_loader(manifest).iterate(3, 20))
+    state = torch.get_rng_state()
     shared = list(train_loader(manifest, workers=workers).iterate(3, 20))
+    assert torch.equal(torch.get_rng_state(), state)
     assert len(alone) == len(shared) == 17
     assert all(same(left, right) for left, right in zip(alone, shared, strict=True))
 
@@ -187,6 +190,18 @@ def test_a_killed_worker_is_reported(example_manifest: MakeManifest) -> None:
     with pytest.raises(DataError, match=r"data worker process died .* lower data\.workers"):
         for _ in batches:
             pass
+
+
+def test_an_error_of_the_users_code_in_a_worker_is_not_taken_for_its_death(example_manifest: MakeManifest) -> None:
+    class Reading(View):
+        def to_model(self, stored: np.ndarray, keys: SampleKeys) -> np.ndarray:
+            raise FileNotFoundError("no file of means")
+
+    manifest = example_manifest(20)
+    plan = SamplePlan(manifest.shard_sizes, 12, 4, 8, seed=5)
+    views = [Reading(modality) for modality in manifest.modalities]
+    with pytest.raises(FileNotFoundError, match="no file of means"):
+        next(TrainLoader(manifest, plan, rank=0, world_size=1, workers=1, views=views).iterate(0, 1))
 
 
 def test_impossible_settings(example_manifest: MakeManifest) -> None:
