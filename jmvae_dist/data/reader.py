@@ -328,8 +328,9 @@ class ShardSet:
         self._store = ShardStore(manifest, verify, access)
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
         self._pool: ThreadPoolExecutor | None = None
-        # What is wrong with shards that could not be opened: a damaged one is not hashed again for every sample.
-        self._unsound: dict[int, str] = {}
+        # What is wrong with shards that could not be opened, and the state of their files then: a damaged one is not
+        # hashed again for every sample, but it is once it has been repaired.
+        self._unsound: dict[int, tuple[str, object]] = {}
         # Held while shards are in use; whoever gets it otherwise may close them.
         self._busy = threading.RLock()
         self._ended: threading.Event | None = None
@@ -339,16 +340,26 @@ class ShardSet:
         if shard_number in self._open:
             self._open.move_to_end(shard_number)
             return self._open[shard_number]
-        if shard_number in self._unsound:
-            raise DataError(self._unsound[shard_number])
+        problem = self._known_problem(shard_number)
+        if problem is not None:
+            raise DataError(problem)
+        state = self._store.state_of_files(shard_number)
         try:
             content = self._store.open(shard_number, self._close_oldest)
         except UnreachableError:
             raise
         except DataError as error:
-            self._unsound[shard_number] = str(error)
+            self._unsound[shard_number] = str(error), state
             raise
         return self._add(shard_number, content)
+
+    def _known_problem(self, shard_number: int) -> str | None:
+        """What was wrong with a shard when it was opened last, unless its files have changed since."""
+        problem, state = self._unsound.get(shard_number, (None, None))
+        if problem is not None and self._store.state_of_files(shard_number) != state:
+            del self._unsound[shard_number]
+            return None
+        return problem
 
     def _add(self, shard_number: int, content: ShardBytes) -> ShardReader:
         while len(self._open) >= self._max_open:
@@ -376,15 +387,22 @@ class ShardSet:
 
     def _open_together(self, shard_numbers: Sequence[int]) -> None:
         """Open what is not open yet with several threads: sums over whole shards and answers of servers take time."""
-        missing = [number for number in shard_numbers if number not in self._open and number not in self._unsound]
+        missing = [
+            number for number in shard_numbers if number not in self._open and self._known_problem(number) is None
+        ]
         if not missing:
             return
         # Those that are open and needed must not be closed for the missing ones.
         for number in shard_numbers:
             if number in self._open:
                 self._open.move_to_end(number)
+        states = {number: self._store.state_of_files(number) for number in missing}
         for number, content in self._store.open_together(missing).items():
-            self._add(number, content)
+            if isinstance(content, DataError):
+                # Whoever needs the shard meets the error again, and knows which sample needs it.
+                self._unsound[number] = str(content), states[number]
+            else:
+                self._add(number, content)
 
     def _load(self, index_by_shard: dict[int, np.ndarray], modalities: Sequence[str]) -> None:
         """Bring the members of a batch that lie on a server, with several requests at a time."""

@@ -221,7 +221,8 @@ class ShardStore:
         # Of the shards that are read in parts: one that is closed and opened again must still be the same.
         self._versions: dict[str, str] = {}
         self._cancelled = threading.Event()
-        self._executor: ThreadPoolExecutor | None = None
+        # Threads that wait for servers, and threads that compute sums over local files.
+        self._executors: dict[bool, ThreadPoolExecutor] = {}
         self._pid = os.getpid()
 
     def open(self, shard_number: int, release: Callable[[], bool] = lambda: False) -> ShardBytes:
@@ -305,25 +306,35 @@ class ShardStore:
         requests = [request for shard, members in wanted for request in shard.load(members)]
         self._run_together(requests)
 
-    def open_together(self, shard_numbers: Sequence[int]) -> dict[int, ShardBytes]:
-        """Open several shards, some at a time; leaves those out that `open` refuses, and those in the cache.
+    def open_together(self, shard_numbers: Sequence[int]) -> dict[int, ShardBytes | DataError]:
+        """Open those of several shards that take time, some at a time; what `open` raises takes the place of a shard.
 
         Raises:
             UnreachableError: one of them is not to be had at the moment.
         """
-        opened: dict[int, ShardBytes] = {}
+        opened: dict[int, ShardBytes | DataError] = {}
 
         def open_one(shard_number: int) -> None:
             try:
                 opened[shard_number] = self.open(shard_number)
             except UnreachableError:
                 raise
-            except DataError:
-                pass  # whoever needs the shard meets the error again, and knows which sample needs it
+            except DataError as error:
+                opened[shard_number] = error
 
-        takes_time = [number for number in shard_numbers if self.is_ranged(number) or self._is_hashed(number)]
-        self._run_together([partial(open_one, shard_number) for shard_number in takes_time])
+        ranged = [number for number in shard_numbers if self.is_ranged(number)]
+        hashed = [number for number in shard_numbers if self._is_hashed(number)]
+        self._run_together([partial(open_one, shard_number) for shard_number in ranged])
+        self._run_together([partial(open_one, shard_number) for shard_number in hashed], is_local=True)
         return opened
+
+    def state_of_files(self, shard_number: int) -> tuple[tuple[int, ...] | None, ...]:
+        """What tells whether the files of a shard have changed since it was asked for; of local ones only."""
+        shard = self._manifest.shards[shard_number]
+        locations = [self._manifest.shard_location(shard_number), self._manifest.index_location(shard_number)]
+        if shard.sums is not None:
+            locations.append(self._manifest.sums_location(shard_number))
+        return tuple(_state_of_file(location) for location in locations if isinstance(location, Path))
 
     def _is_hashed(self, shard_number: int) -> bool:
         """Whether to open a shard may mean to read all of it from a local disk."""
@@ -338,25 +349,28 @@ class ShardStore:
     def close(self) -> None:
         """End transfers; the store can be used again."""
         self._cancelled.set()
-        if self._executor is not None and self._pid == os.getpid():
-            self._executor.shutdown(cancel_futures=True)
-        self._executor, self._cancelled = None, threading.Event()
+        if self._pid == os.getpid():
+            for executor in self._executors.values():
+                executor.shutdown(cancel_futures=True)
+        self._executors, self._cancelled = {}, threading.Event()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_executor": None, "_cancelled": None}
+        return {**self.__dict__, "_executors": {}, "_cancelled": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _cancelled=threading.Event(), _pid=os.getpid())
 
-    def _run_together(self, requests: Sequence[Callable[[], None]]) -> None:
+    def _run_together(self, requests: Sequence[Callable[[], None]], *, is_local: bool = False) -> None:
         if len(requests) <= 1:
             for request in requests:
                 request()
             return
-        if self._executor is None or self._pid != os.getpid():  # threads do not live on in a forked process
-            self._executor = ThreadPoolExecutor(self._access.remote.connections, "jmvae-shards")
-            self._pid = os.getpid()
-        futures = [self._executor.submit(request) for request in requests]
+        if self._pid != os.getpid():  # threads do not live on in a forked process
+            self._executors, self._pid = {}, os.getpid()
+        if is_local not in self._executors:
+            threads = len(os.sched_getaffinity(0)) if is_local else self._access.remote.connections
+            self._executors[is_local] = ThreadPoolExecutor(threads, "jmvae-shards")
+        futures = [self._executors[is_local].submit(request) for request in requests]
         try:
             for future in futures:
                 future.result()
@@ -542,6 +556,14 @@ def _is_header_of(header: bytes, size: int) -> bool:
     unsigned = sum(content)
     signed = unsigned - 256 * sum(byte > 127 for byte in content)  # as some old programs have it
     return checksum in (unsigned, signed) and stated_size == size
+
+
+def _state_of_file(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _identity(status: os.stat_result, sha256: str, *, is_copy: bool = False) -> _Identity:

@@ -26,6 +26,7 @@ from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardSet, Verify
 from jmvae_dist.data.views import SampleKeys, make_views
 from jmvae_dist.errors import DataError, UnreachableError
+from jmvae_dist.files import sha256_of_descriptor
 
 MODALITIES = (
     Modality.image("photo", (3, 4, 4), "jpg|png"),
@@ -224,6 +225,24 @@ def test_a_lost_mount_masks_nothing(tmp_path: Path, lost: str) -> None:
         (tmp_path / "data").rmdir()
     aside.rename(tmp_path / "data")
     assert not shards.gather_valid(*wanted)[1]
+
+
+def test_a_damaged_shard_is_hashed_once_until_it_is_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, hashed = write(tmp_path / "data"), []
+    monkeypatch.setattr(
+        "jmvae_dist.data.store.sha256_of_descriptor", lambda file: hashed.append(file) or sha256_of_descriptor(file)
+    )
+    path = manifest.shard_path(BAD_SHARD)
+    sound = path.read_bytes()
+    flipped(600)(path)
+    shards, views = ShardSet(manifest), make_views(manifest.modalities)
+    wanted = np.array([BAD_SHARD, 0, 2]), np.arange(3), views, SampleKeys(np.arange(3))
+    for _ in range(2):
+        assert list(shards.gather_valid(*wanted)[1]) == [0]
+        assert len(hashed) == 3
+    path.write_bytes(sound)
+    assert not shards.gather_valid(*wanted)[1]
+    assert len(hashed) == 4
 
 
 @pytest.mark.parametrize(("modality", "cause"), [(0, "limit of an image"), (1, "not a valid npy"), (3, "16777216")])
