@@ -45,6 +45,8 @@ _ASKING_S = 2.0
 _ABANDONED_PART_S = 86400.0
 # For this long a copy that was made ahead of use is not removed to make room for another such copy.
 _AHEAD_OF_USE_NS = 3600 * 10**9
+# Copies that this process has downloaded, and so hashed: device, inode, size and time of modification.
+_downloaded: set[tuple[int, int, int, int]] = set()
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -72,6 +74,11 @@ class CachedFile:
         self.descriptor = descriptor
         self.is_new = is_new
         """Whether this process has just downloaded it, and so checked its sha256."""
+        identity = _identity(descriptor)
+        if is_new:
+            _downloaded.add(identity)
+        self.is_own = identity in _downloaded
+        """Whether this process has downloaded it, now or earlier, and nobody has changed it since."""
 
     def close(self) -> None:
         # Not left to the closing: a process forked meanwhile shares the lock and would keep it.
@@ -451,6 +458,11 @@ def _open(path: Path, flags: int) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return descriptor
+
+
+def _identity(descriptor: int) -> tuple[int, int, int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _try_lock(descriptor: int) -> bool:

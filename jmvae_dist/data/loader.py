@@ -437,7 +437,7 @@ def _tells_of_a_dead_worker(error: RuntimeError) -> bool:
 
 
 def _was_raised_in_worker(error: Exception) -> bool:
-    """Whether code in a worker, such as a user's transform, raised it: torch sends such errors on with these words."""
+    """Whether code in a worker, such as a user's transform, raised it: torch sends such errors on in these words."""
     return str(error).startswith("Caught ")
 
 

@@ -434,11 +434,13 @@ class ShardStore:
             file = cache.open(entry, release)
             try:
                 identity = _identity(os.fstat(file.descriptor), entry.sha256, is_copy=True)
+                if file.is_own:
+                    _checked_files.add(identity)
                 must_hash = not file.is_new and self._must_hash(shard_number, identity)
                 if must_hash and sha256_of_descriptor(file.descriptor) != entry.sha256:
                     cache.remove_damaged(file)  # and download it again, once
                     continue
-                if must_hash or file.is_new:
+                if must_hash:
                     _checked_files.add(identity)
                 buffer = mmap.mmap(file.descriptor, 0, access=mmap.ACCESS_READ)
             except OSError as error:

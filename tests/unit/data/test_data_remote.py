@@ -31,6 +31,7 @@ from jmvae_dist.data.views import SampleKeys, make_views
 from jmvae_dist.data.writer import write_shards
 from jmvae_dist.data_config import CacheSection, RemoteSection
 from jmvae_dist.errors import ConfigError, DataError, UnreachableError
+from jmvae_dist.files import sha256_of_descriptor
 from tests.faulty_server import Fault, FaultyServer, serving
 
 QUICK = RemoteSection(connect_timeout_s=2.0, stall_timeout_s=1.0, attempts=2, backoff_s=0.01)
@@ -346,6 +347,24 @@ def test_shards_are_downloaded_ahead(
     wait_for(order[:4])
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("jmvae-prefetch")]
+
+
+def test_what_was_downloaded_ahead_is_not_hashed_again(
+    remote: Manifest, cached: RemoteAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = []
+    monkeypatch.setattr(
+        "jmvae_dist.data.store.sha256_of_descriptor", lambda file: hashed.append(file) or sha256_of_descriptor(file)
+    )
+    manifest, cache = without_sums(remote), cached.open_cache()
+    assert cache is not None
+    for entry in shard_files(manifest, 1):
+        cache.download_ahead(entry, threading.Event())
+    gather(ShardSet(manifest, access=cached), manifest, [1], [3])
+    assert not hashed
+    os.utime(cache.folder / manifest.shards[1].sha256)
+    gather(ShardSet(manifest, access=cached), manifest, [1], [3])
+    assert len(hashed) == 1
 
 
 def test_upcoming_shards(local: Manifest) -> None:
