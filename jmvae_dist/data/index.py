@@ -73,6 +73,24 @@ def read_index(
     return parse_index(content, path, num_samples, num_modalities, shard_num_bytes, sha256)
 
 
+def read_records_of_sample(path: str | Path, index: int, num_samples: int, num_modalities: int) -> np.ndarray:
+    """The records of one sample, (num_modalities,), for messages: nothing else of the file is read or checked.
+
+    Raises:
+        DataError: it is not an index of so many samples and modalities.
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file:
+        header = file.read(_HEADER.size)
+        if header != _HEADER.pack(_MAGIC, INDEX_VERSION, num_modalities, num_samples):
+            raise DataError(f"{path}: not an index of {num_samples} samples with {num_modalities} modalities")
+        file.seek(_HEADER.size + index * num_modalities * RECORD_DTYPE.itemsize)
+        content = file.read(num_modalities * RECORD_DTYPE.itemsize)
+    if len(content) != num_modalities * RECORD_DTYPE.itemsize:
+        raise DataError(f"{path}: the index is cut off")
+    return np.frombuffer(content, RECORD_DTYPE)
+
+
 def parse_index(
     content: bytes, path: str | Path, num_samples: int, num_modalities: int, shard_num_bytes: int, sha256: str | None
 ) -> np.ndarray:

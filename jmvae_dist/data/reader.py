@@ -27,7 +27,8 @@ import numpy as np
 
 from jmvae_dist.data.encodings import MAX_NPY_HEADER_BYTES, decode_member, max_member_bytes, parse_npy_header
 from jmvae_dist.data.files import open_regular
-from jmvae_dist.data.index import read_index
+from jmvae_dist.data.index import read_records_of_sample
+from jmvae_dist.data.indexing.tar_scan import name_before
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.store import (
     TAR_BLOCK_BYTES,
@@ -48,6 +49,8 @@ DEFAULT_MAX_OPEN = 128
 _MOST_UNDECODED_BYTES = 256 * 2**20
 # How often an idle process looks whether another one waits for room in the cache.
 _LOOK_EVERY_S = 0.5
+# As much is read before a member to find its name, with extended headers for long names.
+_MOST_HEADER_BYTES = 16 * TAR_BLOCK_BYTES
 _ASCII_ZERO = np.uint8(ord("0"))
 
 # What webdataset calls the key: the path up to the first dot of the file's name.
@@ -126,12 +129,12 @@ class ShardReader:
 
     def key(self, index: int, modality: str) -> str:
         """The key of a sample, from the tar header before its member; for messages only, never a path."""
-        offset = int(self._records_NM["offset"][index, self._columns[modality]])
-        if offset == 0:  # the sample has no such member: another one knows the key as well
-            offset = int(self._records_NM["offset"][index].max())
-        if offset == 0:
+        try:
+            return _key_of(
+                self._records_NM[index], self._columns[modality], self.content.read, self._modalities[modality]
+            )
+        except DataError:  # to read it over the network may fail
             return "unknown"
-        return _key_in(self.content.read(offset - TAR_BLOCK_BYTES, TAR_BLOCK_BYTES), self._modalities[modality])
 
     def members(self, index_B: np.ndarray, modalities: Sequence[str]) -> np.ndarray:
         """What `member_bytes` reads of some samples, as index records (B, len(modalities))."""
@@ -713,17 +716,35 @@ def _rows_by_shard(shard_B: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield int(ordered_B[start]), by_shard[start:stop]
 
 
-def _key_in(header: bytes, modality: Modality) -> str:
-    """The key in the tar header of a member; for messages only, never a path."""
-    prefix, name = (
-        field.split(b"\0")[0].decode("ascii", "backslashreplace") for field in (header[345:500], header[:100])
-    )
-    full_name = f"{prefix}/{name}" if prefix else name
+def _key_of(records_M: np.ndarray, column: int, read: Callable[[int, int], bytes], modality: Modality) -> str:
+    """The key of a sample, from the tar headers before its member; for messages only, never a path.
+
+    Args:
+        records_M: the sample's records in the index.
+        column: the member's.
+        read: gives bytes of the tar, by offset and size.
+        modality: the member's.
+    """
+    # Where the sample has no such member, another one knows the key as well.
+    offset = int(records_M["offset"][column]) or int(records_M["offset"].max())
+    if offset == 0:
+        return "unknown"
+    start = max(0, offset - _MOST_HEADER_BYTES)
+    blocks = read(start, offset - start)
+    full_name = name_before(blocks) or _stated_name(blocks[-TAR_BLOCK_BYTES:])
     for extension in modality.extensions:
         if full_name.lower().endswith(f".{extension.lower()}"):
             return full_name[: -len(extension) - 1]
     match = _KEY.match(full_name)  # of another member of the sample
     return match[1] if match else "unknown"
+
+
+def _stated_name(header: bytes) -> str:
+    """What a tar header that may be damaged says of the name."""
+    prefix, name = (
+        field.split(b"\0")[0].decode("ascii", "backslashreplace") for field in (header[345:500], header[:100])
+    )
+    return f"{prefix}/{name}" if prefix else name
 
 
 def describe_sample(manifest: Manifest, shard_number: int, index: int, modality: str) -> str:
@@ -738,11 +759,16 @@ def _key_in_unsound(manifest: Manifest, shard_number: int, index: int, modality:
     column = [entry.name for entry in manifest.modalities].index(modality)
     with contextlib.suppress(DataError, OSError):
         path = manifest.index_path(shard_number)
-        records_NM = read_index(path, shard.num_samples, num_modalities, shard.num_bytes, None)
-        offset = int(records_NM["offset"][index, column]) or int(records_NM["offset"][index].max())
+        records_M = read_records_of_sample(path, index, shard.num_samples, num_modalities)
+        if int(records_M["offset"].max()) > shard.num_bytes:
+            return "unknown"
         with open_regular(manifest.shard_path(shard_number)) as file:
-            file.seek(max(0, offset - TAR_BLOCK_BYTES))
-            return _key_in(file.read(TAR_BLOCK_BYTES), manifest.modalities[column])
+
+            def read(offset: int, size: int) -> bytes:
+                file.seek(offset)
+                return file.read(size)
+
+            return _key_of(records_M, column, read, manifest.modalities[column])
     return "unknown"
 
 

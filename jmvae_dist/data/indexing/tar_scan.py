@@ -7,7 +7,9 @@ and it takes several times as long per member.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -294,6 +296,17 @@ class TarScanner:
 
     def _fail(self, offset: int, problem: str) -> NoReturn:
         raise DataError(f"{self._path}: byte {offset}: {printable(problem)}")
+
+
+def name_before(blocks: bytes) -> str | None:
+    """The name of the member whose content begins where `blocks` of a tar end; None if they hold no sound header."""
+    # From the first block: an extended header, which says more of the name, comes before the member's own.
+    for start in range(0, len(blocks), BLOCK_BYTES):
+        with contextlib.suppress(DataError, StopIteration):
+            member = next(iter(TarScanner(io.BytesIO(blocks[start:]), "")))
+            if start + member.offset == len(blocks):
+                return member.name
+    return None
 
 
 def _what_else(start: bytes) -> str:

@@ -27,7 +27,7 @@ from jmvae_dist.data.indexing.inspection import ModalityRequest
 from jmvae_dist.data.indexing.shard_lists import expand_shards
 from jmvae_dist.data.indexing.shard_scan import scan_shard
 from jmvae_dist.data.manifest import Manifest
-from jmvae_dist.data.reader import ShardReader
+from jmvae_dist.data.reader import ShardReader, describe_sample
 from jmvae_dist.data.verify import verify_shards
 from jmvae_dist.errors import ConfigError, DataError
 
@@ -525,6 +525,30 @@ def test_keys_are_never_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     assert "with extension evil\\u202e" in shown
     assert all(char.isprintable() or char == "\n" for char in shown)
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_messages_name_keys_that_only_an_extended_header_holds(tmp_path: Path, format: int) -> None:
+    folder = f"{'folder/' * 20}schl\u00fcssel-"
+    members = members_of(range(3), folder)
+    members[f"{folder}0001.image.npy"] = npy_bytes(np.full((2, 3), 7, np.int16)).replace(b"descr", b"discr")
+    path = write_tar(tmp_path / "s.tar", members, format)
+    manifest = index([path], tmp_path / "m.json", incomplete="keep").manifest
+    key = f"key '{folder}0001'"
+    with pytest.raises(DataError, match=f"sample 1 .{key}.*no member"):
+        ShardReader(manifest, 0).read([0, 1], "image")
+    assert key in describe_sample(manifest, 0, 1, "image")
+
+
+def test_a_sample_without_any_member_has_no_key(tmp_path: Path) -> None:
+    """Not that of the first sample."""
+    path = write_tar(tmp_path / "s.tar", members_of(range(3)))
+    manifest = index([path], tmp_path / "m.json").manifest
+    content = bytearray(manifest.index_path(0).read_bytes())
+    content[24 + 24 : 24 + 48] = bytes(24)
+    manifest.index_path(0).write_bytes(content)
+    assert "key '0000'" in describe_sample(manifest, 0, 0, "image")
+    assert "key 'unknown'" in describe_sample(manifest, 0, 1, "image")
 
 
 def test_extensions_without_end(tmp_path: Path) -> None:
