@@ -143,8 +143,8 @@ class DataSection:
             number of processes. Default: its largest divisor up to 64. Part of the order: fixed for a run.
         shuffle_window: Samples that are shuffled together within a lane. Part of the order: fixed for a run.
         workers: Reader processes per rank; 0 reads in the training process.
-        decode_threads: Threads that decode images, texts and JSON in each process that reads; by default as many
-            as the CPUs that this process may use, and at most 8, or 1 beside reader processes. Arrays need none.
+        decode_threads: Threads that decode images in each process that reads; by default as many as the CPUs that
+            this process may use, and at most 8, or 1 beside reader processes. Nothing else needs any.
         verify: When the bytes of shards are checked: always (the whole shard at every opening), first_use (each
             member when a process first uses it; the whole shard at its first opening if it has no sums) or never. The
             sha256 of an index is checked at every opening.

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.prefetch import Prefetcher
-from jmvae_dist.data.reader import ShardSet, describe_sample, most_open_shards
+from jmvae_dist.data.reader import ShardSet, check_views, describe_sample, most_open_shards
 from jmvae_dist.data.store import RemoteAccess, Verify, check_verify, shard_files
 from jmvae_dist.data.views import SampleKeys, View, make_views
 from jmvae_dist.errors import ConfigError, DataError
@@ -128,7 +128,7 @@ class TrainLoader:
         rank, world_size: this rank's place.
         views: what the model sees of which modalities, in this order (None: of all, as they are).
         workers: worker processes; 0 reads in this process.
-        threads: threads that decode images, texts and JSON, in each process that reads.
+        threads: threads that decode images, in each process that reads.
         verify: when the bytes of shards are checked; see `ShardStore`.
         on_bad_sample: `stop` raises; `mask` leaves the sample out of its batch and says so in `Batch.problems`.
         pin_memory: copy batches to page-locked memory (only useful with a GPU).
@@ -166,6 +166,7 @@ class TrainLoader:
         max_open = max(2, min(count_shards_in_use(plan, len(lanes)), most_open))
         shards = ShardSet(manifest, verify, max_open, threads, self._access)
         views = make_views(manifest.modalities) if views is None else views
+        check_views(views, manifest)
         self._dataset = _TrainSteps(plan, lanes, views, shards, on_bad_sample)
 
     def iterate(self, start_step: int, stop_step: int) -> Generator[Batch, None, None]:
@@ -220,6 +221,7 @@ class EvaluationLoader:
         self._pin_memory = pin_memory
         block = range(rank * manifest.num_samples // world_size, (rank + 1) * manifest.num_samples // world_size)
         views = make_views(manifest.modalities) if views is None else views
+        check_views(views, manifest)
         shards = ShardSet(manifest, verify, 2, threads, self._access)
         self._dataset = _EvaluationBatches(manifest, block, batch_size, views, shards, on_bad_sample)
 

@@ -3,7 +3,7 @@
 A shard is mapped into memory. Where the members of a modality have one size and lie at even distances, which is how
 `jmvae-dist shards write` lays them out, the modality is a strided array over the tar itself: any set of samples is
 one gather, and their headers are compared with that of the first member. Otherwise, and where a header differs, each
-sample is decoded by its index entry, by several threads. Both paths give the same values.
+sample is decoded by its index entry, images by several threads. Both paths give the same values.
 
 Shape suffixes: N samples of the shard, B samples asked for.
 """
@@ -33,6 +33,7 @@ from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.store import (
     TAR_BLOCK_BYTES,
     DamagedCopyError,
+    Explain,
     MappedShard,
     RangedShard,
     RemoteAccess,
@@ -310,7 +311,7 @@ class ShardSet:
         manifest: the data set.
         verify: when the bytes of shards are checked; see `ShardStore`.
         max_open: how many shards to keep open.
-        threads: how many decode members that are not strided arrays.
+        threads: how many decode images; texts, JSON and arrays are decoded by the calling one.
         access: how remote shards are read.
     """
 
@@ -388,7 +389,7 @@ class ShardSet:
         assert self._store.cache is not None
         content.remove_copy(self._store.cache)
 
-    def _open_together(self, shard_numbers: Sequence[int]) -> None:
+    def _open_together(self, shard_numbers: Sequence[int], explain: Explain) -> None:
         """Open what is not open yet with several threads: sums over whole shards and answers of servers take time."""
         missing = [
             number for number in shard_numbers if number not in self._open and self._known_problem(number) is None
@@ -400,14 +401,14 @@ class ShardSet:
             if number in self._open:
                 self._open.move_to_end(number)
         states = {number: self._store.state_of_files(number) for number in missing}
-        for number, content in self._store.open_together(missing).items():
+        for number, content in self._store.open_together(missing, explain).items():
             if isinstance(content, DataError):
                 # Whoever needs the shard meets the error again, and knows which sample needs it.
                 self._unsound[number] = str(content), states[number]
             else:
                 self._add(number, content)
 
-    def _load(self, index_by_shard: dict[int, np.ndarray], modalities: Sequence[str]) -> None:
+    def _load(self, index_by_shard: dict[int, np.ndarray], modalities: Sequence[str], explain: Explain) -> None:
         """Bring the members of a batch that lie on a server, with several requests at a time."""
         for number, done_with in self._open.items():
             if number not in index_by_shard and isinstance(done_with.content, RangedShard):
@@ -416,8 +417,8 @@ class ShardSet:
         for number, index_B in index_by_shard.items():
             reader = self._open.get(number)
             if reader is not None and isinstance(reader.content, RangedShard):
-                requests.append((reader.content, reader.members(index_B, modalities)))
-        self._store.load(requests)
+                requests.append((number, reader.content, reader.members(index_B, modalities)))
+        self._store.load(requests, explain)
 
     def close_if_idle(self) -> None:
         """Close all shards if a process of the node waits for room in the cache, and no batch is being read."""
@@ -472,6 +473,7 @@ class ShardSet:
         self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], keys: SampleKeys
     ) -> dict[str, np.ndarray]:
         assert index_B.min(initial=0) >= 0, "numpy would count from the end"
+        check_views(views, self._manifest)
         stored = {view.name: np.empty((len(shard_B), *view.stored_shape), view.dtype) for view in views}
         with self._busy:
             for members in _portions(self._read(shard_B, index_B, views, stored)):
@@ -488,12 +490,17 @@ class ShardSet:
         parts = list(_rows_by_shard(shard_B))
         for start in range(0, len(parts), self._max_open):
             part = parts[start : start + self._max_open]
-            self._open_together([shard_number for shard_number, _ in part])
+            index_by_shard = {number: index_B[rows] for number, rows in part}
+            explain = partial(self._explain, index_by_shard, views[0].name)
+            self._open_together(list(index_by_shard), explain)
             if self._store.reads_ranges:
-                self._load({number: index_B[rows] for number, rows in part}, [view.name for view in views])
+                self._load(index_by_shard, [view.name for view in views], explain)
             for shard_number, rows in part:
                 wanted = index_B[rows]
-                reader = self._reader_for(shard_number, wanted, views[0].name)
+                try:
+                    reader = self.reader(shard_number)
+                except DataError as error:
+                    raise explain(shard_number, error) from None
                 for view in views:
                     column = reader.column(view.name)
                     if column is not None:
@@ -553,15 +560,13 @@ class ShardSet:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _busy=threading.RLock())
 
-    def _reader_for(self, shard_number: int, index_B: np.ndarray, modality: str) -> ShardReader:
-        """The reader of a shard; if it cannot be opened, the error also names a sample that needs it."""
-        try:
-            return self.reader(shard_number)
-        except DataError as error:
-            index = int(index_B[0])
-            key = _key_in_unsound(self._manifest, shard_number, index, modality)
-            what = f"needed for sample {index}, key {key!r}, modality {modality!r}"
-            raise type(error)(f"{error} ({what})") from None
+    def _explain(
+        self, index_by_shard: dict[int, np.ndarray], modality: str, shard_number: int, error: DataError
+    ) -> DataError:
+        """The error of a shard, which also names a sample that needs it."""
+        index = int(index_by_shard[shard_number][0])
+        key = _key_in_unsound(self._manifest, shard_number, index, modality)
+        return type(error)(f"{error} (needed for sample {index}, key {key!r}, modality {modality!r})")
 
     def _fail(self, shard_B: np.ndarray, index_B: np.ndarray, row: int, modality: str, problem: str) -> NoReturn:
         self.reader(int(shard_B[row])).fail(int(index_B[row]), modality, problem)
@@ -601,6 +606,11 @@ class ShardSet:
         if bad_row is not None:
             self._fail(shard_B, index_B, bad_row, view.name, "value is not finite (NaN or infinite)")
         return values
+
+
+def check_views(views: Sequence[View], manifest: Manifest) -> None:
+    """Assert that views are of a manifest's modalities: those of another data set may have other columns."""
+    assert all(view.modality in manifest.modalities for view in views), "views of another manifest"
 
 
 def _give_way(shards: weakref.ref[ShardSet], ended: threading.Event) -> None:

@@ -186,6 +186,8 @@ class RangedShard:
 
 
 ShardBytes = MappedShard | RangedShard
+Explain = Callable[[int, DataError], DataError]
+"""Adds to the error of a shard, which is given by its number, what it is needed for."""
 
 
 class ShardStore:
@@ -297,28 +299,37 @@ class ShardStore:
         checked = _checked_members.get(key) or _checked_members.setdefault(key, CheckedMembers(records_NM))
         return None if checked.are_all else MemberChecks(read_digests(), records_NM, checked)
 
-    def load(self, wanted: Iterable[tuple[RangedShard, np.ndarray]]) -> None:
-        """Read members (records) of several shards, some at a time.
+    def load(self, wanted: Iterable[tuple[int, RangedShard, np.ndarray]], explain: Explain) -> None:
+        """Read members (records) of several shards, given with their numbers, some at a time.
 
         Raises:
-            DataError: one of them cannot be read.
+            DataError: one of them cannot be read; what `explain` makes of it.
         """
-        requests = [request for shard, members in wanted for request in shard.load(members)]
+
+        def run(shard_number: int, request: Callable[[], None]) -> None:
+            try:
+                request()
+            except DataError as error:
+                raise explain(shard_number, error) from None
+
+        requests = [
+            partial(run, number, request) for number, shard, members in wanted for request in shard.load(members)
+        ]
         self._run_together(requests)
 
-    def open_together(self, shard_numbers: Sequence[int]) -> dict[int, ShardBytes | DataError]:
+    def open_together(self, shard_numbers: Sequence[int], explain: Explain) -> dict[int, ShardBytes | DataError]:
         """Open those of several shards that take time, some at a time; what `open` raises takes the place of a shard.
 
         Raises:
-            UnreachableError: one of them is not to be had at the moment.
+            UnreachableError: one of them is not to be had at the moment; what `explain` makes of it.
         """
         opened: dict[int, ShardBytes | DataError] = {}
 
         def open_one(shard_number: int) -> None:
             try:
                 opened[shard_number] = self.open(shard_number)
-            except UnreachableError:
-                raise
+            except UnreachableError as error:
+                raise explain(shard_number, error) from None
             except DataError as error:
                 opened[shard_number] = error
 

@@ -64,7 +64,7 @@ def evaluate_together(
         seed: Of the noise, which is keyed by it and by the sample's position: not by rank or batch size.
         joint_nll_samples: Importance samples per sample for the joint likelihood; 0 leaves it out.
         verify: When the bytes of shards are checked; see `data_config.DataSection`.
-        threads: Threads that decode images, texts and JSON.
+        threads: Threads that decode images.
         on_bad_sample: `mask` leaves samples out that cannot be read or that their likelihood cannot explain, and
             counts them in `eval/masked_samples`.
         access: How remote shards are read.

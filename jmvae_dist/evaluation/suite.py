@@ -94,7 +94,7 @@ class SuiteData:
         label: The one-hot modality with the classes, one of `views` or another one; None: there is none.
         train_manifest: Training shards, for classifiers and probes; None: there are none.
         train_views, train_label: As above, in the training shards.
-        threads: Threads that decode images, texts and JSON.
+        threads: Threads that decode images.
         access: How remote shards are read.
     """
 

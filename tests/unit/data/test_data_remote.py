@@ -312,7 +312,9 @@ def test_a_shard_is_of_one_version_however_often_it_is_opened(server: FaultyServ
         server.always[SHARD_1] = Fault(headers={"ETag": etag})
         gather(shards, remote, [number], [3])
     server.always[SHARD_1] = Fault(headers={"ETag": '"2"'})
-    with pytest.raises(DataError, match=rf"{SHARD_1}: the file has changed on the server"):
+    with pytest.raises(
+        DataError, match=rf"{SHARD_1}: the file has changed on the server .*sample 4, key .*, modality 'image'"
+    ):
         gather(shards, remote, [1], [4])
 
 
@@ -538,6 +540,8 @@ def test_only_bad_data_are_masked(
         assert list(problems) == [1]
         assert "answered 404" in problems[1]
         assert len(values["image"]) == 3
-        server.always[SHARD_1] = Fault(503)
-        with pytest.raises(UnreachableError, match="answered 503"):
-            ShardSet(remote, access=access).gather_valid(*wanted, views, keys)
+        for path in (SHARD_1, f"{SHARD_1}.index"):
+            server.always[path] = Fault(503)
+            with pytest.raises(UnreachableError, match=r"answered 503 .*needed for sample 3, key .*'image'"):
+                ShardSet(remote, access=access).gather_valid(*wanted, views, keys)
+        del server.always[f"{SHARD_1}.index"]
