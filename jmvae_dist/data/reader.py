@@ -116,11 +116,29 @@ class ShardReader:
         column = self.column(modality)
         if column is None:
             return self._decode_each(index_B, modality)
-        members_BS = column.members[index_B]
-        self.check_members(modality, index_B, lambda places: [memoryview(members_BS[place]) for place in places])
-        stored, is_other_B = parse_members(members_BS, column.header, self._modalities[modality])
+        alike = Alike(self._modalities[modality], column, len(index_B))
+        self.take(alike, column, modality, np.arange(len(index_B)), index_B)
+        stored, other_rows = alike.parse()
         # The general path knows what else a member may be, and explains what is wrong.
-        return self._decode_each(index_B, modality) if is_other_B.any() else stored
+        return self._decode_each(index_B, modality) if len(other_rows) else stored
+
+    def take(self, alike: Alike, column: Column, modality: str, rows: np.ndarray, index_B: np.ndarray) -> bool:
+        """Copy members of some samples to some rows of a batch, and check them; False if their layout is another.
+
+        Args:
+            alike: the batch's members of the modality.
+            column: the modality's.
+            modality: its name.
+            rows: of the batch.
+            index_B: the samples.
+
+        Raises:
+            DataError: one of them is damaged; see `check_members`.
+        """
+        if not alike.take(column, rows, index_B):
+            return False
+        self.check_members(modality, index_B, partial(alike.contents, column, rows))
+        return True
 
     def column(self, modality: str) -> Column | None:
         """The modality as one array over the tar, or None if its members differ in size or distance."""
@@ -486,7 +504,7 @@ class ShardSet:
         self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], stored: dict[str, np.ndarray]
     ) -> Iterator[_Member]:
         """Fill in what lies in strided arrays, and yield the members that are still to be decoded."""
-        alike: dict[str, _Alike] = {}
+        alike: dict[str, Alike] = {}
         parts = list(_rows_by_shard(shard_B))
         for start in range(0, len(parts), self._max_open):
             part = parts[start : start + self._max_open]
@@ -505,10 +523,8 @@ class ShardSet:
                     column = reader.column(view.name)
                     if column is not None:
                         if view.name not in alike:
-                            alike[view.name] = _Alike(view.modality, column, len(shard_B))
-                        if alike[view.name].take(column, rows, wanted):
-                            contents = partial(alike[view.name].contents, column, rows)
-                            reader.check_members(view.name, wanted, contents)
+                            alike[view.name] = Alike(view.modality, column, len(shard_B))
+                        if reader.take(alike[view.name], column, view.name, rows, wanted):
                             continue
                     for row, index in zip(rows.tolist(), wanted.tolist(), strict=True):
                         yield _Member(view, row, reader.member_bytes(index, view.name))
@@ -640,7 +656,7 @@ def _portions(members: Iterator[_Member]) -> Iterator[list[_Member]]:
         yield portion
 
 
-class _Alike:
+class Alike:
     """The members of a batch that lie in columns of one layout, whichever shards they are from.
 
     They are parsed together: a batch may have a few samples of each of very many shards.
@@ -673,15 +689,23 @@ class _Alike:
         all_bytes = self._members_BS.data.cast("B")
         return [all_bytes[stop - size : stop] for stop in ((rows[places] + 1) * width).tolist()]
 
-    def parse_into(self, stored: dict[str, np.ndarray], name: str) -> list[int]:
-        """Put the decoded values into the rows that were taken; returns those where a member is something else."""
+    def parse(self) -> tuple[np.ndarray, np.ndarray]:
+        """Decoded values (B, *stored_shape), of the rows that were taken, and in which of these they are not."""
         values, is_other_B = parse_members(self._members_BS, self._header, self._modality)
         if sum(map(len, self._rows)) == len(values):
-            stored[name] = values
-            return np.flatnonzero(is_other_B).tolist()
+            return values, np.flatnonzero(is_other_B)
         rows = np.concatenate(self._rows)
-        stored[name][rows] = values[rows]
-        return rows[is_other_B[rows]].tolist()
+        return values, rows[is_other_B[rows]]
+
+    def parse_into(self, stored: dict[str, np.ndarray], name: str) -> list[int]:
+        """Put the decoded values into the rows that were taken; returns those where a member is something else."""
+        values, other_rows = self.parse()
+        if sum(map(len, self._rows)) == len(values):
+            stored[name] = values
+        else:
+            rows = np.concatenate(self._rows)
+            stored[name][rows] = values[rows]
+        return other_rows.tolist()
 
 
 def parse_members(members_BS: np.ndarray, header: bytes, modality: Modality) -> tuple[np.ndarray, np.ndarray]:
