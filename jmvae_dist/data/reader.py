@@ -477,15 +477,16 @@ class ShardSet:
     ) -> dict[str, np.ndarray]:
         """`_gather`; a copy in the cache that turns out to be damaged is removed, and with that downloaded again."""
         replaced: set[int] = set()
-        while True:
-            try:
-                return self._gather(shard_B, index_B, views, keys)
-            except DamagedCopyError as error:
-                if error.shard_number in replaced:
-                    message = f"{error} (the copy is damaged again and again; is the disk of the cache sound?)"
-                    raise UnreachableError(message) from None
-                replaced.add(error.shard_number)
-                self._remove_copy(error.shard_number)
+        with self._busy:  # all along: the copy must still be open when it turns out to be damaged
+            while True:
+                try:
+                    return self._gather(shard_B, index_B, views, keys)
+                except DamagedCopyError as error:
+                    if error.shard_number in replaced:
+                        message = f"{error} (the copy is damaged again and again; is the disk of the cache sound?)"
+                        raise UnreachableError(message) from None
+                    replaced.add(error.shard_number)
+                    self._remove_copy(error.shard_number)
 
     def _gather(
         self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], keys: SampleKeys
@@ -493,12 +494,11 @@ class ShardSet:
         assert index_B.min(initial=0) >= 0, "numpy would count from the end"
         check_views(views, self._manifest)
         stored = {view.name: np.empty((len(shard_B), *view.stored_shape), view.dtype) for view in views}
-        with self._busy:
-            for members in _portions(self._read(shard_B, index_B, views, stored)):
-                for member, error in self._decode(members, stored):
-                    self._fail(shard_B, index_B, member.row, member.view.name, str(error))
-            self._make_room_for_others(set(shard_B.tolist()))
-            return {view.name: self._to_model(view, stored[view.name], shard_B, index_B, keys) for view in views}
+        for members in _portions(self._read(shard_B, index_B, views, stored)):
+            for member, error in self._decode(members, stored):
+                self._fail(shard_B, index_B, member.row, member.view.name, str(error))
+        self._make_room_for_others(set(shard_B.tolist()))
+        return {view.name: self._to_model(view, stored[view.name], shard_B, index_B, keys) for view in views}
 
     def _read(
         self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], stored: dict[str, np.ndarray]
