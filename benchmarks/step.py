@@ -8,7 +8,8 @@ batches of 256, float32.
 1. Steps, in this process, with 1 and with 2 threads. Contenders take turns of a few steps; medians count.
    - the floor: for every linear layer the three matrix products (output, gradient of the weights, gradient of the
      input), written into tensors that exist; and torch's fused AdamW on as many numbers;
-   - ours: `TrainStep`, with its keyed noise, guard, schedules and metrics, as training runs take it;
+   - ours: `TrainStep`, with its keyed noise, guard, schedules and metrics, as training runs take it, without and with
+     `training.compile: model`;
    - MultiVae's forward, backward and Adam, where that package is installed.
 2. Trainers, in processes of their own that take turns with our bare step: `jmvae-dist train` with data from shards, a
    record every 50 steps and a checkpoint every 500, and MultiVae's trainer on the same samples in memory.
@@ -18,6 +19,7 @@ batches of 256, float32.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -26,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -39,16 +41,16 @@ from torch import Tensor, nn
 from jmvae_dist.checkpoint.multivae import multivae_networks
 from jmvae_dist.config import JMVAEConfig, RunConfig
 from jmvae_dist.config_io import parse_run_config
-from jmvae_dist.data.loader import TrainLoader
+from jmvae_dist.data.loader import Batch, TrainLoader
 from jmvae_dist.data.manifest import Modality
 from jmvae_dist.data.sources.base import ArraySource
 from jmvae_dist.data.writer import write_shards
 from jmvae_dist.distributed.environment import detect_process
-from jmvae_dist.distributed.runtime import start_runtime
+from jmvae_dist.distributed.runtime import Runtime, start_runtime
 from jmvae_dist.model import JMVAE
 from jmvae_dist.training.guards import StepGuard
 from jmvae_dist.training.optimizer import make_optimizer
-from jmvae_dist.training.setup import resolve_run
+from jmvae_dist.training.setup import ResolvedRun, resolve_run
 from jmvae_dist.training.step import TrainStep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,34 +178,47 @@ def fused_adamw(model: nn.Module) -> Step:
 
 
 @contextmanager
-def our_step(manifest: Path, batch: int = BATCH) -> Iterator[tuple[Step, JMVAE]]:
-    """One step of training per call, on batches that have been read before."""
+def our_steps(manifest: Path, kinds: Sequence[str]) -> Iterator[tuple[dict[str, Step], JMVAE]]:
+    """One step of training per call, on batches that have been read before; for values of `training.compile`."""
     with tempfile.TemporaryDirectory() as folder:
-        config: RunConfig = parse_run_config(settings(manifest, Path(folder) / "run", 1_000_000, batch))
+        config: RunConfig = parse_run_config(settings(manifest, Path(folder) / "run", 1_000_000, BATCH))
         process = detect_process()
         run = resolve_run(config, process.world_size)
+        loader = TrainLoader(run.train_manifest, run.plan, rank=0, world_size=1, views=run.views)
+        batches = list(loader.iterate(0, 8))
         with start_runtime(process, device="cpu") as runtime:
-            torch.manual_seed(0)
-            model = JMVAE(run.model_config, networks=config.model.networks)
-            engine = runtime.prepare(model, make_optimizer(model, config.optimizer))
-            guard = StepGuard(
-                config.training.guards,
-                precision="fp32",
-                gradient_clip_norm=None,
-                global_batch_size=batch,
-                device=runtime.device,
-                is_partitioned=False,
-                world_size=1,
-            )
-            loader = TrainLoader(run.train_manifest, run.plan, rank=0, world_size=1, views=run.views)
-            batches = list(loader.iterate(0, 8))
-            take_step, numbers = TrainStep(run, runtime, engine, guard), iter(range(10**9))
+            steps: dict[str, Step] = {}
+            for kind in kinds:
+                training = dataclasses.replace(config.training, compile=kind)
+                one = dataclasses.replace(run, config=dataclasses.replace(config, training=training))
+                steps[kind], model = _our_step(one, runtime, batches)
+            yield steps, model
 
-            def step() -> None:
-                number = next(numbers)
-                take_step(batches[number % len(batches)], is_recorded=number % LOG_EVERY_STEPS == 0)
 
-            yield step, model
+def _our_step(run: ResolvedRun, runtime: Runtime, batches: list[Batch]) -> tuple[Step, JMVAE]:
+    training = run.config.training
+    torch.manual_seed(0)
+    model = JMVAE(run.model_config, networks=run.config.model.networks)
+    optimizer = make_optimizer(model, run.config.optimizer)
+    engine = runtime.prepare(model, optimizer, is_compiled=training.compile != "off")
+    guard = StepGuard(
+        training.guards,
+        precision=training.precision,
+        gradient_clip_norm=training.gradient_clip_norm,
+        global_batch_size=training.global_batch_size,
+        device=runtime.device,
+        is_partitioned=False,
+        world_size=1,
+    )
+    take_step, numbers = TrainStep(run, runtime, engine, guard), iter(range(10**9))
+    if not engine.is_settled:
+        take_step.rehearse(batches[0])
+
+    def step() -> None:
+        number = next(numbers)
+        take_step(batches[number % len(batches)], is_recorded=number % LOG_EVERY_STEPS == 0)
+
+    return step, model
 
 
 def multivae_step(num_samples: int = BATCH) -> Step | None:
@@ -244,9 +259,10 @@ def _multivae(num_samples: int) -> tuple[Any, Any] | None:
 def measure_steps(manifest: Path, threads: int, rounds: int) -> dict[str, Any]:
     """Medians in milliseconds, of contenders that take turns."""
     torch.set_num_threads(threads)
-    with our_step(manifest) as (ours, model):
+    with our_steps(manifest, ("off", "model")) as (ours, model):
         floor = Floor(model, BATCH)
-        steps: dict[str, Step] = {"matrix products": floor, "fused AdamW": fused_adamw(model), "ours": ours}
+        steps: dict[str, Step] = {"matrix products": floor, "fused AdamW": fused_adamw(model)}
+        steps |= {"ours": ours["off"], "ours, compiled": ours["model"]}
         if (theirs := multivae_step()) is not None:
             steps["MultiVae"] = theirs
         medians = _medians_ms(steps, rounds)
@@ -255,10 +271,14 @@ def measure_steps(manifest: Path, threads: int, rounds: int) -> dict[str, Any]:
         "threads": threads,
         "ms": medians,
         "gflop_per_s_of_products": floor.flops / medians["matrix products"] / 1e6,
-        "ours_to_floor": medians["ours"] / bound,
+        "to_floor": {
+            name: medians[name] / bound for name in ("ours", "ours, compiled", "MultiVae") if name in medians
+        },
     }
     if "MultiVae" in medians:
-        result["multivae_to_ours"] = medians["MultiVae"] / medians["ours"]
+        result["multivae_to_ours"] = {
+            name: medians["MultiVae"] / medians[name] for name in ("ours", "ours, compiled")
+        }
     print(json.dumps(result), flush=True)
     return result
 
@@ -343,12 +363,12 @@ def _take_turn(kind: str, manifest: str, threads: int, samples: int) -> float:
     """Samples per second, in this process."""
     torch.set_num_threads(threads)
     if kind == "our step":
-        with our_step(Path(manifest)) as (step, _):
+        with our_steps(Path(manifest), ("off",)) as (steps, _):
             times_s = []
             for turn in range(60):
                 start_s = time.perf_counter()
                 for _ in range(STEPS_PER_TURN):
-                    step()
+                    steps["off"]()
                 if turn > 0:
                     times_s.append((time.perf_counter() - start_s) / STEPS_PER_TURN)
         return BATCH / statistics.median(times_s)

@@ -83,7 +83,7 @@ def assert_close_losses(first: Run, second: Run, relative: float) -> None:
         assert other["loss/total"] == pytest.approx(record["loss/total"], rel=relative), record["global_step"]
 
 
-@pytest.mark.parametrize("engine", ZERO)
+@pytest.mark.parametrize("engine", [slow("zero0"), "zero1", "zero2", "zero3"])
 @pytest.mark.parametrize(
     ("num_processes", "settings"),
     [
@@ -108,7 +108,7 @@ def test_offload_changes_nothing(sources: Callable[..., Run], engine: str) -> No
     assert_same_run(sources("ddp", 2), sources(engine, 2, *offload))
 
 
-@pytest.mark.parametrize("engine", [slow("zero0"), slow("zero1"), "zero2", slow("zero3")])
+@pytest.mark.parametrize("engine", [slow("zero0"), "zero1", slow("zero2"), slow("zero3")])
 def test_accumulated_gradients(sources: Callable[..., Run], engine: str) -> None:
     """ZeRO 2 and 3 reduce after every micro-batch, the others once: each of the two groups agrees bit for bit."""
     micro = ("--training.micro_batch_size", "11")
@@ -118,8 +118,7 @@ def test_accumulated_gradients(sources: Callable[..., Run], engine: str) -> None
 
 
 IN_CI = {
-    *(("ddp", 2, "zero1", 2), ("zero1", 2, "zero3", 2), ("zero2", 2, "ddp", 2), ("zero3", 2, "zero3", 2)),
-    *(("zero3", 2, "ddp", 1), ("ddp", 1, "zero2", 2)),
+    *(("ddp", 2, "zero1", 2), ("zero2", 2, "zero3", 2), ("zero3", 2, "ddp", 1), ("ddp", 1, "zero2", 2)),
 }
 TABLE = [
     (source, source_processes, target, target_processes)
@@ -199,7 +198,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [("zero2", "zero3"), slow("ddp", "zero1"), slow("zero3", "ddp"), slow("zero1", "zero2")]
+    ("source", "target"), [slow("zero2", "zero3"), ("ddp", "zero1"), slow("zero3", "ddp"), slow("zero1", "zero2")]
 )
 def test_frozen_parameters_and_buffers(make_run: MakeRun, tmp_path: Path, source: str, target: str) -> None:
     """They are restored although no optimizer knows them; the resuming run begins with other values."""

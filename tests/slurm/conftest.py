@@ -51,9 +51,9 @@ def make_slurm_run(cluster: Cluster, tmp_path: Path, digits: Path) -> Callable[.
 
 @pytest.fixture(scope="session")
 def uninterrupted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, digits: Path) -> SlurmRun:
-    """What every other run of this shape must equal: two nodes with two ranks each, left in peace."""
+    """What every other run of this shape must equal: two nodes with one rank each, left in peace."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     run = SlurmRun(folder / "run", digits, list(SETTINGS), cluster=cluster)
-    job = run.submit("--nodes=2", "--ntasks-per-node=2", "--time=20")
+    job = run.submit("--nodes=2", "--ntasks-per-node=1", "--time=20")
     cluster.finish(job)
     return run

@@ -11,7 +11,7 @@ from tests.conftest import Run, assert_losses_agree
 from tests.slurm.cluster import Cluster, SlurmRun, processes_with, wait_until
 
 MakeRun = Callable[..., SlurmRun]
-LAYOUT = ("--nodes=2", "--ntasks-per-node=2")
+LAYOUT = ("--nodes=2", "--ntasks-per-node=1")
 
 
 def assert_equals(run: SlurmRun, uninterrupted: SlurmRun) -> None:
@@ -21,22 +21,29 @@ def assert_equals(run: SlurmRun, uninterrupted: SlurmRun) -> None:
     run.assert_nothing_is_left()
 
 
-def test_two_nodes_train_what_one_process_trains(uninterrupted: SlurmRun, make_run: Callable[..., Run]) -> None:
-    environment = json.loads((uninterrupted.output_dir / "environment.json").read_text())
+def test_two_nodes_train_what_one_process_trains(
+    cluster: Cluster, make_slurm_run: MakeRun, uninterrupted: SlurmRun, make_run: Callable[..., Run]
+) -> None:
+    """Two nodes with two ranks each, two nodes with one each, torchrun and a single process."""
+    run = make_slurm_run("four_ranks")
+    cluster.finish(run.submit("--nodes=2", "--ntasks-per-node=2", "--time=20"))
+    environment = json.loads((run.output_dir / "environment.json").read_text())
     assert (environment["launcher"], environment["world_size"]) == ("srun", 4)
     for rank in range(4):
-        log = (uninterrupted.output_dir / "logs" / f"rank-{rank:05d}.log").read_text()
+        log = (run.output_dir / "logs" / f"rank-{rank:05d}.log").read_text()
         assert f"rank {rank} of 4 on node{rank // 2 + 1}" in log
-    folder = uninterrupted.output_dir / "slurm"
-    (attempt,) = uninterrupted.attempts()
+    (attempt,) = run.attempts()
     assert attempt["exit_code"] == 0
-    assert "SLURM_JOB_ID=" in (folder / f"job-{attempt['job_id']}-0" / "environment.txt").read_text()
-    uninterrupted.assert_every_sample_once_per_epoch()
-    uninterrupted.assert_nothing_is_left()
+    recorded = run.output_dir / "slurm" / f"job-{attempt['job_id']}-0" / "environment.txt"
+    assert "SLURM_JOB_ID=" in recorded.read_text()
+    run.assert_every_sample_once_per_epoch()
+    run.assert_nothing_is_left()
+    others: list[Run] = [uninterrupted]
     for name, num_processes in (("alone", 1), ("torchrun", 2)):
-        other = make_run(name, *uninterrupted.overrides)
-        other.train(num_processes)
-        assert_losses_agree(uninterrupted, other, tolerance=1e-5, num_records=36)
+        others.append(make_run(name, *run.overrides))
+        others[-1].train(num_processes)
+    for other in others:
+        assert_losses_agree(run, other, tolerance=1e-5, num_records=36)
 
 
 def test_a_job_that_reaches_its_time_limit_comes_back(
@@ -84,7 +91,7 @@ def test_a_cancelled_job_stays_cancelled_and_goes_on_when_submitted_again(
     run.assert_nothing_is_left()
     run.set_pace(0.0)
     # On fewer nodes: it is the number of ranks that the last bits depend on.
-    cluster.finish(run.submit("--nodes=1", "--ntasks-per-node=4", "--time=20"))
+    cluster.finish(run.submit("--nodes=1", "--ntasks-per-node=2", "--time=20"))
     assert len(nodes_of(run)) == 1
     assert_equals(run, uninterrupted)
 

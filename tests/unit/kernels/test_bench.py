@@ -39,6 +39,7 @@ def test_least_bytes() -> None:
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed; pip install 'jmvae_dist[triton]'"
 )
+@pytest.mark.slow
 def test_errors(tmp_path: Path) -> None:
     """The table of docs/kernels.md."""
     out = tmp_path / "errors.csv"
