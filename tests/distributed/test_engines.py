@@ -22,7 +22,6 @@ from jmvae_dist.checkpoint.layout import list_checkpoints
 from tests.conftest import Run, assert_same_tensors, launch_environment
 
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
-ZERO = ENGINES[1:]
 STEPS, RESUME_STEP = 40, 10
 # Two weight decays, clipping that bites at every step, and a share of the batch that is not the same on 3 ranks.
 SETTINGS = (
