@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +91,41 @@ class Run:
         )
 
     def train(self, num_processes: int = 1, *more: str, expect: int = 0) -> str:
-        """Run the command to its end and return what it printed."""
+        """Run to the end and return what was printed."""
+        if num_processes > 1 and expect == 0:
+            return self._train_ranks(num_processes, *more)
         process = self.start(num_processes, *more)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == expect, output
         return output
+
+    def _train_ranks(self, num_processes: int, *more: str) -> str:
+        """Ranks alone: a launcher takes half as long to start again, and is a matter of `start` and its tests."""
+        with tempfile.TemporaryFile("w+") as output:
+            ranks = [
+                subprocess.Popen(
+                    self.command(1, *more),
+                    cwd=ROOT,
+                    env=variables,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+                for variables in rank_environments(num_processes)
+            ]
+            deadline_s = time.monotonic() + 300
+            try:
+                # Once one has failed, the others may wait for it for minutes.
+                while {rank.poll() for rank in ranks} <= {None, 0} and any(rank.poll() is None for rank in ranks):
+                    assert time.monotonic() < deadline_s, "the run does not end"
+                    time.sleep(0.02)
+            finally:
+                for rank in ranks:
+                    rank.kill()
+            output.seek(0)
+            printed = output.read()
+        assert [rank.wait() for rank in ranks] == [0] * num_processes, printed
+        return printed
 
     def records(self) -> list[dict[str, Any]]:
         """Content of `metrics.jsonl`, without what legitimately differs between two runs."""
@@ -120,6 +153,20 @@ class Run:
             name: torch.cat([files[fragment.file][name] for fragment in record.fragments])
             for name, record in manifest.tensors.items()
         }
+
+
+def rank_environments(num_processes: int) -> list[dict[str, str]]:
+    """What torchrun sets for every rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    numbers = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_PORT": port}
+    common = {
+        **launch_environment(),
+        "MASTER_ADDR": "127.0.0.1",
+        **{key: str(value) for key, value in numbers.items()},
+    }
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
 
 
 def launch_environment() -> dict[str, str]:

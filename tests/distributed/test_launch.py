@@ -62,7 +62,7 @@ def free_port() -> int:
 
 
 def by_local_sh(run: Run) -> None:
-    run.train(2)
+    finish(run.start(2))
 
 
 def by_accelerate(run: Run) -> None:
