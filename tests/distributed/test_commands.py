@@ -133,7 +133,7 @@ def test_ranks_that_see_other_disks_do_as_rank_0_says(
         )
         ranks.append(process)
     try:
-        outputs = [process.communicate(timeout=60)[0] for process in ranks]
+        outputs = [process.communicate(timeout=300)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

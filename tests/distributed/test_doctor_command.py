@@ -29,7 +29,7 @@ def run_arguments(tmp_path: Path, digits: Path) -> list[str]:
 def run(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**launch_environment(), **variables}
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 

@@ -46,7 +46,7 @@ def start(command: list[str], variables: dict[str, str] | None = None) -> subpro
 def finish(*processes: subprocess.Popen[str], expect: int = 0) -> list[str]:
     """Wait for all processes, and return what each printed."""
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

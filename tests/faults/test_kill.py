@@ -137,7 +137,7 @@ def kill_one_at(run: Run, step: int, generator: random.Random) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             generator.choice(processes).kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=60)
+            process.communicate(timeout=300)
     kill_everything(run)
     process.communicate()
 
@@ -161,7 +161,7 @@ def test_stop_signal_writes_a_checkpoint(make_run: MakeRun, num_processes: int, 
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 75, output
     assert "stopped on request after step" in output
     steps = [path.name for path in (run.output_dir / "checkpoints").glob("step-*")]
@@ -258,7 +258,7 @@ def test_stop_signal_during_the_final_evaluation(make_run: MakeRun, digits: Path
         time.sleep(0.01)
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 75, output
     assert not (run.output_dir / "evaluation.json").exists()
     with MetricsLog(run.output_dir / "metrics.jsonl", EVERY_RECORD) as log:  # as `jmvae-dist evaluate` does

@@ -56,7 +56,7 @@ class Cluster:
             "MINI_SLURM_NODE_TIMEOUT": "5",
         }
         result = subprocess.run(
-            ["bash", str(MINI_SLURM), *arguments], env=environment, capture_output=True, text=True, timeout=120
+            ["bash", str(MINI_SLURM), *arguments], env=environment, capture_output=True, text=True, timeout=300
         )
         assert result.returncode == 0, result.stdout + result.stderr
 
@@ -65,7 +65,7 @@ class Cluster:
         environment = {**launch_environment(), **(more or {})}
         environment["PATH"] = f"{self.folder}/bin:{environment['PATH']}"
         return subprocess.run(
-            arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+            arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
         )
 
     def ask(self, *arguments: str) -> str:
