@@ -22,6 +22,7 @@ from jmvae_dist.checkpoint.layout import list_checkpoints
 from tests.conftest import Run, assert_same_tensors, launch_environment
 
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
+ZERO = ENGINES[1:]
 STEPS, RESUME_STEP = 40, 10
 # Two weight decays, clipping that bites at every step, and a share of the batch that is not the same on 3 ranks.
 SETTINGS = (
@@ -107,7 +108,8 @@ def test_offload_changes_nothing(sources: Callable[..., Run], engine: str) -> No
     assert_same_run(sources("ddp", 2), sources(engine, 2, *offload))
 
 
-@pytest.mark.parametrize("engine", [slow("zero0"), "zero1", slow("zero2"), slow("zero3")])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ZERO)
 def test_accumulated_gradients(sources: Callable[..., Run], engine: str) -> None:
     """ZeRO 2 and 3 reduce after every micro-batch, the others once: each of the two groups agrees bit for bit."""
     micro = ("--training.micro_batch_size", "11")
@@ -196,8 +198,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("source", "target"), [slow("zero2", "zero3"), ("ddp", "zero1"), slow("zero3", "ddp"), slow("zero1", "zero2")]
+    ("source", "target"), [("zero2", "zero3"), ("ddp", "zero1"), ("zero3", "ddp"), ("zero1", "zero2")]
 )
 def test_frozen_parameters_and_buffers(make_run: MakeRun, tmp_path: Path, source: str, target: str) -> None:
     """They are restored although no optimizer knows them; the resuming run begins with other values."""

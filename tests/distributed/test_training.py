@@ -84,6 +84,7 @@ def test_16_bit_stays_close_to_float32(make_run: MakeRun, precision: str, bound:
     assert {str(tensor.dtype) for tensor in half.tensors(100).values()} == {"torch.float32"}
 
 
+@pytest.mark.slow
 def test_bf16_evaluates_in_float32(make_run: MakeRun, digits: Path, tmp_path: Path) -> None:
     """The evaluation of a bf16 run and the `evaluate` command are the same computation."""
     manifest = str(digits / "test" / "manifest.json")

@@ -35,7 +35,8 @@ def test_interpreted_kernels_equal_the_reference() -> None:
         assert "skipped" not in result.stdout
 
 
-@pytest.mark.parametrize("architecture", [pytest.param("80", marks=pytest.mark.slow), "90"])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "90"])
 def test_every_kernel_compiles_without_spilling(tmp_path: Path, architecture: str) -> None:
     """For sm_80 and sm_90. Spilled registers would live in memory, which the kernels are there to spare."""
     out = tmp_path / "resources.csv"
