@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -123,7 +124,10 @@ def train(engine: str, is_async: bool, run: Path, data: Path, processes: int, hi
     command += ["--config", str(ROOT / "configs" / "digits.yaml")]
     for key, value in settings.items():
         command += [f"--{key}", str(value)]
-    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, "PYTHON": sys.executable}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert result.returncode == 0, result.stdout
     return result.stdout
 

@@ -352,7 +352,7 @@ def _run_trainer(manifest: Path, threads: int, batch: int, steps: int, processes
 
 
 def _run(command: list[str], threads: int) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHON": sys.executable}
     result = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
     if result.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{result.stdout}\n{result.stderr}")

@@ -50,3 +50,29 @@ def open_regular(path: str | Path) -> BinaryIO:
         os.close(descriptor)
         raise DataError(f"{path}: not a regular file")
     return os.fdopen(descriptor, "rb")
+
+
+def read_exactly(path: str | Path, what: str, expected_bytes: int, manifest: Location | None = None) -> bytes:
+    """The content of a small file beside a shard, whose size is known beforehand.
+
+    Args:
+        path: the file.
+        what: it is, for messages.
+        expected_bytes: its size.
+        manifest: the one that names the file; see `read_error`.
+
+    Raises:
+        DataError: it is missing, or has another size.
+        UnreachableError: it cannot be read for a reason that says nothing against it.
+    """
+    try:
+        with open_regular(path) as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            # Not before the size is right: to read reserves memory for whatever number a manifest states.
+            content = file.read(expected_bytes) if num_bytes == expected_bytes else b""
+    except OSError as error:
+        raise read_error(path, what, error, manifest) from None
+    if len(content) != expected_bytes:
+        size = f"only {num_bytes}" if num_bytes < expected_bytes else "more"
+        raise DataError(f"{path}: {what} should have {expected_bytes} bytes but has {size}; copy it again")
+    return content

@@ -9,13 +9,12 @@ the sample has no such member.
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from pathlib import Path
 
 import numpy as np
 
-from jmvae_dist.data.files import open_regular, read_error
+from jmvae_dist.data.files import open_regular, read_exactly
 from jmvae_dist.data.urls import Location
 from jmvae_dist.errors import DataError
 
@@ -53,23 +52,13 @@ def read_index(
     """Read and check an index file; arguments, result and errors are those of `parse_index`.
 
     Args:
-        manifest: the one that names the file; see `read_error`.
+        manifest: the one that names the file; see `read_exactly`.
 
     Raises:
         DataError: the file cannot be read, besides.
         UnreachableError: for a reason that says nothing against it.
     """
-    expected_bytes = index_num_bytes(num_samples, num_modalities)
-    try:
-        with open_regular(path) as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            # Not before the size is right: to read reserves memory for whatever number a manifest states.
-            content = file.read(expected_bytes) if num_bytes == expected_bytes else b""
-    except OSError as error:
-        raise read_error(path, "index", error, manifest) from None
-    if len(content) != expected_bytes:
-        size = f"only {num_bytes}" if num_bytes < expected_bytes else "more"
-        raise DataError(f"{path}: index should have {expected_bytes} bytes but has {size}; copy it again")
+    content = read_exactly(path, "index", index_num_bytes(num_samples, num_modalities), manifest)
     return parse_index(content, path, num_samples, num_modalities, shard_num_bytes, sha256)
 
 

@@ -10,13 +10,12 @@ Shape suffixes: N samples of the shard, M modalities, B members that are compare
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from jmvae_dist.data.files import open_regular, read_error
+from jmvae_dist.data.files import read_exactly
 from jmvae_dist.data.urls import Location
 from jmvae_dist.errors import DataError
 
@@ -41,22 +40,13 @@ def read_sums(
     """Read and check a sums file; arguments, result and errors are those of `parse_sums`.
 
     Args:
-        manifest: the one that names the file; see `read_error`.
+        manifest: the one that names the file; see `read_exactly`.
 
     Raises:
         DataError: the file cannot be read, besides.
         UnreachableError: for a reason that says nothing against it.
     """
-    expected_bytes = sums_num_bytes(num_samples, num_modalities)
-    try:
-        with open_regular(path) as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            # Not before the size is right: to read reserves memory for whatever number a manifest states.
-            content = file.read(expected_bytes) if num_bytes == expected_bytes else b""
-    except OSError as error:
-        raise read_error(path, "sums", error, manifest) from None
-    if len(content) != expected_bytes:
-        raise DataError(f"{path}: sums should have {expected_bytes} bytes but have {num_bytes}; copy them again")
+    content = read_exactly(path, "sums file", sums_num_bytes(num_samples, num_modalities), manifest)
     return parse_sums(content, path, num_samples, num_modalities, sha256)
 
 

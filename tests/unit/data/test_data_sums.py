@@ -137,9 +137,9 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (cut, "sums should have 480 bytes but have 479"),
+        (cut, "sums file should have 480 bytes but has only 479; copy it again"),
         (flip, "sums do not have the sha256 of the manifest"),
-        (Path.unlink, "cannot read sums: No such file"),
+        (Path.unlink, "cannot read sums file: No such file"),
     ],
 )
 def test_damaged_sums(example_manifest: MakeManifest, spoil: Callable[[Path], None], message: str) -> None:

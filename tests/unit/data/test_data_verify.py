@@ -77,7 +77,7 @@ def test_sums_of_other_members_are_found(example_manifest: MakeManifest) -> None
     assert re.search(r"shard-000001.tar: sample 3 \(key '.*'\), modality 'label': its bytes are not those", problem)
     path.write_bytes(b"short")
     (problem,) = verify_shards(manifest)
-    assert problem == f"{path}: sums should have 320 bytes but have 5; copy them again"
+    assert problem == f"{path}: sums file should have 320 bytes but has only 5; copy it again"
 
 
 def test_all_problems_are_listed(example_manifest: MakeManifest) -> None:
