@@ -92,19 +92,22 @@ class TrainStep:
         return StepResult(sums, len(batch), verdict.grad_norm)
 
     def rehearse(self, batch: Batch) -> None:
-        """Forward and backward without an update, before the first step of an engine that is not settled.
+        """A step that is dropped, before the first one of an engine that is not settled.
 
         Without it the first step after a resume could differ in the last bits from the same step of an uninterrupted
         run, whose gradients are summed in the order that settles after the first backward pass; and compiling would
         be taken for a step that hangs.
         """
-        model = self._engine.model
-        buffers = [buffer.clone() for buffer in model.buffers()]
+        engine = self._engine
+        assert isinstance(engine.optimizer, GuardedAdamW)
+        buffers = [buffer.clone() for buffer in engine.model.buffers()]
         self._accumulate_gradients(batch, annealing=1.0)
-        self._engine.optimizer.zero_grad(set_to_none=True)
-        for buffer, value in zip(model.buffers(), buffers, strict=True):
+        # By the engine's own step, which also clears what ZeRO keeps between its backward pass and its step.
+        engine.optimizer.is_sound = torch.zeros((), dtype=torch.bool, device=self._device)
+        engine.step()
+        for buffer, value in zip(engine.model.buffers(), buffers, strict=True):
             buffer.copy_(value)
-        self._engine.is_settled = True
+        engine.is_settled = True
 
     def _accumulate_gradients(self, batch: Batch, annealing: float) -> dict[str, Tensor]:
         rows_B = batch.rows.to(self._device, non_blocking=True)
