@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing.connection
 import os
 import socket
 import subprocess
@@ -16,6 +17,8 @@ from typing import Any
 
 import hypothesis
 import pytest
+
+from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 # How long an example takes on a busy machine says nothing about the code.
@@ -40,7 +43,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("digits")
     for split in ("train", "test"):
-        assert main(["write", "digits", "--split", split, "--out", str(folder / split)]) == 0
+        assert main(["write", "digits", "--split", split, "--out", str(folder / split), "--workers", "1"]) == 0
     return folder
 
 
@@ -91,41 +94,13 @@ class Run:
         )
 
     def train(self, num_processes: int = 1, *more: str, expect: int = 0) -> str:
-        """Run to the end and return what was printed."""
-        if num_processes > 1 and expect == 0:
-            return self._train_ranks(num_processes, *more)
+        """Run to the end and return what was printed; how runs are launched is a matter of `start` and its tests."""
+        if expect == 0 or num_processes == 1:
+            return run_verb("train", *self.arguments(*more), num_processes=num_processes, expect=expect)
         process = self.start(num_processes, *more)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == expect, output
         return output
-
-    def _train_ranks(self, num_processes: int, *more: str) -> str:
-        """Ranks alone: a launcher takes half as long to start again, and is a matter of `start` and its tests."""
-        with tempfile.TemporaryFile("w+") as output:
-            ranks = [
-                subprocess.Popen(
-                    self.command(1, *more),
-                    cwd=ROOT,
-                    env=variables,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-                for variables in rank_environments(num_processes)
-            ]
-            deadline_s = time.monotonic() + 300
-            try:
-                # Once one has failed, the others may wait for it for minutes.
-                while {rank.poll() for rank in ranks} <= {None, 0} and any(rank.poll() is None for rank in ranks):
-                    assert time.monotonic() < deadline_s, "the run does not end"
-                    time.sleep(0.02)
-            finally:
-                for rank in ranks:
-                    rank.kill()
-            output.seek(0)
-            printed = output.read()
-        assert [rank.wait() for rank in ranks] == [0] * num_processes, printed
-        return printed
 
     def records(self) -> list[dict[str, Any]]:
         """Content of `metrics.jsonl`, without what legitimately differs between two runs."""
@@ -153,6 +128,35 @@ class Run:
             name: torch.cat([files[fragment.file][name] for fragment in record.fragments])
             for name, record in manifest.tensors.items()
         }
+
+
+def run_verb(*arguments: str, num_processes: int = 1, expect: int = 0, patch: str = "", **variables: str) -> str:
+    """Run a verb on one or several processes without a launcher, and return what they printed.
+
+    Args:
+        arguments: The verb and what follows it.
+        num_processes: Number of ranks.
+        expect: Exit code of all.
+        patch: Python statements to run before.
+        variables: Of the environment.
+    """
+    environments = rank_environments(num_processes) if num_processes > 1 else [launch_environment()]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        ranks = [warm.start(arguments, {**common, **variables}, ROOT, output, patch) for common in environments]
+        deadline_s = time.monotonic() + 300
+        try:
+            # Once one has failed, the others may wait for it for minutes.
+            while {rank.exitcode for rank in ranks} <= {None, expect} and any(rank.is_alive() for rank in ranks):
+                assert time.monotonic() < deadline_s, f"no end: {output.read_text()}"
+                multiprocessing.connection.wait([rank.sentinel for rank in ranks if rank.is_alive()], timeout=1)
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.join()
+        printed = output.read_text()
+    assert [rank.exitcode for rank in ranks] == [expect] * num_processes, printed
+    return printed
 
 
 def rank_environments(num_processes: int) -> list[dict[str, str]]:

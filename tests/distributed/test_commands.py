@@ -17,7 +17,7 @@ import torch
 
 import jmvae_dist
 from jmvae_dist.tracking.report import write_report
-from tests.conftest import ROOT, Run, launch_environment
+from tests.conftest import Run, launch_environment, run_verb
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +35,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Run:
     return run
 
 
-def jmvae(*arguments: str, num_processes: int = 1) -> str:
-    """Run a verb of the command line and return its standard output."""
-    launcher = [sys.executable, "-m", "jmvae_dist"]
-    if num_processes > 1:
-        launcher = ["bash", str(ROOT / "launch" / "local.sh"), str(num_processes)]
-    result = subprocess.run(
-        [*launcher, *arguments], cwd="/", env=launch_environment(), capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 @pytest.mark.parametrize(
     ("more_processes", "other_batch_size"), [(2, 50), pytest.param(3, 7, marks=pytest.mark.slow)]
 )
@@ -60,7 +48,7 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(
         # All train the classifier anew.
         shutil.rmtree(finished.output_dir / "evaluation", ignore_errors=True)
         manifest = str(finished.digits / "test" / "manifest.json")
-        jmvae(
+        run_verb(
             *("evaluate", str(finished.output_dir), "--manifest", manifest, "--out", str(out)),
             *("--joint-nll-samples", "20", "--batch-size", str(batch_size), "--metrics", "all", "--no-log"),
             *("--classifier-steps", "60", "--prior-samples", "200", "--probe-samples", "500"),
@@ -86,7 +74,7 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(
 def test_an_evaluation_is_logged_to_its_run(finished: Run, tmp_path: Path) -> None:
     run, manifest = str(finished.output_dir), str(finished.digits / "test" / "manifest.json")
     before = finished.records()
-    printed = jmvae("evaluate", run, "--manifest", manifest, "--metrics", "latents", "--figures")
+    printed = run_verb("evaluate", run, "--manifest", manifest, "--metrics", "latents", "--figures")
     assert "active_units" in printed
     assert finished.records()[:-1] == before
     last = finished.records()[-1]
@@ -96,13 +84,13 @@ def test_an_evaluation_is_logged_to_its_run(finished: Run, tmp_path: Path) -> No
     assert "latent/active_units/image" in write_report(finished.output_dir).read_text()
     # Data that is not the run's own held-out data is measured, but does not become part of the record.
     other = str(finished.digits / "train" / "manifest.json")
-    jmvae("evaluate", run, "--manifest", other, "--metrics", "latents")
+    run_verb("evaluate", run, "--manifest", other, "--metrics", "latents")
     assert finished.records()[-1] == last
     # Nor do figures that cannot be drawn cost the results.
     (tmp_path / "file").touch()
     options = ["--metrics", "accuracy", "--figures", str(tmp_path / "file" / "figures")]
     with pytest.raises(AssertionError, match="Not a directory"):
-        jmvae("evaluate", run, "--manifest", manifest, *options)
+        run_verb("evaluate", run, "--manifest", manifest, *options)
     assert "eval/accuracy/label/from_image" in finished.records()[-1]
     assert len(finished.records()) == len(before) + 2
 
@@ -118,6 +106,7 @@ def test_ranks_that_see_other_disks_do_as_rank_0_says(
     run.train(1, "--evaluation.joint_nll_samples", "0")
     away = shutil.copytree(run.checkpoint(2), tmp_path / "away" / run.checkpoint(2).name)
     options = ["--manifest", manifest, "--metrics", "all", "--joint-nll-samples", "2", "--prior-samples", "8"]
+    options += ["--classifier-steps", "20", "--probe-samples", "100"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -146,7 +135,7 @@ def test_ranks_that_see_other_disks_do_as_rank_0_says(
 def test_chosen_metrics_only(finished: Run, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     manifest = str(finished.digits / "test" / "manifest.json")
-    jmvae(
+    run_verb(
         "evaluate",
         str(finished.output_dir),
         "--manifest",
@@ -164,12 +153,12 @@ def test_chosen_metrics_only(finished: Run, tmp_path: Path) -> None:
 
 def test_samples(finished: Run, tmp_path: Path) -> None:
     run, manifest = str(finished.output_dir), str(finished.digits / "test" / "manifest.json")
-    jmvae("sample", run, "--out", str(tmp_path / "prior"), "--n", "7")
-    jmvae("sample", run, "--out", str(tmp_path / "again"), "--n", "7")
-    jmvae("sample", run, "--out", str(tmp_path / "given"), "--given", "label", "--manifest", manifest, "--n", "12")
+    run_verb("sample", run, "--out", str(tmp_path / "prior"), "--n", "7")
+    run_verb("sample", run, "--out", str(tmp_path / "again"), "--n", "7")
+    run_verb("sample", run, "--out", str(tmp_path / "given"), "--given", "label", "--manifest", manifest, "--n", "12")
     exported = str(tmp_path / "exported")
-    jmvae("checkpoint", "export", run, "--out", exported)
-    jmvae(
+    run_verb("checkpoint", "export", run, "--out", exported)
+    run_verb(
         "sample", exported, "--out", str(tmp_path / "all"), "--given", "label", "--manifest", manifest, "--n", "999"
     )
     prior = np.load(tmp_path / "prior" / "samples.npz", allow_pickle=False)
@@ -196,7 +185,7 @@ def test_samples(finished: Run, tmp_path: Path) -> None:
 
 
 def test_export_and_checkpoint_give_the_same_model(finished: Run, tmp_path: Path) -> None:
-    jmvae("checkpoint", "export", str(finished.output_dir), "--out", str(tmp_path / "exported"))
+    run_verb("checkpoint", "export", str(finished.output_dir), "--out", str(tmp_path / "exported"))
     models = [
         jmvae_dist.load_model(path) for path in (finished.output_dir, finished.checkpoint(400), tmp_path / "exported")
     ]
@@ -248,12 +237,11 @@ def test_run_directory_holds_what_the_design_says(finished: Run) -> None:
 
 def test_saved_configuration_repeats_the_run(finished: Run, make_run: Callable[..., Run]) -> None:
     again = make_run("again")
-    command = [
-        *("bash", str(ROOT / "launch" / "local.sh"), "2", "train"),
-        *("--config", str(finished.output_dir / "config.yaml")),
+    run_verb(
+        *("train", "--config", str(finished.output_dir / "config.yaml")),
         *("--output_dir", str(again.output_dir), "--data.eval_manifest", "null"),
-    ]
-    subprocess.run(command, env=launch_environment(), check=True, capture_output=True)
+        num_processes=2,
+    )
     records = [[record for record in run.records() if "loss/total" in record] for run in (finished, again)]
     assert records[0] == records[1]
 
@@ -283,13 +271,6 @@ def test_mistakes(finished: Run, arguments: list[str], code: int, message: str) 
     places = {"RUN": finished.output_dir, "TEST": test_folder / "manifest.json", "TEST_FOLDER": test_folder}
     places["TRAIN"] = finished.digits / "train" / "manifest.json"
     command = [str(places.get(argument, argument)) for argument in arguments]
-    result = subprocess.run(
-        [sys.executable, "-m", "jmvae_dist", *command],
-        env=launch_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == code, result.stdout + result.stderr
-    assert message in result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
+    printed = run_verb(*command, expect=code)
+    assert message in printed
+    assert "Traceback" not in printed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.conftest import ROOT, Run, launch_environment
+from tests.conftest import Run, run_verb
 
 HERE = "tests.unit.model.user_networks"
 ENCODER, FUNCTION = f"{HERE}.Encoder", f"{HERE}.poisson"
@@ -56,8 +54,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         counts=generator.poisson(2.0, (96, 3)).astype(np.float32),
     )
     data = ["npz", "--file", str(folder / "data.npz"), "--split", "train", "--file-is-split"]
-    command = [sys.executable, "-m", "jmvae_dist", "shards", "write", *data, "--out", str(folder / "train")]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=launch_environment())
+    run_verb("shards", "write", *data, "--out", str(folder / "train"), "--workers", "1")
     (folder / "model.yaml").write_text(yaml.safe_dump({"model": MODEL}))
     return [
         *("--config", str(folder / "model.yaml"), "--data.train_manifest", str(folder / "train" / "manifest.json")),
@@ -72,20 +69,13 @@ def test_a_run_with_every_kind(tmp_path: Path, arguments: list[str]) -> None:
     records = run.records()
     assert [record["global_step"] for record in records] == list(range(1, STEPS + 1))
     manifest = next(value for value in arguments if value.endswith("manifest.json"))
-    evaluate = [sys.executable, "-m", "jmvae_dist", "evaluate", str(run.output_dir), "--manifest", manifest]
+    evaluate = ("evaluate", str(run.output_dir), "--manifest", manifest, "--joint-nll-samples", "10")
     for trusted, code in (([ENCODER], 2), ([ENCODER, FUNCTION], 0)):
         flags = [text for name in trusted for text in ("--trust-class", name)]
-        done = subprocess.run(
-            [*evaluate, "--joint-nll-samples", "10", *flags],
-            cwd=ROOT,
-            env=launch_environment(),
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == code, done.stderr
+        printed = run_verb(*evaluate, *flags, expect=code)
         # Every default metric takes every kind of network and of modality.
-        assert ("joint_nll" in done.stdout) == (code == 0)
-        assert (f"--trust-class {FUNCTION}" in done.stderr) == (code == 2)
+        assert ("joint_nll" in printed) == (code == 0)
+        assert (f"--trust-class {FUNCTION}" in printed) == (code == 2)
 
 
 @pytest.mark.slow

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Run, assert_losses_agree, assert_same_tensors, launch_environment
+from tests.conftest import Run, assert_losses_agree, assert_same_tensors, run_verb
 
 MakeRun = Callable[..., Run]
 # ReLU's kink can turn a difference in the last bit into a visible one; GELU has no kink.
@@ -90,9 +89,9 @@ def test_bf16_evaluates_in_float32(make_run: MakeRun, digits: Path, tmp_path: Pa
     manifest = str(digits / "test" / "manifest.json")
     run = make_run("run", "--training.steps", "20", "--training.precision", "bf16")
     run.train(1, "--data.eval_manifest", manifest, "--evaluation.joint_nll_samples", "0")
-    command = [sys.executable, "-m", "jmvae_dist", "evaluate", str(run.output_dir), "--manifest", manifest]
     out = tmp_path / "result.json"
-    subprocess.run([*command, "--metrics", "elbo,accuracy", "--out", out], env=launch_environment(), check=True)
+    options = ("--manifest", manifest, "--metrics", "elbo,accuracy", "--out", str(out))
+    run_verb("evaluate", str(run.output_dir), *options)
     during = json.loads((run.output_dir / "evaluation.json").read_text())["metrics"]
     assert during == pytest.approx(json.loads(out.read_text())["metrics"], rel=1e-6)
 

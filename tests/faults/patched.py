@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from tests.conftest import Run, run_verb
 
-from tests.conftest import ROOT, Run, launch_environment
+_NAMES = """
+import os, signal, sys, time
+from jmvae_dist.training import loop
+from jmvae_dist.training.recorder import Recorder
+"""
 
 
-def train(run: Run, patch: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-    """Train in a process in which `patch`, Python statements, has been run before.
+def train(run: Run, patch: str = "", expect: int = 0, **variables: str) -> str:
+    """Train in a process in which `patch`, Python statements, has been run before; returns what was printed.
 
     Args:
         run: The run.
         patch: May use `os`, `signal`, `time`, the module `loop` and the class `Recorder`.
+        expect: Exit code.
         variables: Of the environment.
     """
-    program = f"""
-import os, signal, sys, time
-from jmvae_dist.__main__ import main
-from jmvae_dist.training import loop
-from jmvae_dist.training.recorder import Recorder
-{patch}
-sys.exit(main(sys.argv[1:]))
-"""
-    return subprocess.run(
-        [sys.executable, "-c", program, "train", *run.arguments()],
-        cwd=ROOT,
-        env={**launch_environment(), **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
+    return run_verb("train", *run.arguments(), expect=expect, patch=_NAMES + patch, **variables)
