@@ -185,7 +185,7 @@ def log_prob(likelihood: Likelihood, decoded: Tensor, target: Tensor, kernels: s
         Shape `leading`; float32, or float64 if an argument is float64.
     """
     if is_fused(likelihood.name, decoded, target, kernels):
-        return fused_log_prob(likelihood.name, getattr(likelihood, "scale", 1.0), decoded, target)
+        return fused_log_prob(likelihood.name, getattr(likelihood, "scale", 1.0), decoded, target, kernels)
     dtype = computation_dtype((decoded, target))
     with torch.autocast(decoded.device.type, enabled=False):
         values = likelihood.log_prob_per_element(decoded.to(dtype), target.to(dtype))

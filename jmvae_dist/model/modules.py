@@ -88,6 +88,11 @@ class GaussianHeads(nn.Linear):
         return GaussianParams(mu_BD, 2.0 * log_softplus(h_BD.to(computation_dtype((h_BD,)))))
 
 
+def _activation_in_place(name: str) -> nn.Module:
+    """An activation whose argument nobody else needs; only ReLU can be differentiated from its result."""
+    return nn.ReLU(inplace=True) if name == "relu" else ACTIVATIONS[name]()
+
+
 class MLP(nn.Sequential):
     """Linear layers on the last dimension, each followed by the activation, with layer norm between if asked."""
 
@@ -95,7 +100,7 @@ class MLP(nn.Sequential):
         layers: list[nn.Module] = []
         for size_in, size_out in itertools.pairwise([input_size, *hidden_dims]):
             norm = [nn.LayerNorm(size_out)] if layer_norm else []
-            layers += [nn.Linear(size_in, size_out), *norm, ACTIVATIONS[activation]()]
+            layers += [nn.Linear(size_in, size_out), *norm, _activation_in_place(activation)]
         super().__init__(*layers)
         self.num_features = hidden_dims[-1]
 

@@ -89,6 +89,8 @@ def test_training_gives_the_same_losses(make_run: Callable[..., Run]) -> None:
     fused = make_run("triton", *settings, "--model.kernels", "triton")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        output = fused.train()
+        process = fused.start()  # Triton looks at the variable when it is imported
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
     assert output.count("KL and products of experts on cpu: triton") == 1
     assert_losses_agree(reference, fused, 1e-5, 5)
