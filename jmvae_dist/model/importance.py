@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# Key of the part of a log-weight that belongs to no modality.
-PRIOR_TERM = ""
 # Latents of the first chunk, whose activations say how many fit in the budget.
 _FIRST_LATENTS = 8
 # What is decoded at once then stays in a core's cache, which halves the time of likelihoods (benchmarks/nll.py).
-_CPU_BUDGET_BYTES = 2 << 20
+_CPU_BUDGET_BYTES = 4 << 20
 _DEVICE_BUDGET_BYTES = 1 << 30
 _NOISE_ELEMENTS = 1 << 16
 # A likelihood holds its decoded values, the per-element log-probabilities and one intermediate at once.
