@@ -386,7 +386,7 @@ class Shard:
             "index": {"url": self.index.url, "num_bytes": self.index.num_bytes, "sha256": self.index.sha256},
         }
         if self.sums is not None:
-            record["sums"] = {"url": self.sums.url, "num_bytes": self.sums.num_bytes, "sha256": self.sums.sha256}
+            record[_SUMS_KEY] = {"url": self.sums.url, "num_bytes": self.sums.num_bytes, "sha256": self.sums.sha256}
         return record
 
 
@@ -605,7 +605,9 @@ def _fingerprint(modalities: Sequence[Modality], shards: Sequence[Shard], format
 
 
 _SHARD_KEYS = {"url", "num_samples", "num_bytes", "sha256", "index"}
-_OPTIONAL_SHARD_KEYS = frozenset({"sums"})
+# Earlier manifests have `sums` of another kind, with 16 bytes per member.
+_SUMS_KEY = "sums64"
+_OPTIONAL_SHARD_KEYS = frozenset({_SUMS_KEY})
 _FILE_KEYS = {"url", "num_bytes", "sha256"}
 _OPTIONAL_KEYS = frozenset({"num_classes", "member", "length", "tokenizer", "field"})
 
@@ -744,6 +746,12 @@ class _ManifestParser:
         shards = []
         for number, entry in enumerate(entries):
             key = f"shards[{number}]"
+            if isinstance(entry, dict) and "sums" in entry:
+                self._fail(
+                    f"{key}.sums",
+                    "are those of an earlier version, 16 bytes per member: run `jmvae-dist shards index` or `shards "
+                    "write`, whichever made this manifest, again with the same arguments and --overwrite",
+                )
             entry = self._object(entry, key, _SHARD_KEYS, _OPTIONAL_SHARD_KEYS)
             num_samples = self._integer(entry["num_samples"], f"{key}.num_samples", minimum=1)
             shards.append(
@@ -753,8 +761,8 @@ class _ManifestParser:
                     num_bytes=self._integer(entry["num_bytes"], f"{key}.num_bytes", minimum=1),
                     sha256=self._sha256(entry["sha256"], f"{key}.sha256"),
                     index=self._index(entry["index"], f"{key}.index", num_samples, num_modalities),
-                    sums=self._sums(entry["sums"], f"{key}.sums", num_samples, num_modalities)
-                    if "sums" in entry
+                    sums=self._sums(entry[_SUMS_KEY], f"{key}.{_SUMS_KEY}", num_samples, num_modalities)
+                    if _SUMS_KEY in entry
                     else None,
                 )
             )
@@ -803,8 +811,8 @@ def _sound_shards(entries: list[Any], num_modalities: int) -> list[Shard] | None
     if any(entry.keys() - _OPTIONAL_SHARD_KEYS != _SHARD_KEYS for entry in entries):
         return None
     indexes = [entry["index"] for entry in entries]
-    with_sums = [entry for entry in entries if "sums" in entry]
-    files = [*indexes, *(entry["sums"] for entry in with_sums)]
+    with_sums = [entry for entry in entries if _SUMS_KEY in entry]
+    files = [*indexes, *(entry[_SUMS_KEY] for entry in with_sums)]
     if set(map(type, files)) != {dict} or any(file.keys() != _FILE_KEYS for file in files):
         return None
     for records in (entries, files):
@@ -822,7 +830,9 @@ def _sound_shards(entries: list[Any], num_modalities: int) -> list[Shard] | None
         for samples, index in zip(num_samples, indexes, strict=True)
     ):
         return None
-    if any(entry["sums"]["num_bytes"] != sums_num_bytes(entry["num_samples"], num_modalities) for entry in with_sums):
+    if any(
+        entry[_SUMS_KEY]["num_bytes"] != sums_num_bytes(entry["num_samples"], num_modalities) for entry in with_sums
+    ):
         return None
     return [
         Shard(
@@ -831,7 +841,7 @@ def _sound_shards(entries: list[Any], num_modalities: int) -> list[Shard] | None
             entry["num_bytes"],
             entry["sha256"],
             IndexFile(**entry["index"]),
-            IndexFile(**entry["sums"]) if "sums" in entry else None,
+            IndexFile(**entry[_SUMS_KEY]) if _SUMS_KEY in entry else None,
         )
         for entry in entries
     ]

@@ -20,6 +20,7 @@ PURPOSE_PACKING = 0xF2
 PURPOSE_SPLIT = 0xF3
 PURPOSE_TRAIN_TRANSFORM = 0xF4
 PURPOSE_EVALUATION_TRANSFORM = 0xF5
+PURPOSE_MEMBER_DIGEST = 0xF6
 
 MAX_EPOCH = 2**32
 MAX_WINDOWS = 2**32
@@ -72,6 +73,12 @@ def permutation(n: int, *, seed: int, purpose: int, epoch: int = 0, lane: int = 
 
     Sorts n keyed 64-bit words; the sort is stable, so even equal words (odds n**2 / 2**65) give one answer.
     """
+    keys = words_64(n, seed=seed, purpose=purpose, epoch=epoch, lane=lane, window=window)
+    return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
+
+
+def words_64(n: int, *, seed: int, purpose: int, epoch: int = 0, lane: int = 0, window: int = 0) -> np.ndarray:
+    """Uniform 64-bit words, a pure function of the arguments: uint64 (n,); the first ones are the same for any n."""
     assert 0 <= n < 2**33
     assert 0 <= epoch < MAX_EPOCH
     assert 0 <= lane < MAX_LANES
@@ -79,10 +86,10 @@ def permutation(n: int, *, seed: int, purpose: int, epoch: int = 0, lane: int = 
     assert 0xF0 <= purpose <= 0xFF
     pairs = np.arange((n + 1) // 2, dtype=np.uint64)
     word_0, word_1, word_2, word_3 = philox4x32(pairs, window, epoch, purpose << 24 | lane, seed)
-    keys = np.empty((len(pairs), 2), dtype=np.uint64)
-    keys[:, 0] = word_1 << _SHIFT32 | word_0
-    keys[:, 1] = word_3 << _SHIFT32 | word_2
-    return np.argsort(keys.reshape(-1)[:n], kind="stable").astype(np.int64, copy=False)
+    words = np.empty((len(pairs), 2), dtype=np.uint64)
+    words[:, 0] = word_1 << _SHIFT32 | word_0
+    words[:, 1] = word_3 << _SHIFT32 | word_2
+    return words.reshape(-1)[:n]
 
 
 def uniform_words(num_elements: int, position_B: np.ndarray, *, seed: int, purpose: int, number: int) -> np.ndarray:

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from jmvae_dist.data.encodings import MAX_NPY_HEADER_BYTES, decode_member, max_member_bytes, parse_npy_header
+from jmvae_dist.data.columns import Alike, Column, Columns, Kind, open_column
+from jmvae_dist.data.encodings import decode_member, max_member_bytes
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import read_records_of_sample
 from jmvae_dist.data.indexing.tar_scan import name_before
@@ -52,7 +53,6 @@ _MOST_UNDECODED_BYTES = 256 * 2**20
 _LOOK_EVERY_S = 0.5
 # As much is read before a member to find its name, with extended headers for long names.
 _MOST_HEADER_BYTES = 16 * TAR_BLOCK_BYTES
-_ASCII_ZERO = np.uint8(ord("0"))
 
 # What webdataset calls the key: the path up to the first dot of the file's name.
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.[^/]*$", re.DOTALL)
@@ -85,7 +85,7 @@ class ShardReader:
         self._modalities = {modality.name: modality for modality in manifest.modalities}
         self._columns = {modality.name: column for column, modality in enumerate(manifest.modalities)}
         self._records_NM = self.content.records_NM
-        self._opened_columns: dict[str, Column | None] = {}
+        self._opened_columns: dict[tuple[str, ...], Columns] = {}
 
     def close(self) -> None:
         """Release the mapping; the reader cannot be used afterwards."""
@@ -113,38 +113,37 @@ class ShardReader:
         Raises like `read`, except that values may be non-finite.
         """
         self._check_indices(index_B)
-        column = self.column(modality)
-        if column is None:
+        columns = self.columns((modality,))
+        if columns.others:
             return self._decode_each(index_B, modality)
-        alike = Alike(self._modalities[modality], column, len(index_B))
-        self.take(alike, column, modality, np.arange(len(index_B)), index_B)
-        stored, other_rows = alike.parse()
+        alike = Alike(columns, len(index_B))
+        stored: dict[str, np.ndarray] = {}
+        alike.take(columns, np.arange(len(index_B)), index_B)
+        if (damage := alike.find_damage()) is not None:
+            self.fail_damaged(int(index_B[damage[1]]), modality)
         # The general path knows what else a member may be, and explains what is wrong.
-        return self._decode_each(index_B, modality) if len(other_rows) else stored
+        return self._decode_each(index_B, modality) if alike.parse_into(stored) else stored[modality]
 
-    def take(self, alike: Alike, column: Column, modality: str, rows: np.ndarray, index_B: np.ndarray) -> bool:
-        """Copy members of some samples to some rows of a batch, and check them; False if their layout is another.
+    def columns(self, modalities: tuple[str, ...]) -> Columns:
+        """Those of some modalities that are an array over the tar: their members have one size and distance."""
+        if modalities not in self._opened_columns:
+            opened = {name: self._open_column(name) for name in modalities}
+            columns = {name: column for name, column in opened.items() if column is not None}
+            numbers = tuple(self._columns[name] for name in columns)
+            self._opened_columns[modalities] = Columns(
+                modalities=tuple(self._modalities[name] for name in columns),
+                contents=tuple(column.contents for column in columns.values()),
+                kind=Kind(numbers, tuple(column.layout for column in columns.values())),
+                checks=None if self.content.checks is None or not numbers else self.content.checks.of(numbers),
+                others=tuple(name for name in modalities if name not in columns),
+            )
+        return self._opened_columns[modalities]
 
-        Args:
-            alike: the batch's members of the modality.
-            column: the modality's.
-            modality: its name.
-            rows: of the batch.
-            index_B: the samples.
-
-        Raises:
-            DataError: one of them is damaged; see `check_members`.
-        """
-        if not alike.take(column, rows, index_B):
-            return False
-        self.check_members(modality, index_B, partial(alike.contents, column, rows))
-        return True
-
-    def column(self, modality: str) -> Column | None:
-        """The modality as one array over the tar, or None if its members differ in size or distance."""
-        if modality not in self._opened_columns:
-            self._opened_columns[modality] = self._open_column(modality)
-        return self._opened_columns[modality]
+    def _open_column(self, modality: str) -> Column | None:
+        if self.content.buffer is None:
+            return None
+        number = self._columns[modality]
+        return open_column(self.content.buffer, self._records_NM, number, self._modalities[modality])
 
     def key(self, index: int, modality: str) -> str:
         """The key of a sample, from the tar header before its member; for messages only, never a path."""
@@ -185,30 +184,8 @@ class ShardReader:
     def _message(self, index: int, modality: str, problem: str) -> str:
         return f"{self.path}: sample {index} (key {self.key(index, modality)!r}), modality {modality!r}: {problem}"
 
-    def check_members(
-        self,
-        modality: str,
-        index_B: np.ndarray,
-        contents: Callable[[np.ndarray], Sequence[bytes | memoryview]],
-    ) -> None:
-        """Compare the members of some samples with their digests, as far as this process has not done that before.
-
-        Args:
-            modality: of the members.
-            index_B: the samples.
-            contents: gives the bytes that are about to be used of the samples at some places of `index_B`.
-
-        Raises:
-            DataError: names shard, key, modality and cause.
-        """
-        checks, column = self.content.checks, self._columns[modality]
-        if checks is None or not len(places := checks.unchecked(column, index_B)):
-            return
-        index_C = index_B[places]
-        is_right_C = checks.compare(column, index_C, contents(places))
-        if is_right_C.all():
-            return
-        index = int(index_C[np.argmin(is_right_C)])
+    def fail_damaged(self, index: int, modality: str) -> NoReturn:
+        """Raise the DataError of a sample whose member does not have its digest."""
         problem = "its bytes are not those that the shard's sums were made of: it is damaged; copy the shard again"
         if self.content.is_copy:
             raise DamagedCopyError(self._message(index, modality, problem), self._shard_number)
@@ -242,45 +219,12 @@ class ShardReader:
             raise
         except DataError as error:
             self.fail(index, modality, str(error))
-        if len(content) == size:  # else it is too long, and will be refused
-            self.check_members(modality, np.array([index]), lambda places: [content])
+        checks = self.content.checks
+        # One that is too long was not read as a whole, and will be refused.
+        is_whole = len(content) == size
+        if checks is not None and is_whole and not checks.is_sound(self._columns[modality], index, content):
+            self.fail_damaged(index, modality)
         return content
-
-    # Strided path
-
-    def _open_column(self, modality: str) -> Column | None:
-        spec = self._modalities[modality]
-        if self.content.buffer is None or spec.encoding not in ("npy", "cls"):
-            return None
-        offset_N, size_N = (self._records_NM[name][:, self._columns[modality]] for name in ("offset", "size"))
-        stride = int(offset_N[1]) - int(offset_N[0]) if self.num_samples > 1 else 0
-        # No product can wrap around unnoticed: the offsets it is compared with all lie inside the file.
-        evenly_spaced = stride >= 0 and np.array_equal(
-            offset_N,
-            np.uint64(offset_N[0]) + np.arange(self.num_samples, dtype=np.uint64) * np.uint64(stride),
-        )
-        if not evenly_spaced or np.any(size_N != size_N[0]):
-            return None
-        offset, size = int(offset_N[0]), int(size_N[0])
-        if size >= self._most_bytes(modality):
-            return None
-        members = np.ndarray((self.num_samples, size), np.uint8, self.content.buffer, offset, (stride, 1))
-        if spec.encoding == "cls":
-            return Column(members, b"") if 1 <= size <= spec.class_digits else None
-        return self._open_npy_column(members, spec)
-
-    @staticmethod
-    def _open_npy_column(members: np.ndarray, spec: Modality) -> Column | None:
-        """The column if its first member is what the manifest says."""
-        try:
-            dtype, shape, fortran_order, header_bytes = parse_npy_header(bytes(members[0, :MAX_NPY_HEADER_BYTES]))
-        except DataError:
-            return None
-        if (dtype, shape) != (np.dtype(spec.dtype), spec.fixed_shape) or fortran_order:
-            return None
-        if members.shape[1] != header_bytes + spec.stored_bytes:
-            return None
-        return Column(members, bytes(members[0, :header_bytes]))
 
     # General path
 
@@ -298,18 +242,6 @@ class ShardReader:
             return decode_member(content, self._modalities[modality])
         except DataError as error:
             self.fail(index, modality, str(error))
-
-
-class Column(NamedTuple):
-    """The members of a modality in a shard as one array over the tar.
-
-    Attributes:
-        members: uint8 (N, size).
-        header: how the members must begin to be read all alike; empty for `cls`.
-    """
-
-    members: np.ndarray
-    header: bytes
 
 
 class _Member(NamedTuple):
@@ -448,10 +380,10 @@ class ShardSet:
             finally:
                 self._busy.release()
 
-    def _make_room_for_others(self, in_use: set[int]) -> None:
+    def _make_room_for_others(self, shard_B: np.ndarray) -> None:
         """Close what the last batch did not need, if a process of the node waits for room in the cache."""
         if self._store.cache is not None and self._store.cache.is_room_asked_for():
-            for number in self._open.keys() - in_use:
+            for number in self._open.keys() - set(shard_B.tolist()):
                 self._open.pop(number).close()
 
     def gather(
@@ -497,42 +429,46 @@ class ShardSet:
         for members in _portions(self._read(shard_B, index_B, views, stored)):
             for member, error in self._decode(members, stored):
                 self._fail(shard_B, index_B, member.row, member.view.name, str(error))
-        self._make_room_for_others(set(shard_B.tolist()))
+        self._make_room_for_others(shard_B)
         return {view.name: self._to_model(view, stored[view.name], shard_B, index_B, keys) for view in views}
 
     def _read(
         self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], stored: dict[str, np.ndarray]
     ) -> Iterator[_Member]:
         """Fill in what lies in strided arrays, and yield the members that are still to be decoded."""
-        alike: dict[str, Alike] = {}
+        alike: dict[Kind, Alike] = {}
+        view_by_name = {view.name: view for view in views}
+        names = tuple(view_by_name)
         parts = list(_rows_by_shard(shard_B))
         for start in range(0, len(parts), self._max_open):
             part = parts[start : start + self._max_open]
             index_by_shard = {number: index_B[rows] for number, rows in part}
-            explain = partial(self._explain, index_by_shard, views[0].name)
+            explain = partial(self._explain, index_by_shard, names[0])
             self._open_together(list(index_by_shard), explain)
             if self._store.reads_ranges:
-                self._load(index_by_shard, [view.name for view in views], explain)
+                self._load(index_by_shard, names, explain)
             for shard_number, rows in part:
-                wanted = index_B[rows]
+                wanted = index_by_shard[shard_number]
                 try:
                     reader = self.reader(shard_number)
                 except DataError as error:
                     raise explain(shard_number, error) from None
-                for view in views:
-                    column = reader.column(view.name)
-                    if column is not None:
-                        if view.name not in alike:
-                            alike[view.name] = Alike(view.modality, column, len(shard_B))
-                        if reader.take(alike[view.name], column, view.name, rows, wanted):
-                            continue
+                columns = reader.columns(names)
+                if columns.modalities:
+                    if columns.kind not in alike:
+                        alike[columns.kind] = Alike(columns, len(shard_B))
+                    alike[columns.kind].take(columns, rows, wanted)
+                for name in columns.others:
                     for row, index in zip(rows.tolist(), wanted.tolist(), strict=True):
-                        yield _Member(view, row, reader.member_bytes(index, view.name))
-        for view in views:
-            if view.name in alike:
-                for row in alike[view.name].parse_into(stored, view.name):
-                    content = self.reader(int(shard_B[row])).member_bytes(int(index_B[row]), view.name)
-                    yield _Member(view, row, content)
+                        yield _Member(view_by_name[name], row, reader.member_bytes(index, name))
+            for samples in alike.values():  # before their shards make way for others
+                if (damage := samples.find_damage()) is not None:
+                    name, row = damage
+                    self.reader(int(shard_B[row])).fail_damaged(int(index_B[row]), name)
+        for samples in alike.values():
+            for name, row in samples.parse_into(stored):
+                content = self.reader(int(shard_B[row])).member_bytes(int(index_B[row]), name)
+                yield _Member(view_by_name[name], row, content)
 
     def gather_valid(
         self, shard_B: np.ndarray, index_B: np.ndarray, views: Sequence[View], keys: SampleKeys
@@ -654,81 +590,6 @@ def _portions(members: Iterator[_Member]) -> Iterator[list[_Member]]:
             portion, num_bytes = [], 0
     if portion:
         yield portion
-
-
-class Alike:
-    """The members of a batch that lie in columns of one layout, whichever shards they are from.
-
-    They are parsed together: a batch may have a few samples of each of very many shards.
-    """
-
-    def __init__(self, modality: Modality, first: Column, num_rows: int) -> None:
-        self._modality = modality
-        self._header = first.header
-        size = modality.class_digits if modality.encoding == "cls" else first.members.shape[1]
-        self._members_BS = np.empty((num_rows, size), np.uint8)
-        if modality.encoding == "cls":
-            self._members_BS[:] = _ASCII_ZERO  # before shorter indices
-        self._rows: list[np.ndarray] = []
-
-    def take(self, column: Column, rows: np.ndarray, indices: np.ndarray) -> bool:
-        """Copy some members of a shard to some rows; False if its layout is another."""
-        size = column.members.shape[1]
-        if self._modality.encoding == "cls":
-            self._members_BS[rows, -size:] = column.members[indices]
-        elif size == self._members_BS.shape[1] and column.header == self._header:
-            self._members_BS[rows] = column.members[indices]
-        else:
-            return False
-        self._rows.append(rows)
-        return True
-
-    def contents(self, column: Column, rows: np.ndarray, places: np.ndarray) -> list[memoryview]:
-        """The members that `take` copied from a column to the rows at some places of `rows`."""
-        size, width = column.members.shape[1], self._members_BS.shape[1]
-        all_bytes = self._members_BS.data.cast("B")
-        return [all_bytes[stop - size : stop] for stop in ((rows[places] + 1) * width).tolist()]
-
-    def parse(self) -> tuple[np.ndarray, np.ndarray]:
-        """Decoded values (B, *stored_shape), of the rows that were taken, and in which of these they are not."""
-        values, is_other_B = parse_members(self._members_BS, self._header, self._modality)
-        if sum(map(len, self._rows)) == len(values):
-            return values, np.flatnonzero(is_other_B)
-        rows = np.concatenate(self._rows)
-        return values, rows[is_other_B[rows]]
-
-    def parse_into(self, stored: dict[str, np.ndarray], name: str) -> list[int]:
-        """Put the decoded values into the rows that were taken; returns those where a member is something else."""
-        values, other_rows = self.parse()
-        if sum(map(len, self._rows)) == len(values):
-            stored[name] = values
-        else:
-            rows = np.concatenate(self._rows)
-            stored[name][rows] = values[rows]
-        return other_rows.tolist()
-
-
-def parse_members(members_BS: np.ndarray, header: bytes, modality: Modality) -> tuple[np.ndarray, np.ndarray]:
-    """Decoded values (B, *stored_shape) of members of one size, uint8 (B, size), and where they are not: bool (B,).
-
-    The values are a view of `members_BS` where that is possible.
-    """
-    if modality.encoding == "cls":
-        assert modality.num_classes is not None
-        digits_BS = members_BS - _ASCII_ZERO  # what is below "0" wraps around to a large number
-        class_B = digits_BS[:, 0].astype(np.int64)
-        for column in range(1, digits_BS.shape[1]):
-            class_B = class_B * 10 + digits_BS[:, column]
-        is_too_large_B: np.ndarray = class_B >= modality.num_classes
-        return class_B, _any_in_row(digits_BS > 9) | is_too_large_B
-    is_other_B = _any_in_row(members_BS[:, : len(header)] != np.frombuffer(header, np.uint8))
-    values = members_BS[:, len(header) :].view(modality.dtype)
-    return values.reshape(len(members_BS), *modality.fixed_shape), is_other_B
-
-
-def _any_in_row(is_true_BN: np.ndarray) -> np.ndarray:
-    """`any` along the second axis; fast where nothing is true."""
-    return np.asarray(is_true_BN.any(axis=1)) if is_true_BN.any() else np.zeros(len(is_true_BN), bool)
 
 
 def _decode_members(members: Sequence[_Member], stored: dict[str, np.ndarray]) -> list[tuple[_Member, DataError]]:

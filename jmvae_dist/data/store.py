@@ -256,7 +256,7 @@ class ShardStore:
         return self._read_small(entry, partial(self._parse_index, shard_number), release)
 
     def _read_sums(self, shard_number: int, release: Callable[[], bool]) -> np.ndarray:
-        """The digests of all members of a shard that has sums: uint64 (N, M, 2)."""
+        """The digests of all members of a shard that has sums: uint64 (N, M)."""
         location, shard = self._manifest.sums_location(shard_number), self._manifest.shards[shard_number]
         assert shard.sums is not None
         shape = shard.num_samples, len(self._manifest.modalities)
@@ -439,7 +439,7 @@ class ShardStore:
     ) -> MappedShard:
         records_NM = self._read_index(shard_number, release)
         # Before the shard, which takes up room in the cache that another process may wait for while it is open.
-        digests_NM2 = self._read_sums(shard_number, release) if self._checks_members(shard_number) else None
+        digests_NM = self._read_sums(shard_number, release) if self._checks_members(shard_number) else None
         entry = shard_files(self._manifest, shard_number)[-1]
         for _ in range(2):
             file = cache.open(entry, release)
@@ -458,8 +458,8 @@ class ShardStore:
                 file.close()
                 raise UnreachableError(f"{shown(url)}: cannot read its copy {file.path}: {error.strerror}") from None
             checks = None
-            if digests_NM2 is not None:
-                checks = self._member_checks(shard_number, identity, records_NM, partial(np.asarray, digests_NM2))
+            if digests_NM is not None:
+                checks = self._member_checks(shard_number, identity, records_NM, partial(np.asarray, digests_NM))
             return MappedShard(shown(url), buffer, records_NM, checks, file)
         raise UnreachableError(
             f"{file.path}: the copy of {shown(url)} is damaged again and again; is the disk sound?"

@@ -1,37 +1,36 @@
 """The sums of a shard: a digest of every member, so that each can be checked when it is first used.
 
 Without them the sha256 of a whole shard has to be computed before its first sample can be trusted. A sums file has,
-for each record of the shard's index and in the same order, the first 16 bytes of the sha256 of the member's content;
-zeros where the sample has no such member. The manifest has the sha256 of the sums file.
+for each record of the shard's index and in the same order, the eight bytes of the member's digest (see
+`jmvae_dist.data.digest`), little-endian; zeros where the sample has no such member. The manifest has the sha256 of
+the sums file. Sums tell damaged members from sound ones; they are no protection against forged ones.
 
-Shape suffixes: N samples of the shard, M modalities, B members that are compared; 2 is a digest as two numbers.
+Shape suffixes: N samples of the shard, M modalities, B samples of a batch.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from jmvae_dist.data.digest import DIGEST_BYTES, member_digest
 from jmvae_dist.data.files import read_exactly
 from jmvae_dist.data.urls import Location
 from jmvae_dist.errors import DataError
-
-DIGEST_BYTES = 16
-
-_NOTHING = np.empty(0, np.int64)
-
-
-def member_digest(content: bytes) -> bytes:
-    """What the sums say of a member with this content."""
-    return hashlib.sha256(content).digest()[:DIGEST_BYTES]
 
 
 def sums_num_bytes(num_samples: int, num_modalities: int) -> int:
     """Size of the sums file of a shard."""
     return num_samples * num_modalities * DIGEST_BYTES
+
+
+def sums_bytes(digests: np.ndarray | Sequence[int]) -> bytes:
+    """A sums file of digests, uint64 (N, M) or sample by sample."""
+    return np.asarray(digests, "<u8").tobytes()
 
 
 def read_sums(
@@ -59,75 +58,107 @@ def parse_sums(content: bytes, path: str | Path, num_samples: int, num_modalitie
         num_samples, num_modalities, sha256: what the manifest says.
 
     Returns:
-        Read-only digests, uint64 (N, M, 2), without a copy.
+        Read-only digests, uint64 (N, M), without a copy.
 
     Raises:
         DataError: it is damaged.
     """
     if hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(f"{path}: sums do not have the sha256 of the manifest: they are damaged or were replaced")
-    return np.frombuffer(content, np.uint64).reshape(num_samples, num_modalities, 2)
+    return np.frombuffer(content, "<u8").reshape(num_samples, num_modalities)
 
 
 class CheckedMembers:
     """Which members of a shard have been compared with their digests; outlives the shard's being open.
 
-    A byte per member of the modalities in use, until all of a modality have been compared.
+    Kept for sets of modalities that are read together, given by their numbers in the index.
     """
 
     def __init__(self, records_NM: np.ndarray) -> None:
         self._num_modalities = records_NM.shape[1]
-        self._is_checked: dict[int, np.ndarray | None] = {}
+        self._samples: dict[tuple[int, ...], CheckedSamples] = {}
 
     @property
     def are_all(self) -> bool:
         """Whether nothing is left to be compared."""
-        return len(self._is_checked) == self._num_modalities and not any(
-            is_checked_N is not None for is_checked_N in self._is_checked.values()
-        )
+        done = {number for numbers, samples in self._samples.items() if samples.are_all for number in numbers}
+        return len(done) == self._num_modalities
 
-    def of(self, column: int, records_NM: np.ndarray) -> np.ndarray | None:
-        """Which members of a modality have been compared, bool (N,) to be read only; None: all."""
-        if column not in self._is_checked:
-            self._is_checked[column] = records_NM["offset"][:, column] == 0  # there is nothing to compare
-        return self._is_checked[column]
+    def of(self, numbers: tuple[int, ...], records_NM: np.ndarray) -> CheckedSamples:
+        """The samples whose members of some modalities have been compared."""
+        if numbers not in self._samples:
+            is_missing_N = (records_NM["offset"][:, numbers] == 0).all(axis=1)  # there is nothing to compare
+            self._samples[numbers] = CheckedSamples(is_missing_N)
+        return self._samples[numbers]
 
-    def add(self, column: int, index_B: np.ndarray) -> None:
-        """Members of a modality, of which `of` has been asked for, have been compared."""
-        is_checked_N = self._is_checked[column]
-        if is_checked_N is not None:
-            is_checked_N[index_B] = True
-            if is_checked_N.all():
-                self._is_checked[column] = None
+
+class CheckedSamples:
+    """Which samples have been compared: a byte each, until all have been.
+
+    Attributes:
+        are_all: whether all have been.
+    """
+
+    def __init__(self, is_checked_N: np.ndarray) -> None:
+        self._is_checked_N = is_checked_N
+        self._count()
+
+    def are_in(self, index_B: np.ndarray) -> np.ndarray:
+        """Which of some samples have been compared, bool (B,); not to be asked for once `are_all`."""
+        return self._is_checked_N.take(index_B)
+
+    def add(self, index_B: np.ndarray) -> None:
+        """Some samples have been compared, or compared again."""
+        if self.are_all:
+            return
+        self._is_checked_N[index_B] = True
+        # It would take longer to count them after each batch than to compare it.
+        self._least_left -= len(index_B)
+        if self._least_left <= 0:
+            self._count()
+
+    def _count(self) -> None:
+        self._least_left = len(self._is_checked_N) - int(np.count_nonzero(self._is_checked_N))
+        self.are_all = self._least_left == 0
+        if self.are_all:
+            self._is_checked_N = np.empty(0, bool)
 
 
 class MemberChecks:
-    """Compares the members of an open shard with their digests.
+    """Compares members of an open shard with their digests.
 
     Args:
-        digests_NM2: from `parse_sums`.
+        digests_NM: from `parse_sums`.
         records_NM: the index.
         checked: what need not be compared again; None: everything must be, each time it is read.
     """
 
-    def __init__(self, digests_NM2: np.ndarray, records_NM: np.ndarray, checked: CheckedMembers | None) -> None:
-        self._digests_NM2 = digests_NM2
+    def __init__(self, digests_NM: np.ndarray, records_NM: np.ndarray, checked: CheckedMembers | None) -> None:
+        self._digests_NM = digests_NM
         self._records_NM = records_NM
         self._checked = checked
 
-    def unchecked(self, column: int, index_B: np.ndarray) -> np.ndarray:
-        """Places in `index_B` of the samples whose member of a modality is still to be compared."""
-        if self._checked is None:
-            return np.arange(len(index_B))
-        is_checked_N = self._checked.of(column, self._records_NM)
-        return _NOTHING if is_checked_N is None else np.flatnonzero(~is_checked_N[index_B])
+    def of(self, numbers: tuple[int, ...]) -> ColumnChecks | None:
+        """What members of some modalities are to be compared with, given by numbers in the index; None: nothing."""
+        assert self._checked is not None, "shards that are not at hand have no columns"
+        samples = self._checked.of(numbers, self._records_NM)
+        # Contiguous, or else every `take` would copy all of it.
+        return None if samples.are_all else ColumnChecks(self._digests_NM.take(numbers, axis=1), samples)
 
-    def compare(self, column: int, index_B: np.ndarray, contents: Iterable[bytes | memoryview]) -> np.ndarray:
-        """Whether the members of a modality are what they should be: bool (B,); remembers those that are."""
-        sha256 = hashlib.sha256
-        digests = b"".join([sha256(content).digest()[:DIGEST_BYTES] for content in contents])
-        found_B2 = np.frombuffer(digests, np.uint64).reshape(len(index_B), 2)
-        is_right_B: np.ndarray = (found_B2 == self._digests_NM2[index_B, column]).all(axis=1)
-        if self._checked is not None:
-            self._checked.add(column, index_B[is_right_B])
-        return is_right_B
+    def is_sound(self, number: int, index: int, content: bytes) -> bool:
+        """Whether one member is what it should be, as far as that is still to be found out."""
+        samples = None if self._checked is None else self._checked.of((number,), self._records_NM)
+        if samples is not None and (samples.are_all or samples.are_in(np.array([index]))[0]):
+            return True
+        if member_digest(content) != int(self._digests_NM[index, number]):
+            return False
+        if samples is not None:
+            samples.add(np.array([index]))
+        return True
+
+
+class ColumnChecks(NamedTuple):
+    """Digests of the members that are read together, uint64 (samples, modalities), and what has been compared."""
+
+    digests: np.ndarray
+    checked: CheckedSamples

@@ -200,17 +200,17 @@ def _check_layout(manifest: Manifest, number: int, reader: ShardReader) -> tuple
     return _compare_sums(scan.digests[rows], manifest, number, reader), is_plain
 
 
-def _compare_sums(digests_NMC: np.ndarray, manifest: Manifest, number: int, reader: ShardReader) -> list[str]:
-    """What the sums say of the members (C bytes each) against the members themselves."""
+def _compare_sums(digests_NM: np.ndarray, manifest: Manifest, number: int, reader: ShardReader) -> list[str]:
+    """What the sums say of the members against the members themselves."""
     sums = manifest.shards[number].sums
     if sums is None:
         return []
     try:
-        num_samples, num_modalities, _ = digests_NMC.shape
-        expected_NM2 = read_sums(manifest.sums_path(number), num_samples, num_modalities, sums.sha256)
+        num_samples, num_modalities = digests_NM.shape
+        expected_NM = read_sums(manifest.sums_path(number), num_samples, num_modalities, sums.sha256)
     except DataError as error:
         return [str(error)]
-    differs = np.argwhere((digests_NMC.view(np.uint64) != expected_NM2).any(axis=2))
+    differs = np.argwhere(digests_NM != expected_NM)
     problems = []
     for index, column in differs[:_MOST_NAMED].tolist():
         modality = reader.modalities[column]

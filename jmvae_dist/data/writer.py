@@ -27,6 +27,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from jmvae_dist.data.digest import member_digest
 from jmvae_dist.data.exclusive import locked, os_errors_explained
 from jmvae_dist.data.index import MAX_INDEX_BYTES, MAX_MEMBER_BYTES, RECORD_DTYPE, index_bytes, index_num_bytes
 from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard, check_distinct_names
@@ -41,7 +42,7 @@ from jmvae_dist.data.sources.base import (
     check_seed,
     member_bytes,
 )
-from jmvae_dist.data.sums import member_digest
+from jmvae_dist.data.sums import sums_bytes
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import fsync_path, sha256_of
 from jmvae_dist.progress import progress
@@ -229,7 +230,7 @@ def _write_shard(packing: _Packing, job: _Job, report: Report) -> Shard:
     source, modalities = packing.source, packing.source.modalities
     num_samples = job.stop - job.start
     records_NM = np.empty((num_samples, len(modalities)), RECORD_DTYPE)
-    digests: list[bytes] = []
+    digests: list[int] = []
     encoders = [_MemberEncoder(modality) for modality in modalities]
     with open(job.path, "xb") as file:
         hashing = _HashingFile(file)
@@ -252,7 +253,7 @@ def _write_shard(packing: _Packing, job: _Job, report: Report) -> Shard:
         num_bytes=hashing.num_bytes,
         sha256=hashing.digest.hexdigest(),
         index=IndexFile.write(job.path.with_name(f"{job.path.name}.index"), index_bytes(records_NM)),
-        sums=IndexFile.write(job.path.with_name(f"{job.path.name}.sums"), b"".join(digests)),
+        sums=IndexFile.write(job.path.with_name(f"{job.path.name}.sums"), sums_bytes(digests)),
     )
 
 

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jmvae_dist.data.digest import member_digest
 from jmvae_dist.data.index import RECORD_DTYPE, index_bytes
 from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard
+from jmvae_dist.data.sums import sums_bytes
 
 MIXED = (
     Modality.image("photo", (3, 6, 5), "jpg|png"),
@@ -76,7 +78,7 @@ class DataSet:
         for entry, tar, index, digests in zip(document["shards"], tars, indexes, sums, strict=True):
             entry.update(num_bytes=len(tar), sha256=hashlib.sha256(tar).hexdigest())
             entry["index"].update(num_bytes=len(index), sha256=hashlib.sha256(index).hexdigest())
-            entry["sums"].update(num_bytes=len(digests), sha256=hashlib.sha256(digests).hexdigest())
+            entry["sums64"].update(num_bytes=len(digests), sha256=hashlib.sha256(digests).hexdigest())
         seal_manifest(document)
         return document
 
@@ -95,12 +97,12 @@ def sums_of(tar: bytes, index: bytes) -> bytes:
     """The digests of what lies at the places that an index names; of its whole records, if it has half ones."""
     whole = len(index) - (len(index) - INDEX_HEADER_BYTES) % RECORD_DTYPE.itemsize
     records = np.frombuffer(index[INDEX_HEADER_BYTES:whole], RECORD_DTYPE).tolist()
-    return b"".join(hashlib.sha256(tar[offset : offset + size]).digest()[:16] for offset, size in records)
+    return sums_bytes([member_digest(tar[offset : offset + size]) for offset, size in records])
 
 
 def without_sums(document: dict[str, Any]) -> dict[str, Any]:
     """A manifest as it was before there were sums; they are not part of the fingerprint."""
-    shards = [{key: value for key, value in shard.items() if key != "sums"} for shard in document["shards"]]
+    shards = [{key: value for key, value in shard.items() if key != "sums64"} for shard in document["shards"]]
     return {**document, "shards": shards}
 
 

@@ -150,7 +150,7 @@ class IndexTarget(_OfDataSets):
 
 
 def _sums_sha256(document: dict[str, Any], shard: int) -> str:
-    return str(document["shards"][shard]["sums"]["sha256"])
+    return str(document["shards"][shard]["sums64"]["sha256"])
 
 
 def _change_records(rng: Random, content: bytes) -> bytes:
@@ -523,7 +523,7 @@ class RemoteTarget(_OfDataSets):
         cache = folder / "cache"
         cache.mkdir()
         for shard in document["shards"]:
-            for entry in (shard, shard["index"], *([shard["sums"]] if "sums" in shard else [])):
+            for entry in (shard, shard["index"], *([shard["sums64"]] if "sums64" in shard else [])):
                 content = (folder / "served" / entry["url"]).read_bytes()
                 name = rng.choice((entry["sha256"], f"{entry['sha256']}-{entry['num_bytes']}.part", "lock", "wanted"))
                 kind = rng.randrange(9)

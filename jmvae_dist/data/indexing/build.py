@@ -37,6 +37,7 @@ from jmvae_dist.data.indexing.shard_scan import is_complete, scan_shard
 from jmvae_dist.data.indexing.workspace import Incomplete, ShardRecord, Workspace
 from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard, check_distinct_names
 from jmvae_dist.data.processes import Report, default_workers, run_in_processes
+from jmvae_dist.data.sums import sums_bytes
 from jmvae_dist.data.urls import is_remote
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import fsync_path
@@ -221,7 +222,7 @@ def _write_beside(
         is_kept_N = is_complete(records_NM)
         records_NM, digests = records_NM[is_kept_N], digests[is_kept_N]
     index = IndexFile.write(folder / f"{position:06d}.index", index_bytes(records_NM))
-    sums = IndexFile.write(folder / f"{position:06d}.sums", digests.tobytes())
+    sums = IndexFile.write(folder / f"{position:06d}.sums", sums_bytes(digests))
     return Shard(_url(record.shard, workspace.out), len(records_NM), record.num_bytes, record.sha256, index, sums)
 
 

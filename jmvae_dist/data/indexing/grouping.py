@@ -18,7 +18,6 @@ import numpy as np
 from jmvae_dist.data.index import RECORD_DTYPE
 from jmvae_dist.data.indexing.tar_scan import TarMember
 from jmvae_dist.data.manifest import printable
-from jmvae_dist.data.sums import DIGEST_BYTES
 from jmvae_dist.errors import DataError
 
 MAX_KEY_BYTES_PER_SHARD = 256 * 2**20
@@ -65,7 +64,7 @@ class SampleGrouper:
         self.ignored: Counter[str] = Counter()
         self.skipped = 0
         self._columns, self._num_columns, self._path = columns, num_columns, path
-        self._offsets, self._sizes, self._digests = array("Q"), array("I"), bytearray()
+        self._offsets, self._sizes, self._digests = array("Q"), array("I"), array("Q")
         self._rows: dict[str, int] = {}
         self._scattered: set[int] = set()
         self._current = -1
@@ -97,20 +96,16 @@ class SampleGrouper:
             self._offsets[place], self._sizes[place] = member.offset, member.size
         return columns
 
-    def set_digest(self, columns: Sequence[int], digest: bytes) -> None:
+    def set_digest(self, columns: Sequence[int], digest: int) -> None:
         """Take the digest of the member that was added last."""
         for column in columns:
-            self._set_digest(self._current * self._num_columns + column, digest)
+            self._digests[self._current * self._num_columns + column] = digest
 
     def forget_last(self, columns: Sequence[int]) -> None:
         """Take back the member that was added last: it cannot be read."""
         for column in columns:
             place = self._current * self._num_columns + column
-            self._offsets[place] = self._sizes[place] = 0
-            self._set_digest(place, bytes(DIGEST_BYTES))
-
-    def _set_digest(self, place: int, digest: bytes) -> None:
-        self._digests[place * DIGEST_BYTES : (place + 1) * DIGEST_BYTES] = digest
+            self._offsets[place] = self._sizes[place] = self._digests[place] = 0
 
     def _row(self, key: str) -> int:
         if self._current >= 0 and self.keys[self._current] == key:
@@ -125,7 +120,7 @@ class SampleGrouper:
             self.keys.append(key)
             self._offsets.extend([0] * self._num_columns)
             self._sizes.extend([0] * self._num_columns)
-            self._digests.extend(bytes(DIGEST_BYTES * self._num_columns))
+            self._digests.extend([0] * self._num_columns)
         self._current = row
         return row
 
@@ -140,5 +135,5 @@ class SampleGrouper:
         return records.reshape(-1, self._num_columns)
 
     def digests(self) -> np.ndarray:
-        """Of the members in those places, uint8 (samples, columns, DIGEST_BYTES); zeros where one is lacking."""
-        return np.frombuffer(bytes(self._digests), np.uint8).reshape(-1, self._num_columns, DIGEST_BYTES)
+        """Of the members in those places, uint64 (samples, columns); 0 where one is lacking."""
+        return np.array(self._digests, np.uint64).reshape(-1, self._num_columns)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from jmvae_dist.data.digest import digest_of_pieces
 from jmvae_dist.data.indexing.grouping import SampleGrouper
 from jmvae_dist.data.indexing.inspection import Facts, ModalityRequest, make_inspector
 from jmvae_dist.data.indexing.tar_scan import ByteStream, TarScanner
 from jmvae_dist.data.manifest import printable
-from jmvae_dist.data.sums import DIGEST_BYTES
 from jmvae_dist.errors import DataError
 
 
@@ -87,7 +87,7 @@ class ShardScan:
         num_bytes, sha256: of the tar.
         keys: of its samples, in the order in which they begin.
         records: index records (samples, modalities); offset and size 0 where a member is missing or unreadable.
-        digests: of the members, uint8 (samples, modalities, DIGEST_BYTES); zeros where the record is.
+        digests: of the members, uint64 (samples, modalities); 0 where the record is.
         findings: what else there is to know.
     """
 
@@ -137,10 +137,7 @@ def scan_shard(
         if not columns:
             continue
         content = scanner.content(max([limits[column] for column in columns]))
-        digest = hashlib.sha256(content)
-        for piece in scanner.rest():
-            digest.update(piece)
-        grouper.set_digest(columns, digest.digest()[:DIGEST_BYTES])
+        grouper.set_digest(columns, digest_of_pieces(chain((content,), scanner.rest())))
         if not inspect:
             continue
         for column in columns:

@@ -12,16 +12,16 @@ from typing import Literal
 
 import numpy as np
 
+from jmvae_dist.data.digest import DIGEST_BYTES
 from jmvae_dist.data.index import RECORD_DTYPE
 from jmvae_dist.data.indexing.inspection import ModalityRequest
 from jmvae_dist.data.indexing.opening import Identity
 from jmvae_dist.data.indexing.shard_scan import Findings, ShardScan
-from jmvae_dist.data.sums import DIGEST_BYTES
 from jmvae_dist.files import writing_atomic
 
 Incomplete = Literal["error", "skip", "keep"]
 
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class Workspace:
         return np.frombuffer(data, RECORD_DTYPE, count).reshape(record.num_samples, len(self.requests))
 
     def digests(self, record: ShardRecord) -> np.ndarray:
-        """The digests of the members of these samples: uint8 (samples, modalities, DIGEST_BYTES)."""
+        """The digests of the members of these samples: uint64 (samples, modalities)."""
         data, count = self._path(record.shard, ".data").read_bytes(), record.num_samples * len(self.requests)
-        digests = np.frombuffer(data, np.uint8, count * DIGEST_BYTES, count * RECORD_DTYPE.itemsize)
-        return digests.reshape(record.num_samples, len(self.requests), DIGEST_BYTES)
+        digests = np.frombuffer(data, np.uint64, count, count * RECORD_DTYPE.itemsize)
+        return digests.reshape(record.num_samples, len(self.requests))
 
     def key_hashes(self, record: ShardRecord) -> np.ndarray:
         """64-bit hashes of the keys of a shard: uint64 (samples,)."""

@@ -40,8 +40,7 @@ def sample(number: int) -> dict[str, bytes]:
 def test_written_shards_are_read_as_strided_arrays(example_manifest: MakeManifest) -> None:
     manifest = example_manifest()
     reader = ShardReader(manifest, 0)
-    assert reader.column("image") is not None
-    assert reader.column("label") is not None
+    assert reader.columns(("image", "label")).others == ()
     for index in range(manifest.shards[0].num_samples):
         number = int(reader.key(index, "image").split("-")[-1])
         assert reader.read([index], "image")[0].tolist() == image(number).tolist()

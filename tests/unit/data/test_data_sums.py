@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from data_examples import npy_bytes, without_sums
+from data_examples import example_source, npy_bytes, without_sums
 
-from jmvae_dist.data.index import read_index
+from jmvae_dist.data import columns
+from jmvae_dist.data.digest import member_digest
+from jmvae_dist.data.index import RECORD_DTYPE, read_index
 from jmvae_dist.data.indexing.build import index_shards
 from jmvae_dist.data.indexing.inspection import ModalityRequest
 from jmvae_dist.data.loader import TrainLoader
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardReader, ShardSet, Verify
-from jmvae_dist.data.sums import MemberChecks, member_digest, read_sums
+from jmvae_dist.data.sources.base import ArraySource
+from jmvae_dist.data.sums import CheckedMembers, read_sums
 from jmvae_dist.data.views import SampleKeys, make_views
-from jmvae_dist.errors import DataError, UnreachableError
+from jmvae_dist.data.writer import write_shards
+from jmvae_dist.errors import ConfigError, DataError, UnreachableError
 from tests.faulty_server import serving
 
 MakeManifest = Callable[..., Manifest]
@@ -46,12 +51,12 @@ def places(
     """One data set twice: as files that can be damaged, and as it is read."""
     if request.param == "decoded":
         local = indexed(foreign_manifest, tmp_path / "manifest.json")
-        assert ShardReader(local, 0, "never").column("label") is None
+        assert ShardReader(local, 0, "never").columns(("image", "label")).others == ("label",)
         yield local, local
         return
     local = example_manifest(15, samples_per_shard=15)
     if request.param == "mapped":
-        assert ShardReader(local, 0, "never").column("label") is not None
+        assert ShardReader(local, 0, "never").columns(("image", "label")).others == ()
         yield local, local
         return
     with serving(local.path.parent) as server:
@@ -67,7 +72,8 @@ def gather(shards: ShardSet, manifest: Manifest, indices: list[int]) -> tuple[di
 def damage(manifest: Manifest, index: int, column: int) -> None:
     """Another valid value in one member."""
     shard, path = manifest.shards[0], manifest.shard_path(0)
-    records = read_index(manifest.index_path(0), shard.num_samples, 2, shard.num_bytes, None)
+    num_modalities = len(manifest.modalities)
+    records = read_index(manifest.index_path(0), shard.num_samples, num_modalities, shard.num_bytes, None)
     content = bytearray(path.read_bytes())
     content[int(records["offset"][index, column]) + int(records["size"][index, column]) - 1] ^= 1
     path.write_bytes(content)
@@ -105,18 +111,20 @@ def test_single_reads_are_checked_alike(places: tuple[Manifest, Manifest]) -> No
 def test_nothing_is_checked_twice(example_manifest: MakeManifest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the same member again, and of a shard that was read as a whole not even the sums."""
     manifest, compared = example_manifest(15, samples_per_shard=15), []
-    compare = MemberChecks.compare
+    hash_rows = columns.digests_of_rows
 
-    def counting(checks: MemberChecks, column: int, index_B: np.ndarray, contents: list[bytes]) -> np.ndarray:
-        compared.extend((column, index) for index in index_B.tolist())
-        return compare(checks, column, index_B, contents)
+    def counting(words_BW: np.ndarray, num_bytes: int) -> np.ndarray:
+        compared.extend(row.tobytes()[:num_bytes] for row in words_BW)
+        return hash_rows(words_BW, num_bytes)
 
-    monkeypatch.setattr(MemberChecks, "compare", counting)
+    monkeypatch.setattr(columns, "digests_of_rows", counting)
     first = ShardSet(manifest)
     gather(first, manifest, [1, 2, 3])
     gather(first, manifest, [3, 4])
     gather(ShardSet(manifest), manifest, [4, 2])
-    assert sorted(compared) == [(column, index) for column in range(2) for index in range(1, 5)]
+    reader = ShardReader(manifest, 0, "never")
+    members = [reader.member_bytes(index, name) for index in range(1, 5) for name in reader.modalities]
+    assert sorted(compared) == sorted(members)
     gather(ShardSet(manifest), manifest, list(range(15)))
     assert len(compared) == 30
     manifest.sums_path(0).unlink()
@@ -137,7 +145,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (cut, "sums file should have 480 bytes but has only 479; copy it again"),
+        (cut, "sums file should have 240 bytes but has only 239; copy it again"),
         (flip, "sums do not have the sha256 of the manifest"),
         (Path.unlink, "cannot read sums file: No such file"),
     ],
@@ -160,8 +168,8 @@ def test_what_is_in_the_file(foreign_manifest: MakeManifest, tmp_path: Path) -> 
     digests = read_sums(manifest.sums_path(0), 15, 2, manifest.shards[0].sums.sha256)
     for row in range(15):
         label = member_digest(b"%d" % (row % 12))
-        image = hashlib.sha256(npy_bytes(np.arange(6, dtype=np.float32) + row)).digest()[:16]
-        assert [digest.tobytes() for digest in digests[row]] == [image, label]
+        image = member_digest(npy_bytes(np.arange(6, dtype=np.float32) + row))
+        assert digests[row].tolist() == [image, label]
 
 
 @pytest.mark.parametrize("verify", ["first_use", "always", "never"])
@@ -189,3 +197,84 @@ def test_shards_written_before_there_were_sums_get_them(example_manifest: MakeMa
     manifest = example_manifest()
     without_sums(manifest).save(manifest.path)
     assert example_manifest() == manifest
+
+
+def test_samples_of_other_sets_of_modalities_are_told_apart() -> None:
+    """What was compared of one modality says nothing of another one; samples that come twice count once."""
+    records = np.zeros((4, 2), RECORD_DTYPE)
+    records["offset"] = 512
+    records["offset"][3] = 0  # this sample has no members: there is nothing to compare
+    checked = CheckedMembers(records)
+    both, first = checked.of((0, 1), records), checked.of((0,), records)
+    both.add(np.array([0, 0, 1]))
+    assert both.are_in(np.arange(4)).tolist() == [True, True, False, True]
+    assert first.are_in(np.arange(4)).tolist() == [False, False, False, True]
+    first.add(np.array([0, 1, 2]))
+    assert first.are_all
+    assert not checked.are_all
+    both.add(np.array([0, 2]))
+    both.add(np.array([2]))
+    assert checked.are_all
+
+
+def test_padding_of_the_tar_is_not_compared(example_manifest: MakeManifest) -> None:
+    """Members whose length is no multiple of 8 are followed by bytes that are not theirs."""
+    manifest = example_manifest(15, samples_per_shard=15)
+    shard, path = manifest.shards[0], manifest.shard_path(0)
+    records = read_index(manifest.index_path(0), shard.num_samples, 2, shard.num_bytes, None)
+    assert (records["size"][:, 1] % 8 != 0).all()
+    content = bytearray(path.read_bytes())
+    for offset, size in records[:, 1].tolist():
+        content[offset + size : offset + size + 8] = b"\xff" * 8
+    path.write_bytes(content)
+    values, problems = gather(ShardSet(manifest), manifest, list(range(15)))
+    assert not problems
+    expected, _ = gather(ShardSet(manifest, "never"), manifest, list(range(15)))
+    assert all(np.array_equal(values[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float64"])
+def test_members_of_any_length_are_compared_by_columns(dtype: str, tmp_path: Path) -> None:
+    """Also those that do not end at a 64-bit word, and those of several chunks of a digest."""
+    sizes = (3, 13, 70_001) if dtype == "uint8" else (3,)
+    for size in sizes:
+        modalities = (Modality("x", dtype, (size,)),)
+        arrays = {"x": (np.arange(5 * size) % 251).reshape(5, size).astype(dtype)}
+        source = ArraySource("bytes", "train", modalities, arrays, np.arange(5), 5, {})
+        folder = tmp_path / f"{size}"
+        write_shards(source, folder, workers=1)
+        manifest = Manifest.load(folder / "manifest.json")
+        expected, _ = gather(ShardSet(manifest, "never"), manifest, list(range(5)))
+        values, problems = gather(ShardSet(manifest), manifest, list(range(5)))
+        assert not problems
+        assert np.array_equal(values["x"], expected["x"])
+        damage(manifest, 4, 0)
+        assert list(gather(ShardSet(manifest), manifest, list(range(5)))[1]) == [4]
+
+
+def with_old_sums(document: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of the version whose sums had 16 bytes per member."""
+    for shard in document["shards"]:
+        shard["sums"] = {**shard.pop("sums64"), "num_bytes": 2 * 16 * shard["num_samples"]}
+    return document
+
+
+OLD = r"shards\[0\].sums: are those of an earlier version, 16 bytes per member: run `jmvae-dist shards index` or"
+
+
+def test_sums_of_an_earlier_version_are_refused_and_made_anew(
+    example_manifest: MakeManifest, foreign_manifest: MakeManifest, tmp_path: Path
+) -> None:
+    written = example_manifest()
+    indexed_manifest = indexed(foreign_manifest, tmp_path / "indexed.json")
+    for manifest in (written, indexed_manifest):
+        manifest.path.write_text(json.dumps(with_old_sums(json.loads(manifest.path.read_text()))))
+        with pytest.raises(DataError, match=OLD):
+            Manifest.load(manifest.path)
+    with pytest.raises(ConfigError, match="add --overwrite"):
+        example_manifest()
+    write_shards(example_source(47), written.path.parent, samples_per_shard=10, overwrite=True)
+    assert Manifest.load(written.path) == written
+    tar = indexed_manifest.shard_path(0)
+    again = index_shards([str(tar)], indexed_manifest.path, REQUESTS, overwrite=True).manifest
+    assert again == indexed_manifest

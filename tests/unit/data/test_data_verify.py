@@ -71,13 +71,13 @@ def test_sums_of_other_members_are_found(example_manifest: MakeManifest) -> None
     manifest = example_manifest()
     path = manifest.sums_path(1)
     content = bytearray(path.read_bytes())
-    content[16 * (2 * 3 + 1)] ^= 1
+    content[8 * (2 * 3 + 1)] ^= 1
     path.write_bytes(content)
     (problem,) = verify_shards(with_true_checksums(manifest))
     assert re.search(r"shard-000001.tar: sample 3 \(key '.*'\), modality 'label': its bytes are not those", problem)
     path.write_bytes(b"short")
     (problem,) = verify_shards(manifest)
-    assert problem == f"{path}: sums file should have 320 bytes but has only 5; copy it again"
+    assert problem == f"{path}: sums file should have 160 bytes but has only 5; copy it again"
 
 
 def test_all_problems_are_listed(example_manifest: MakeManifest) -> None:
