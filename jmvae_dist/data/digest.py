@@ -45,6 +45,13 @@ def multipliers(level: int = 0) -> np.ndarray:
     return words_64(1 + CHUNK_BYTES // 4, seed=0, purpose=PURPOSE_MEMBER_DIGEST, lane=level)
 
 
+@cache
+def _factors_of_words(level: int) -> tuple[int, int, np.ndarray]:
+    """m[0], m[1], and m[1:]."""
+    factors = multipliers(level)
+    return int(factors[0]), int(factors[1]), factors[1:]
+
+
 @lru_cache(64)
 def _factors_of_pairs(num_bytes: int, level: int) -> tuple[np.uint64, np.ndarray, np.ndarray]:
     """What a member of some length has in its sum for that, and what its 64-bit words and their upper halves are
@@ -65,11 +72,13 @@ def member_digest(content: bytes | memoryview, level: int = 0) -> int:
         view = memoryview(content)
         chunks = (view[start : start + CHUNK_BYTES] for start in range(0, num_bytes, CHUNK_BYTES))
         return _join([member_digest(chunk, level) for chunk in chunks], level)
+    for_length, first, factors = _factors_of_words(level)
+    if num_bytes <= 4:  # of labels and other small members there are many: numpy would take four times as long
+        return (for_length * num_bytes + first * int.from_bytes(content, "little")) & _MASK64
     if num_bytes % 4:
         content = bytes(content) + bytes(-num_bytes % 4)
-    factors = multipliers(level)
     words = np.frombuffer(content, _WORD)
-    return (int(factors[0]) * num_bytes + int(words.dot(factors[1 : 1 + len(words)]))) & _MASK64
+    return (for_length * num_bytes + int(words.dot(factors[: len(words)]))) & _MASK64
 
 
 def digest_of_pieces(pieces: Iterable[bytes]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jmvae_dist.data.digest import digest_of_pieces
+from jmvae_dist.data.digest import digest_of_pieces, member_digest
 from jmvae_dist.data.indexing.grouping import SampleGrouper
 from jmvae_dist.data.indexing.inspection import Facts, ModalityRequest, make_inspector
 from jmvae_dist.data.indexing.tar_scan import ByteStream, TarScanner
@@ -137,7 +137,9 @@ def scan_shard(
         if not columns:
             continue
         content = scanner.content(max([limits[column] for column in columns]))
-        grouper.set_digest(columns, digest_of_pieces(chain((content,), scanner.rest())))
+        is_whole = len(content) == member.size
+        digest = member_digest(content) if is_whole else digest_of_pieces(chain((content,), scanner.rest()))
+        grouper.set_digest(columns, digest)
         if not inspect:
             continue
         for column in columns:
