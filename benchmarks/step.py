@@ -48,8 +48,7 @@ from jmvae_dist.data.writer import write_shards
 from jmvae_dist.distributed.environment import detect_process
 from jmvae_dist.distributed.runtime import Runtime, start_runtime
 from jmvae_dist.model import JMVAE
-from jmvae_dist.training.guards import StepGuard
-from jmvae_dist.training.optimizer import make_optimizer
+from jmvae_dist.training.assembly import make_engine, make_guard
 from jmvae_dist.training.setup import ResolvedRun, resolve_run
 from jmvae_dist.training.step import TrainStep
 
@@ -196,21 +195,9 @@ def our_steps(manifest: Path, kinds: Sequence[str]) -> Iterator[tuple[dict[str, 
 
 
 def _our_step(run: ResolvedRun, runtime: Runtime, batches: list[Batch]) -> tuple[Step, JMVAE]:
-    training = run.config.training
-    torch.manual_seed(0)
-    model = JMVAE(run.model_config, networks=run.config.model.networks)
-    optimizer = make_optimizer(model, run.config.optimizer)
-    engine = runtime.prepare(model, optimizer, is_compiled=training.compile != "off")
-    guard = StepGuard(
-        training.guards,
-        precision=training.precision,
-        gradient_clip_norm=training.gradient_clip_norm,
-        global_batch_size=training.global_batch_size,
-        device=runtime.device,
-        is_partitioned=False,
-        world_size=1,
-    )
-    take_step, numbers = TrainStep(run, runtime, engine, guard), iter(range(10**9))
+    model, engine = make_engine(run, runtime)
+    take_step = TrainStep(run, runtime, engine, make_guard(run, runtime, engine))
+    numbers = iter(range(10**9))
     if not engine.is_settled:
         take_step.rehearse(batches[0])
 

@@ -12,7 +12,8 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,11 @@ from jmvae_dist.errors import ConfigError, LaunchError
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
+
+Around = Callable[[], AbstractContextManager[None]]
+# DeepSpeed's collectives, by name of the method of its one backend: gradients are summed, weights are gathered.
+_SUMS = ("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor")
+_GATHERS = ("all_gather", "all_gather_coalesced", "all_gather_into_tensor", "broadcast")
 
 
 def prepare_process(on_cpu: bool) -> None:
@@ -123,14 +129,57 @@ class ZeroEngine(Engine):
                 "install a version of DeepSpeed from the range in setup.cfg"
             )
 
-    def forward_backward(self, scale: Tensor | float, is_last: bool, **inputs: Any) -> dict[str, Tensor]:
+    @contextlib.contextmanager
+    def _micro_batch(self, is_last: bool) -> Iterator[None]:
         self._engine.set_gradient_accumulation_boundary(is_boundary=is_last)
-        loss_sum, metrics = self._engine(**inputs)
-        # The scale is already that of the whole step.
-        self._engine.backward(loss_sum * scale, scale_wrt_gas=False)
+        yield
         if not is_last:
             self._engine.step()  # counts the micro-batch; takes no step before the boundary
-        return metrics
+
+    def forward(self, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._engine(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        # The loss is already scaled for the whole step.
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    @contextlib.contextmanager
+    def collectives_watched(self, around_sum: Around, around_gather: Around) -> Iterator[None]:
+        """Meanwhile each of DeepSpeed's collectives runs alone: it is waited for, inside of a context manager.
+
+        What DeepSpeed would overlap with computation takes its turn, so steps may take longer than otherwise.
+
+        Args:
+            around_sum: Makes the context manager for sums over ranks, which are those of gradients.
+            around_gather: The same for gathers and broadcasts, which are those of weights.
+        """
+        from deepspeed.comm import comm
+
+        backend = comm.cdb
+        for names, around in ((_SUMS, around_sum), (_GATHERS, around_gather)):
+            for name in names:
+                setattr(backend, name, self._alone(getattr(backend, name), around))
+        try:
+            yield
+        finally:
+            for name in (*_SUMS, *_GATHERS):
+                delattr(backend, name)  # of this object, which hides the method of its class
+
+    def _alone(self, collective: Callable[..., Any], around: Around) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self._wait_for_device()
+            with around():
+                work = collective(*arguments, **options)
+                if work is not None:
+                    work.wait()
+                self._wait_for_device()
+            return work
+
+        return call
+
+    def _wait_for_device(self) -> None:
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def gradients(self) -> list[Tensor]:
         if self.stage == 0:

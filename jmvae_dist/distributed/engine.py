@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,7 +78,6 @@ class Engine(ABC):
         # Noted before an engine replaces the parameters of the groups by partitions of its own.
         self.group_parameters = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
-    @abstractmethod
     def forward_backward(self, scale: Tensor | float, is_last: bool, **inputs: Any) -> dict[str, Tensor]:
         """One micro-batch: forward pass, and backward pass of `scale * loss_sum`.
 
@@ -89,6 +89,22 @@ class Engine(ABC):
         Returns:
             The model's metrics, sums over the micro-batch.
         """
+        with self._micro_batch(is_last):
+            loss_sum, metrics = self.forward(**inputs)
+            self.backward(loss_sum * scale)
+        return metrics
+
+    def _micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
+        """Around the passes of one micro-batch."""
+        return contextlib.nullcontext()
+
+    @abstractmethod
+    def forward(self, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The forward pass: summed loss and metrics of the micro-batch."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass; in a step's last micro-batch with the reduction of the gradients."""
 
     @property
     def is_partitioned(self) -> bool:
@@ -138,12 +154,19 @@ class ReplicatedEngine(Engine):
         # order of summation follows the buckets; two numbers have only one sum.
         self.is_settled = accelerator.num_processes <= 2 and not is_compiled
 
-    def forward_backward(self, scale: Tensor | float, is_last: bool, **inputs: Any) -> dict[str, Tensor]:
+    def without_reduction(self) -> AbstractContextManager[None]:
+        """Backward passes inside leave each rank its own gradients."""
+        return self._accelerator.no_sync(self._module)
+
+    def _micro_batch(self, is_last: bool) -> AbstractContextManager[None]:
         # Gradients travel between ranks once per optimizer step, during the last backward pass.
-        with contextlib.nullcontext() if is_last else self._accelerator.no_sync(self._module):
-            loss_sum, metrics = self._module(**inputs)
-            (loss_sum * scale).backward()
-        return metrics
+        return contextlib.nullcontext() if is_last else self.without_reduction()
+
+    def forward(self, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._module(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     def step(self) -> None:
         self.optimizer.step()

@@ -13,17 +13,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jmvae_dist.config import JMVAEConfig, RunConfig
 from jmvae_dist.data.plan import default_lanes
 from jmvae_dist.data.urls import is_remote, shown
 from jmvae_dist.distributed.deepspeed_config import BUCKET_ELEMENTS
-from jmvae_dist.distributed.engine import ForwardPass
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.model import JMVAE
 from jmvae_dist.progress import format_bytes
 from jmvae_dist.schedules import epochs_to_steps
+from jmvae_dist.training.fake_pass import fake_pass
 from jmvae_dist.training.setup import resolve_networks, resolve_run
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
@@ -251,26 +250,18 @@ def _count(module: nn.Module, recurse: bool = True) -> int:
 
 def _estimate_activations(config: RunConfig, model_config: JMVAEConfig, batch_size: int) -> tuple[int | None, str]:
     """Bytes that autograd keeps of one forward pass besides the weights; or None, and why not."""
-    assert model_config.input_dims is not None
     kept: dict[int, Tensor] = {}  # by storage, which must live for its address to stay its own
 
     def keep(tensor: Tensor) -> Tensor:
         kept.setdefault(tensor.untyped_storage()._cdata, tensor)
         return tensor
 
-    # Tensors of the meta device that claim to be on another one: autocast does not know meta itself.
     try:
-        with FakeTensorMode():
-            networks = resolve_networks(config, model_config)
-            model = ForwardPass(
-                JMVAE(model_config, networks=networks, kernels="reference"), config.training.precision, "cpu"
-            )
-            inputs = {name: torch.empty(batch_size, *shape) for name, shape in model_config.input_dims.items()}
-            noise = torch.empty(batch_size, model_config.latent_dim)
+        with fake_pass(config, model_config, batch_size) as take:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss_sum, _ = model(inputs, noise=noise, check_inputs=False)
+                loss_sum = take()
             assert loss_sum.requires_grad
-            weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+            weights = {parameter.untyped_storage()._cdata for parameter in take.model.parameters()}
     except Exception as error:  # a network of the user's may look at values
         return None, f"{type(error).__name__}: {' '.join(str(error).split())}"
     return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights), ""

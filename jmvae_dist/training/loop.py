@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
-import torch
-
 from jmvae_dist.checkpoint.layout import CheckpointManifest
 from jmvae_dist.checkpoint.manager import CheckpointManager
 from jmvae_dist.config_io import to_plain
-from jmvae_dist.data.loader import TrainLoader, decode_threads
+from jmvae_dist.data.loader import decode_threads
 from jmvae_dist.data.plan import check_same_order
 from jmvae_dist.distributed.runtime import Runtime
 from jmvae_dist.errors import (
@@ -29,17 +27,15 @@ from jmvae_dist.errors import (
     mark_on_all_ranks,
 )
 from jmvae_dist.evaluation.runner import evaluate_together, save_figures
-from jmvae_dist.kernels.gaussian import choose
 from jmvae_dist.model import JMVAE
 from jmvae_dist.progress import progress
 from jmvae_dist.tracking.jsonl import EVALUATED_BY
 from jmvae_dist.tracking.ledger import COMPLETE, STOPPED
 from jmvae_dist.tracking.report import write_report
-from jmvae_dist.training.batches import CheckedBatches
+from jmvae_dist.training.assembly import make_engine, make_guard, open_batches
 from jmvae_dist.training.goodput import AttemptLedger
-from jmvae_dist.training.guards import GuardReading, RewindRequested, StepGuard
+from jmvae_dist.training.guards import GuardReading, RewindRequested
 from jmvae_dist.training.meter import Meter
-from jmvae_dist.training.optimizer import make_optimizer
 from jmvae_dist.training.recorder import Recorder
 from jmvae_dist.training.requests import Requests
 from jmvae_dist.training.setup import ResolvedRun, check_same_model, check_same_transforms, describe_changes
@@ -78,25 +74,8 @@ class Trainer:
         self.global_step = 0
         self._started_s = time.monotonic()
         self._elapsed_before_s = 0.0
-        # Equal initial weights on every rank and for every world size.
-        torch.manual_seed(run.config.training.seed)
-        section = run.config.model
-        choose(section.kernels, runtime.device.type)  # says which, and complains now rather than in the first step
-        model = JMVAE(run.model_config, networks=section.networks, kernels=section.kernels)
-        self.model = model.to(runtime.device)
-        training = run.config.training
-        optimizer = make_optimizer(self.model, run.config.optimizer)
-        self.engine = runtime.prepare(self.model, optimizer, is_compiled=run.config.training.compile != "off")
-        self.guard = StepGuard(
-            training.guards,
-            precision=training.precision,
-            gradient_clip_norm=training.gradient_clip_norm,
-            global_batch_size=training.global_batch_size,
-            device=runtime.device,
-            is_partitioned=self.engine.is_partitioned,
-            world_size=runtime.process.world_size,
-            mask_tolerance=run.config.data.bad_sample_tolerance,
-        )
+        self.model, self.engine = make_engine(run, runtime)
+        self.guard = make_guard(run, runtime, self.engine)
         self.passed_over: list[list[int]] = []
         self._has_warned_of_lead = False
         self.checkpoints = CheckpointManager(
@@ -162,8 +141,9 @@ class Trainer:
         take_step = TrainStep(self.run, self.runtime, self.engine, self.guard)
         meter = Meter(config.training.global_batch_size)
         request_file = self.run.output_dir / "CHECKPOINT"
+        remaining = range(self.global_step, total_steps)
         with (
-            closing(self._batches()) as batches,
+            closing(open_batches(self.run, self.runtime, self.model, remaining)) as batches,
             Requests(self.runtime.collectives, self.signals, config.checkpoint.every_s, request_file) as requests,
             self.checkpoints,
             self._steps_watched(),
@@ -290,32 +270,6 @@ class Trainer:
         run_id = resumed_from.tracking.get("wandb_run_id") if resumed_from else None
         return Recorder(self.run, is_main=self.runtime.is_main, resume_step=self.global_step, wandb_run_id=run_id)
 
-    def _batches(self) -> CheckedBatches:
-        """The remaining batches of this rank; raises on all ranks if one of them cannot even begin."""
-        process, data = self.runtime.process, self.run.config.data
-        fingerprint = f"fingerprint {self.run.train_manifest.fingerprint}"
-        self.runtime.collectives.require_equal(str(data.train_manifest), fingerprint)
-        with self.runtime.collectives.together():
-            loader = TrainLoader(
-                self.run.train_manifest,
-                self.run.plan,
-                rank=process.rank,
-                world_size=process.world_size,
-                views=self.run.views,
-                workers=data.workers,
-                threads=decode_threads(data.decode_threads, data.workers),
-                verify=data.verify,
-                on_bad_sample=data.on_bad_sample,
-                access=self.run.remote_access,
-                pin_memory=self.runtime.device.type == "cuda",
-            )
-            lanes = self.run.plan.lanes_of_rank(process.rank, process.world_size)
-            remaining = loader.iterate(self.global_step, self.run.total_steps)
-            batches = CheckedBatches(remaining, self.run, self.model.likelihoods, lanes)
-            batches.fetch_ahead()
-            batches.raise_failure()
-        return batches
-
     def _is_recorded(self, global_step: int) -> bool:
         return global_step == self.run.total_steps or global_step % self.run.config.training.log_every_steps == 0
 
@@ -327,11 +281,8 @@ class Trainer:
         return self._elapsed_before_s + time.monotonic() - self._started_s
 
     def _record(self, result: StepResult, meter: Meter, last_problem: str | None) -> None:
-        """Record the step just taken: means over the valid samples of the global batch, from all ranks' sums."""
-        keys = list(result.sums)
-        local = torch.stack([result.sums[key].double() for key in keys]).cpu()
-        total = self.runtime.collectives.sum(torch.cat([local, torch.tensor([result.num_valid]).double()]))
-        means = (total[:-1] / total[-1]).tolist()
+        """Record the step just taken."""
+        means = result.means(self.runtime.collectives)
         assert result.grad_norm is not None
         guards = self.guard.read()
         stall_s = self.checkpoints.take_stall_s()
@@ -342,7 +293,7 @@ class Trainer:
             "samples_seen": self.run.plan.samples_seen(self.global_step),
             "epoch": self.run.plan.epoch(self.global_step),
             "time_s": self._elapsed_s(),
-            **dict(zip(keys, means, strict=True)),
+            **means,
             "schedule/annealing": self.run.annealing(step_taken),
             "schedule/learning_rate": self.run.learning_rate(step_taken),
             "grad_norm": float(result.grad_norm),

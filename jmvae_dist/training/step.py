@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from jmvae_dist.data.loader import Batch
+from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.distributed.engine import Engine
 from jmvae_dist.distributed.runtime import Runtime
 from jmvae_dist.kernels.noise import KeyedNoise
@@ -35,6 +36,12 @@ class StepResult:
     sums: dict[str, Tensor]
     num_valid: int
     grad_norm: Tensor | None
+
+    def means(self, collectives: Collectives) -> dict[str, float]:
+        """Means over the valid samples of the global batch, from all ranks' sums; waits for the device."""
+        local = torch.stack([value.double() for value in self.sums.values()]).cpu()
+        total = collectives.sum(torch.cat([local, torch.tensor([self.num_valid]).double()]))
+        return dict(zip(self.sums, (total[:-1] / total[-1]).tolist(), strict=True))
 
 
 class TrainStep:

@@ -124,9 +124,11 @@ class PlainEngine(Engine):
 
     name = "ddp"
 
-    def forward_backward(self, scale: object, is_last: bool, **inputs: object) -> dict[str, torch.Tensor]:
-        self.model(inputs["batch"]).square().sum().backward()
-        return {}
+    def forward(self, **inputs: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.model(inputs["batch"]).square().sum(), {}
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
 
     def step(self) -> None:
         assert isinstance(self.optimizer, GuardedAdamW)

@@ -1,0 +1,70 @@
+"""The parts of a training step, made as a run describes them."""
+
+from __future__ import annotations
+
+import torch
+
+from jmvae_dist.data.loader import TrainLoader, decode_threads
+from jmvae_dist.distributed.engine import Engine
+from jmvae_dist.distributed.runtime import Runtime
+from jmvae_dist.kernels.gaussian import choose
+from jmvae_dist.model import JMVAE
+from jmvae_dist.training.batches import CheckedBatches
+from jmvae_dist.training.guards import StepGuard
+from jmvae_dist.training.optimizer import make_optimizer
+from jmvae_dist.training.setup import ResolvedRun
+
+
+def make_engine(run: ResolvedRun, runtime: Runtime) -> tuple[JMVAE, Engine]:
+    """The model on its device, with initial weights that are equal on every rank and for every world size."""
+    torch.manual_seed(run.config.training.seed)
+    section = run.config.model
+    choose(section.kernels, runtime.device.type)  # says which, and complains now rather than in the first step
+    model = JMVAE(run.model_config, networks=section.networks, kernels=section.kernels).to(runtime.device)
+    optimizer = make_optimizer(model, run.config.optimizer)
+    return model, runtime.prepare(model, optimizer, is_compiled=run.config.training.compile != "off")
+
+
+def make_guard(run: ResolvedRun, runtime: Runtime, engine: Engine) -> StepGuard:
+    """The guard of the engine's steps, without a history."""
+    training = run.config.training
+    return StepGuard(
+        training.guards,
+        precision=training.precision,
+        gradient_clip_norm=training.gradient_clip_norm,
+        global_batch_size=training.global_batch_size,
+        device=runtime.device,
+        is_partitioned=engine.is_partitioned,
+        world_size=runtime.process.world_size,
+        mask_tolerance=run.config.data.bad_sample_tolerance,
+    )
+
+
+def open_batches(run: ResolvedRun, runtime: Runtime, model: JMVAE, steps: range) -> CheckedBatches:
+    """This rank's batches of the steps after so many finished ones.
+
+    Raises:
+        DataError: One of the ranks cannot even begin, or has another manifest; on all ranks.
+    """
+    process, data = runtime.process, run.config.data
+    fingerprint = f"fingerprint {run.train_manifest.fingerprint}"
+    runtime.collectives.require_equal(str(data.train_manifest), fingerprint)
+    with runtime.collectives.together():
+        loader = TrainLoader(
+            run.train_manifest,
+            run.plan,
+            rank=process.rank,
+            world_size=process.world_size,
+            views=run.views,
+            workers=data.workers,
+            threads=decode_threads(data.decode_threads, data.workers),
+            verify=data.verify,
+            on_bad_sample=data.on_bad_sample,
+            access=run.remote_access,
+            pin_memory=runtime.device.type == "cuda",
+        )
+        lanes = run.plan.lanes_of_rank(process.rank, process.world_size)
+        batches = CheckedBatches(loader.iterate(steps.start, steps.stop), run, model.likelihoods, lanes)
+        batches.fetch_ahead()
+        batches.raise_failure()
+    return batches
