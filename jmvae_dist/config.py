@@ -334,6 +334,8 @@ class TrainingSection:
         gradient_clip_norm: Largest L2 norm of the gradient; null does not clip.
         seed: Seed of initial weights, data order and latent noise.
         log_every_steps: Steps between records in `metrics.jsonl`.
+        profile_steps: First and last step, such as [100, 105], that torch's profiler records on every rank, each into
+            `profiles/steps-...-rank0.json.gz` of the run directory; null: none. It changes no number.
         process_group_timeout_s: After this long without an answer from a peer a collective fails.
     """
 
@@ -351,6 +353,7 @@ class TrainingSection:
     gradient_clip_norm: float | None = None
     seed: int = 0
     log_every_steps: int = 10
+    profile_steps: tuple[int, int] | None = None
     process_group_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
@@ -363,6 +366,10 @@ class TrainingSection:
         if self.gradient_clip_norm is not None:
             positive = is_finite(self.gradient_clip_norm) and self.gradient_clip_norm > 0
             require(positive, "training.gradient_clip_norm", self.gradient_clip_norm, "greater than 0, or null")
+        if self.profile_steps is not None:
+            first, last = self.profile_steps
+            allowed = "a first step of at least 1, and a last one that is not before it"
+            require(1 <= first <= last, "training.profile_steps", list(self.profile_steps), allowed)
         require(0 <= self.seed < 2**63, "training.seed", self.seed, "between 0 and 2^63 - 1")
         if self.compile != "off" and self.engine == "zero3":
             raise ConfigError(

@@ -53,6 +53,7 @@ _CATEGORY_OF_PHASE = {
     "checkpoint": "checkpoint",
     "evaluation": "evaluation",
     "figures": "evaluation",
+    "profiling": "other",
     "going back": "recomputed",
     "finishing": "other",
 }

@@ -36,6 +36,7 @@ from jmvae_dist.training.assembly import make_engine, make_guard, open_batches
 from jmvae_dist.training.goodput import AttemptLedger
 from jmvae_dist.training.guards import GuardReading, RewindRequested
 from jmvae_dist.training.meter import Meter
+from jmvae_dist.training.profiler import StepProfiler
 from jmvae_dist.training.recorder import Recorder
 from jmvae_dist.training.requests import Requests
 from jmvae_dist.training.setup import ResolvedRun, check_same_model, check_same_transforms, describe_changes
@@ -141,13 +142,16 @@ class Trainer:
         take_step = TrainStep(self.run, self.runtime, self.engine, self.guard)
         meter = Meter(config.training.global_batch_size)
         request_file = self.run.output_dir / "CHECKPOINT"
+        profiles = self.run.output_dir / "profiles"
         remaining = range(self.global_step, total_steps)
         with (
             closing(open_batches(self.run, self.runtime, self.model, remaining)) as batches,
             Requests(self.runtime.collectives, self.signals, config.checkpoint.every_s, request_file) as requests,
             self.checkpoints,
             self._steps_watched(),
+            StepProfiler(config.training.profile_steps, profiles, self.runtime, self._enter_profiling) as profiler,
         ):
+            profiler.advance(self.global_step)
             for batch in batches:
                 if not self.engine.is_settled:
                     self._enter("starting", has_limit=False)
@@ -176,6 +180,7 @@ class Trainer:
                     self._save_checkpoint(wait=is_last or agreed.stop or agreed.failure)
                     requests.checkpoint_begun()
                 self.recorder.advance(self.global_step)
+                profiler.advance(self.global_step)
                 self._enter("waiting for data")
                 meter.resume()
                 if agreed.stop and not is_last:
@@ -188,6 +193,9 @@ class Trainer:
         """Say what is done from now on: to the watchdog, for how long, and to the ledger, for the account."""
         self.watchdog.enter(phase, self.global_step, has_limit=has_limit)
         self.ledger.enter(phase, self.global_step)
+
+    def _enter_profiling(self) -> None:
+        self._enter("profiling", has_limit=False)
 
     @contextmanager
     def _steps_watched(self) -> Iterator[None]:

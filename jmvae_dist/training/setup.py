@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jmvae_dist.checks import is_integer
+from jmvae_dist.checks import is_integer, require
 from jmvae_dist.config import JMVAEConfig, NetworksConfig, RunConfig
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan, default_lanes
@@ -114,6 +114,9 @@ def resolve_run(config: RunConfig, world_size: int) -> ResolvedRun:
     if total_steps is None:
         assert config.training.epochs is not None
         total_steps = max(1, epochs_to_steps(config.training.epochs, **sizes))
+    window = config.training.profile_steps
+    allowed = f"within the {total_steps} steps of the run"
+    require(window is None or window[1] <= total_steps, "training.profile_steps", list(window or ()), allowed)
     return ResolvedRun(
         config=config,
         output_dir=Path(config.output_dir).expanduser(),
