@@ -35,7 +35,7 @@ VERBS = {
     "report": "write a run's self-contained HTML report",
     "slurm": "check, submit and follow batch jobs",
     "doctor": "check ranks, nodes, network, data and disks before a run",
-    "bench": "measure kernels on this machine",
+    "bench": "measure training steps and kernels on this machine",
 }
 
 # Where launch/local.sh expects an exit code that all ranks share.

@@ -3,6 +3,7 @@
 #
 #   bash launch/local.sh N [--restarts R] train --config configs/digits.yaml [--section.key value ...]
 #   bash launch/local.sh N evaluate RUN --manifest MANIFEST
+#   bash launch/local.sh N bench step --config configs/digits.yaml [--section.key value ...]
 #   bash launch/local.sh N doctor [--config configs/digits.yaml] [--section.key value ...]
 #
 # --restarts R   after a crash start again from the last checkpoint, at most R times in a row without a new one
@@ -14,7 +15,7 @@ set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 usage() {
     printf 'usage: bash launch/local.sh N [--restarts R] VERB [options]   %s\n' \
-        '(N processes; R restarts after crashes; VERB is train, evaluate or doctor)' >&2
+        '(N processes; R restarts after crashes; VERB is train, evaluate, bench or doctor)' >&2
     exit 2
 }
 num_processes=${1:-}
@@ -27,7 +28,7 @@ if [ "${1:-}" = --restarts ]; then
     shift 2
 fi
 verb=${1:-}
-[[ $verb =~ ^(train|evaluate|doctor)$ ]] || usage
+[[ $verb =~ ^(train|evaluate|bench|doctor)$ ]] || usage
 shift
 
 # An active environment wins over the repository's own; PYTHON wins over both.

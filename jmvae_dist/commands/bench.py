@@ -15,13 +15,19 @@ from jmvae_dist.errors import ConfigError
 
 
 def main(argv: list[str]) -> int:
-    """Measure, print a table, and write CSV.
+    """Measure, print a table, and write it.
 
     Raises:
         ConfigError: The device or something that is to be measured is missing here.
     """
+    if argv[:1] == ["step"]:
+        # Its options are also those of `train`, which its own parser knows.
+        from jmvae_dist.commands import bench_step
+
+        return bench_step.main(argv[1:])
     parser = make_parser("jmvae-dist bench", "Measure parts of the program on this machine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="WHAT")
+    commands.add_parser("step", help="a run's training steps: where their time goes, and what to change first")
     _add_kernels(commands)
     options = parser.parse_args(argv)
     if options.errors:
