@@ -24,7 +24,6 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,18 +32,23 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from conditions import machine, versions
 from torch import Tensor, nn
+from workload import (
+    LATENT_DIM,
+    LOG_EVERY_STEPS,
+    SHAPES,
+    make_arrays,
+    make_shards,
+    run_command,
+    run_trainer,
+    settings,
+)
 
-from jmvae_dist.checkpoint.multivae import multivae_networks
-from jmvae_dist.config import JMVAEConfig, RunConfig
+from jmvae_dist.config import RunConfig
 from jmvae_dist.config_io import parse_run_config
 from jmvae_dist.data.loader import Batch, TrainLoader
-from jmvae_dist.data.manifest import Modality
-from jmvae_dist.data.sources.base import ArraySource
-from jmvae_dist.data.writer import write_shards
 from jmvae_dist.distributed.environment import detect_process
 from jmvae_dist.distributed.runtime import Runtime, start_runtime
 from jmvae_dist.model import JMVAE
@@ -52,11 +56,8 @@ from jmvae_dist.training.assembly import make_engine, make_guard
 from jmvae_dist.training.setup import ResolvedRun, resolve_run
 from jmvae_dist.training.step import TrainStep
 
-ROOT = Path(__file__).resolve().parent.parent
-SHAPES = {"image": (1, 28, 28), "label": (10,)}
-LATENT_DIM, BATCH = 64, 256
+BATCH = 256
 STEPS_PER_TURN = 5
-LOG_EVERY_STEPS = 50
 PACKAGES = ("torch", "numpy", "accelerate", "multivae")
 
 Step = Callable[[], Any]
@@ -92,43 +93,6 @@ def main() -> int:
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0
-
-
-# Data and configuration
-
-
-def make_arrays(num_samples: int) -> dict[str, np.ndarray]:
-    """Random images and labels; their values do not matter for the time."""
-    generator = np.random.default_rng(0)
-    return {
-        "image": generator.random((num_samples, *SHAPES["image"]), dtype=np.float32),
-        "label": generator.integers(0, 10, num_samples),
-    }
-
-
-def make_shards(folder: Path, num_samples: int) -> Path:
-    """The same as shards; returns their manifest's path."""
-    modalities = (Modality("image", "float32", SHAPES["image"]), Modality.classes("label", 10))
-    source = ArraySource("random", "train", modalities, make_arrays(num_samples), np.arange(num_samples), 2000, {})
-    write_shards(source, folder / "shards", workers=1)
-    return folder / "shards" / "manifest.json"
-
-
-def settings(manifest: Path, output_dir: Path, steps: int, batch: int) -> list[str]:
-    """The run's settings as options of `jmvae-dist train`."""
-    return [
-        *("--data.train_manifest", str(manifest), "--output_dir", str(output_dir)),
-        *("--training.steps", str(steps), "--training.global_batch_size", str(batch)),
-        *("--training.log_every_steps", str(LOG_EVERY_STEPS), "--checkpoint.every_steps", "500"),
-        *("--model.networks", json.dumps(_networks_of_multivae()), "--tracking.wandb.mode", "disabled"),
-        *("--training.device", "cpu"),
-        *("--model.latent_dim", str(LATENT_DIM), "--schedule.learning_rate.peak", "0.0001"),
-    ]
-
-
-def _networks_of_multivae() -> dict[str, Any]:
-    networks = multivae_networks(JMVAEConfig(len(SHAPES), LATENT_DIM, dict(SHAPES)))
-    return {name: getattr(networks, name) for name in ("joint_hidden_dims", "modalities", "joint_encoder")}
 
 
 # Steps
@@ -309,7 +273,7 @@ def measure_processes(manifest: Path, batch: int, options: argparse.Namespace) -
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(options.trainer_rounds):
         for kind, (processes, threads) in kinds.items():
-            rate = _run_trainer(manifest, threads, batch * processes, options.trainer_steps * 256 // batch, processes)
+            rate = run_trainer(manifest, threads, batch * processes, options.trainer_steps * 256 // batch, processes)
             rates[kind].append(rate)
     medians = {kind: statistics.median(values) for kind, values in rates.items()}
     one, _, two = medians.values()
@@ -320,30 +284,10 @@ def measure_processes(manifest: Path, batch: int, options: argparse.Namespace) -
 
 def _in_a_process(kind: str, manifest: Path, threads: int, batch: int, options: argparse.Namespace) -> float:
     if kind == "our trainer":
-        return _run_trainer(manifest, threads, batch, options.trainer_steps, processes=1)
+        return run_trainer(manifest, threads, batch, options.trainer_steps, processes=1)
     turn = {"kind": kind, "manifest": str(manifest), "threads": threads, "samples": options.samples}
-    output = _run([sys.executable, __file__, "--turn", json.dumps(turn)], threads)
+    output = run_command([sys.executable, __file__, "--turn", json.dumps(turn)], threads)
     return float(output.splitlines()[-1])
-
-
-def _run_trainer(manifest: Path, threads: int, batch: int, steps: int, processes: int) -> float:
-    """Samples per second between the first and the last record, whatever happened between them."""
-    with tempfile.TemporaryDirectory() as folder:
-        launcher = [sys.executable, "-m", "jmvae_dist"]
-        if processes > 1:
-            launcher = ["bash", str(ROOT / "launch" / "local.sh"), str(processes)]
-        _run([*launcher, "train", *settings(manifest, Path(folder) / "run", steps, batch)], threads)
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
-    first, last = json.loads(lines[0]), json.loads(lines[-1])
-    return (last["samples_seen"] - first["samples_seen"]) / (last["time_s"] - first["time_s"])
-
-
-def _run(command: list[str], threads: int) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHON": sys.executable}
-    result = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
-    if result.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} failed:\n{result.stdout}\n{result.stderr}")
-    return result.stdout
 
 
 def _take_turn(kind: str, manifest: str, threads: int, samples: int) -> float:
