@@ -4,11 +4,11 @@
     python benchmarks/regression.py --before /tmp/before [--after .] [--steps 100] [--ranks 1 2] [--out FILE.json]
 
 Both versions train the model of `step.py` with the same settings and seed on the same shards, which the one before
-writes, and record every step. Shows the largest relative difference of every loss and of the gradient's norm; ends with
-1 if one of a loss is beyond the tolerance.
+writes, and record every step. Shows the largest relative difference of every loss and of the gradient's norm.
+Ends with 1 if one of a loss is beyond the tolerance.
 
-The activation is GELU unless asked otherwise. ReLU's kink turns a difference in the last bit into a visible one, first
-in terms that training takes to nearly nothing, as it does with divergences on random data.
+The activation is GELU unless asked otherwise. ReLU's kink turns a difference in the last bit into a visible one: in
+terms that training takes to nearly nothing, as it does with divergences on random data.
 """
 
 from __future__ import annotations

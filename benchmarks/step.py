@@ -19,7 +19,6 @@ batches of 256, float32.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import json
 import os
@@ -35,26 +34,10 @@ from typing import Any
 import torch
 from conditions import machine, versions
 from torch import Tensor, nn
-from workload import (
-    LATENT_DIM,
-    LOG_EVERY_STEPS,
-    SHAPES,
-    make_arrays,
-    make_shards,
-    run_command,
-    run_trainer,
-    settings,
-)
+from training_steps import training_steps
+from workload import LATENT_DIM, SHAPES, make_arrays, make_shards, run_command, run_trainer
 
-from jmvae_dist.config import RunConfig
-from jmvae_dist.config_io import parse_run_config
-from jmvae_dist.data.loader import Batch, TrainLoader
-from jmvae_dist.distributed.environment import detect_process
-from jmvae_dist.distributed.runtime import Runtime, start_runtime
 from jmvae_dist.model import JMVAE
-from jmvae_dist.training.assembly import make_engine, make_guard
-from jmvae_dist.training.setup import ResolvedRun, resolve_run
-from jmvae_dist.training.step import TrainStep
 
 BATCH = 256
 STEPS_PER_TURN = 5
@@ -143,33 +126,10 @@ def fused_adamw(model: nn.Module) -> Step:
 @contextmanager
 def our_steps(manifest: Path, kinds: Sequence[str]) -> Iterator[tuple[dict[str, Step], JMVAE]]:
     """One step of training per call, on batches that have been read before; for values of `training.compile`."""
-    with tempfile.TemporaryDirectory() as folder:
-        config: RunConfig = parse_run_config(settings(manifest, Path(folder) / "run", 1_000_000, BATCH))
-        process = detect_process()
-        run = resolve_run(config, process.world_size)
-        loader = TrainLoader(run.train_manifest, run.plan, rank=0, world_size=1, views=run.views)
-        batches = list(loader.iterate(0, 8))
-        with start_runtime(process, device="cpu") as runtime:
-            steps: dict[str, Step] = {}
-            for kind in kinds:
-                training = dataclasses.replace(config.training, compile=kind)
-                one = dataclasses.replace(run, config=dataclasses.replace(config, training=training))
-                steps[kind], model = _our_step(one, runtime, batches)
-            yield steps, model
-
-
-def _our_step(run: ResolvedRun, runtime: Runtime, batches: list[Batch]) -> tuple[Step, JMVAE]:
-    model, engine = make_engine(run, runtime)
-    take_step = TrainStep(run, runtime, engine, make_guard(run, runtime, engine))
-    numbers = iter(range(10**9))
-    if not engine.is_settled:
-        take_step.rehearse(batches[0])
-
-    def step() -> None:
-        number = next(numbers)
-        take_step(batches[number % len(batches)], is_recorded=number % LOG_EVERY_STEPS == 0)
-
-    return step, model
+    with training_steps(manifest, BATCH, [("--training.compile", kind) for kind in kinds]) as (_, steps):
+        model = steps[-1][1].model
+        assert isinstance(model, JMVAE)
+        yield {kind: step for kind, (step, _) in zip(kinds, steps, strict=True)}, model
 
 
 def multivae_step(num_samples: int = BATCH) -> Step | None:

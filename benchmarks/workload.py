@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -88,16 +89,42 @@ def read_records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_command(command: list[str], threads: int, root: Path = ROOT) -> str:
-    """Run it in `root`, on the package that is there; returns what it printed, and ends this process if it fails."""
-    environment = {
+def run_ranks(command: list[str], processes: int) -> Any:
+    """Run a script on several ranks of one thread; returns the JSON that rank 0 printed last.
+
+    Without a launcher: benchmarks of parts have no use for torchrun's start.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(processes):
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        numbers = dict(zip(names, map(str, (rank, rank, processes, processes, port)), strict=True))
+        variables = {**_environment(1, ROOT), **numbers, "MASTER_ADDR": "127.0.0.1"}
+        output = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=variables, text=True, stdout=output))
+    printed, _ = ranks[0].communicate()
+    codes = [process.wait() for process in ranks]
+    if any(codes):
+        raise SystemExit(f"{' '.join(command)} failed")
+    return json.loads(printed.splitlines()[-1])
+
+
+def _environment(threads: int, root: Path) -> dict[str, str]:
+    return {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "PYTHON": sys.executable,
         # Before whatever is installed: what is measured is the checkout.
         "PYTHONPATH": str(root),
     }
-    result = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True, check=False)
+
+
+def run_command(command: list[str], threads: int, root: Path = ROOT) -> str:
+    """Run it in `root`, on the package that is there; returns what it printed, and ends this process if it fails."""
+    variables = _environment(threads, root)
+    result = subprocess.run(command, cwd=root, env=variables, text=True, capture_output=True, check=False)
     if result.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{result.stdout}\n{result.stderr}")
     return result.stdout

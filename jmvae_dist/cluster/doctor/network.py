@@ -178,13 +178,13 @@ def _gather_process_group(context: Context) -> dict[str, Any]:
     ) as runtime:
         facts: dict[str, Any] = {"runtime": runtime.describe()}
         if context.meeting.process.world_size > 1:
-            facts["latency_s"] = _time_all_reduce(runtime, _SMALL_BYTES, _SMALL_ROUNDS)
-            facts["duration_s"] = _time_all_reduce(runtime, _LARGE_BYTES, _LARGE_ROUNDS)
+            facts["latency_s"] = time_all_reduce(runtime, _SMALL_BYTES, _SMALL_ROUNDS)
+            facts["duration_s"] = time_all_reduce(runtime, _LARGE_BYTES, _LARGE_ROUNDS)
             facts["pairs"] = _measure_pairs(runtime, context.layout)
     return facts
 
 
-def _time_all_reduce(runtime: Runtime, num_bytes: int, rounds: int) -> float:
+def time_all_reduce(runtime: Runtime, num_bytes: int, rounds: int) -> float:
     """Median duration in seconds of an all-reduce of `num_bytes` of float32 over all ranks."""
     values = torch.zeros(num_bytes // torch.float32.itemsize, device=runtime.device)
     for _ in range(_WARM_UP_ROUNDS if num_bytes < _LARGE_BYTES else 1):
