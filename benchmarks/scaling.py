@@ -280,9 +280,8 @@ def _show(report: dict[str, Any]) -> None:
         f"\nbetween ranks of this machine: {within['bandwidth_bytes_per_s'] / 1e9:.2f} GB/s, "
         f"{within['latency_s'] * 1e6:.0f} us (ring of 2, gloo)"
     )
-    print(
-        f"\ncheck of the model{'compute':>14}{'sent in':>10}{'no overlap':>13}{'full':>16}{'measured':>17}{'hidden':>8}"
-    )
+    titles = f"{'compute':>14}{'sent in':>10}{'no overlap':>15}{'full':>14}{'measured':>17}{'hidden':>8}"
+    print(f"\ncheck of the model{titles}")
     for row in report["check"]:
         print(
             f"{row['engine']:<8}{row['mode']:<8}{row['compute_ms']:>13.1f} ms{row['communication_ms']:>7.1f} ms"

@@ -142,6 +142,8 @@ def start_runtime(
             os.environ["LOCAL_RANK"] = "0"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     elif process.world_size > 1:
+        # Not `static_graph`: it fails on micro-batches without a reduction (`no_sync`), and sums over three ranks in
+        # another order after a resume.
         handlers.append(DistributedDataParallelKwargs(gradient_as_bucket_view=True))
     # Precision is not Accelerate's here but that of `engine.ForwardPass`, the same for every engine. And with
     # cpu=True Accelerate would quietly take DDP in place of DeepSpeed.
