@@ -300,25 +300,24 @@ def _show(report: dict[str, Any]) -> None:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Predicted throughput over nodes, one panel per engine: bands from no to full overlap, and the ideal."""
+    """Predicted efficiency over nodes, one panel per engine: bands from no to full overlap."""
     from matplotlib.figure import Figure
 
-    predicted = [row for row in report["predicted_not_measured"] if row["mode"] == "weak"]
+    rows = [row for row in report["predicted_not_measured"] if (row["mode"], row["algorithm"]) == ("weak", "ring")]
     engines = list(report["measured"])
-    figure = Figure(figsize=(4.5 * len(engines), 4.5), layout="constrained")
-    figure.suptitle("A model, not a measurement: weak scaling, 256 samples per rank; networks given, not measured")
+    figure = Figure(figsize=(max(6.5, 4.0 * len(engines)), 4.5), layout="constrained")
+    figure.suptitle(
+        "A model, not a measurement: weak scaling, 256 samples per rank, ring\n(networks given, not measured)"
+    )
     for axes, engine in zip(figure.subplots(1, len(engines), squeeze=False, sharey=True)[0], engines, strict=True):
-        of_engine = [row for row in predicted if row["engine"] == engine and row["algorithm"] == "ring"]
-        for network in dict.fromkeys(row["network"] for row in of_engine):
-            rows = [row for row in of_engine if row["network"] == network]
-            bounds = [[row[f"{kind}_samples_per_s"] for row in rows] for kind in ("no_overlap", "full_overlap")]
-            axes.fill_between(NODES, *bounds, alpha=0.4, label=f"{network}, ring: no to full overlap")
-        per_node = of_engine[0]["full_overlap_samples_per_s"]
-        axes.plot(NODES, [per_node * nodes for nodes in NODES], "k:", label="N times one node")
-        axes.set(xscale="log", yscale="log", title=engine, xlabel="nodes (model)", xticks=NODES)
-        axes.set_xticklabels([str(nodes) for nodes in NODES])
-        axes.legend(fontsize="small")
-    figure.axes[0].set_ylabel("samples per second (model, not a measurement)")
+        for network in report["given_networks_not_measured"]:
+            of = [row for row in rows if row["engine"] == engine and row["network"] == network]
+            bounds = [[of[0]["full_overlap_ms"] / row[f"{kind}_overlap_ms"] for row in of] for kind in ("no", "full")]
+            axes.fill_between(NODES, *bounds, alpha=0.4, label=f"{network}: no to full overlap")
+        axes.set(xscale="log", ylim=(0, 1.05), title=engine, xlabel="nodes (model)")
+        axes.set_xticks(NODES, [str(nodes) for nodes in NODES], minor=False)
+        axes.legend(fontsize="small", loc="lower left")
+    figure.axes[0].set_ylabel("throughput / (nodes x one node with full overlap)\nmodel, not a measurement")
     figure.savefig(path, dpi=120)
 
 
