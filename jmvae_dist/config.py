@@ -319,7 +319,11 @@ class TrainingSection:
         global_batch_size: Samples per optimizer step over all processes; the topology decides each one's share.
         steps: Optimizer steps of the whole run. Give either `steps` or `epochs`.
         epochs: Passes over the training data, resolved into steps from the manifest (rounded up).
-        micro_batch_size: Most samples of one forward pass on one process; larger shares are accumulated.
+        micro_batch_size: Most samples of one forward pass on one process; larger shares are accumulated. auto finds
+            the largest that fits, before the first step, and keeps to it when the run is resumed; null: all.
+        memory_budget_bytes: What auto lets a process take for weights, gradients, moments and activations, on a GPU
+            or, besides the interpreter and its libraries, in host memory. null: on a GPU 90 % of what is free, else
+            80 % of what is available, within the limits of control groups, shared by the processes of a machine.
         precision: fp32, or autocast to bf16 or fp16, the latter with dynamic loss scaling. Weights, gradients,
             their reduction, optimizer states, KL and likelihood sums are float32 in all three.
         engine: ddp, PyTorch's DistributedDataParallel (one process runs without it), or DeepSpeed with ZeRO
@@ -331,6 +335,8 @@ class TrainingSection:
         compile: model lets torch.compile make one program each of the forward and the backward pass, before the first
             step: minutes at the start, and fewer passes over memory (and launches on a GPU) in every step. Each size
             of a micro-batch is compiled for itself. Losses agree with those of off within rounding. Not with zero3.
+        activation_checkpointing: Keep the inputs of the networks' blocks alone for the backward pass, and compute the
+            rest again there: less memory for a second forward pass, and the same numbers. docs/training.md says when.
         gradient_clip_norm: Largest L2 norm of the gradient; null does not clip.
         seed: Seed of initial weights, data order and latent noise.
         log_every_steps: Steps between records in `metrics.jsonl`.
@@ -342,7 +348,8 @@ class TrainingSection:
     global_batch_size: int
     steps: int | None = None
     epochs: float | None = None
-    micro_batch_size: int | None = None
+    micro_batch_size: int | Literal["auto"] | None = None
+    memory_budget_bytes: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     engine: Literal["ddp", "zero0", "zero1", "zero2", "zero3"] = "ddp"
     deepspeed: DeepSpeedSection = field(default_factory=DeepSpeedSection)
@@ -350,6 +357,7 @@ class TrainingSection:
     watchdog: WatchdogSection = field(default_factory=WatchdogSection)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["off", "model"] = "off"
+    activation_checkpointing: bool = False
     gradient_clip_norm: float | None = None
     seed: int = 0
     log_every_steps: int = 10
@@ -359,10 +367,16 @@ class TrainingSection:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError("training: give exactly one of training.steps and training.epochs")
-        for name in ("steps", "epochs", "global_batch_size", "micro_batch_size", "log_every_steps"):
+        for name in ("steps", "epochs", "global_batch_size", "log_every_steps"):
             value = getattr(self, name)
             if value is not None:
                 require(is_finite(value) and value > 0, f"training.{name}", value, "finite and greater than 0")
+        size, budget = self.micro_batch_size, self.memory_budget_bytes
+        valid = size in (None, "auto") or (is_integer(size) and int(size) > 0)
+        require(valid, "training.micro_batch_size", size, "an integer greater than 0, auto, or null")
+        valid = budget is None or (budget > 0 and size == "auto")
+        allowed = "greater than 0, and null unless training.micro_batch_size is auto"
+        require(valid, "training.memory_budget_bytes", budget, allowed)
         if self.gradient_clip_norm is not None:
             positive = is_finite(self.gradient_clip_norm) and self.gradient_clip_norm > 0
             require(positive, "training.gradient_clip_norm", self.gradient_clip_norm, "greater than 0, or null")

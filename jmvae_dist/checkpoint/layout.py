@@ -82,6 +82,7 @@ class CheckpointManifest:
         passed_over: Ranges [first, last + 1) of steps whose batches are not trained on, after rewinds.
         elapsed_s: Seconds that the run had taken, over all its attempts.
         created: Time of writing, ISO 8601.
+        micro_batch: What `training.micro_batch_size: auto` has found; empty without it.
     """
 
     global_step: int
@@ -98,6 +99,7 @@ class CheckpointManifest:
     passed_over: list[list[int]]
     elapsed_s: float
     created: str
+    micro_batch: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)
 

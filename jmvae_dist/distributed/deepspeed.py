@@ -85,6 +85,7 @@ class ZeroEngine(Engine):
         optimizer: Its optimizer, which DeepSpeed keeps and gives flat float32 partitions instead.
         accelerator: Accelerate's view of the run, made with `make_plugin`.
         precision: fp32, bf16 or fp16.
+        num_micro_batches: Forward passes per optimizer step.
         is_compiled: See `ForwardPass`; not with ZeRO 3, whose hooks gather the weights of every layer.
 
     Raises:
@@ -98,6 +99,7 @@ class ZeroEngine(Engine):
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
         precision: str,
+        num_micro_batches: int,
         is_compiled: bool = False,
     ) -> None:
         super().__init__(model, optimizer)
@@ -107,6 +109,8 @@ class ZeroEngine(Engine):
         forward_pass = ForwardPass(model, precision, accelerator.device.type, is_compiled)
         # The structure alone, before DeepSpeed changes it, for `evaluation_model`.
         self._skeleton = copy.deepcopy(model).to("meta") if self.stage == 3 else None
+        plugin: DeepSpeedPlugin = accelerator.state.deepspeed_plugin
+        plugin.hf_ds_config.config["gradient_accumulation_steps"] = num_micro_batches
         self._engine, _ = accelerator.prepare(forward_pass, optimizer)
         self.zero_optimizer: Any = self._engine.optimizer
         self._check_optimizer()

@@ -42,13 +42,12 @@ _RESERVED_ZERO_KEYS = {
 }
 
 
-def build_config(engine: str, section: DeepSpeedSection, num_micro_batches: int) -> dict[str, Any]:
+def build_config(engine: str, section: DeepSpeedSection) -> dict[str, Any]:
     """DeepSpeed's configuration for an engine; checked before any process group starts.
 
     Args:
         engine: zero0 .. zero3.
         section: The user's options.
-        num_micro_batches: Forward passes per optimizer step.
 
     Raises:
         ConfigError: The user's file cannot be read, or sets what the run's configuration decides.
@@ -73,7 +72,7 @@ def build_config(engine: str, section: DeepSpeedSection, num_micro_batches: int)
         "zero_optimization": zero,
         # Rank shares of the global batch may differ by a lane: DeepSpeed only counts samples with these.
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_accumulation_steps": 1,  # until `ZeroEngine` is told: it may have to be found first
         "gradient_clipping": 0.0,
         # Torch's AdamW also where the optimizer is offloaded: DeepSpeed's own is compiled at the first start.
         "zero_allow_untested_optimizer": True,

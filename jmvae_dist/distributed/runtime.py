@@ -39,12 +39,20 @@ class Runtime:
         """Whether this is rank 0, which decides, prints and writes."""
         return self.process.rank == 0
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, is_compiled: bool = False) -> Engine:
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        num_micro_batches: int = 1,
+        is_compiled: bool = False,
+    ) -> Engine:
         """The engine that trains `model`, which itself stays as it is for evaluation in float32.
 
         Args:
             model: The model.
             optimizer: Its optimizer.
+            num_micro_batches: Forward passes per optimizer step.
             is_compiled: Whether its training passes are compiled.
 
         Raises:
@@ -54,7 +62,8 @@ class Runtime:
             return ReplicatedEngine(model, optimizer, self.accelerator, self.precision, is_compiled)
         from jmvae_dist.distributed.deepspeed import ZeroEngine
 
-        return ZeroEngine(self.engine_name, model, optimizer, self.accelerator, self.precision, is_compiled)
+        name, accelerator = self.engine_name, self.accelerator
+        return ZeroEngine(name, model, optimizer, accelerator, self.precision, num_micro_batches, is_compiled)
 
     def describe(self) -> str:
         """What actually runs, in one line; `start_runtime` made sure that it is what was asked for."""

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from jmvae_dist.model.modules import ACTIVATIONS, MLP, MLPTrunk
+from jmvae_dist.model.recomputation import Blocks
 
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 # From r (and s) times as many channels to sides r (and s) times as long.
@@ -118,14 +119,15 @@ class ConvTrunk(nn.Module):
     ) -> None:
         super().__init__()
         sides = shape[1:]
-        stages: list[nn.Module] = []
+        blocks: list[list[nn.Module]] = []
+        before: list[nn.Module] = []
         for channels_in, channels_out in itertools.pairwise([shape[0], *channels]):
-            blocks = [
-                _ResidualBlock(len(sides), channels_out, normalization, activation) for _ in range(residual_blocks)
+            blocks.append([*before, _Halve(len(sides), channels_in, channels_out)])
+            blocks += [
+                [_ResidualBlock(len(sides), channels_out, normalization, activation)] for _ in range(residual_blocks)
             ]
-            stages += [_Halve(len(sides), channels_in, channels_out), *blocks]
-            stages += _norm_and_activation(channels_out, normalization, activation)
-        self.stages = nn.Sequential(*stages)
+            before = _norm_and_activation(channels_out, normalization, activation)
+        self.stages = Blocks([*blocks, before])
         remaining = channels[-1] * math.prod(_sides_of_stages(sides, len(channels))[-1])
         self.features = MLPTrunk(remaining, hidden_dims, activation)
         self.num_features = hidden_dims[-1]
@@ -161,17 +163,17 @@ class ConvDecoder(nn.Module):
         sides = _sides_of_stages(shape[1:], len(channels))
         self.smallest = (channels[-1], *sides[-1])
         self.features = MLP(latent_dim, [*reversed(hidden_dims), math.prod(self.smallest)], activation)
-        stages: list[nn.Module] = []
+        blocks: list[list[nn.Module]] = []
         for number in reversed(range(len(channels))):
             width = channels[number]
-            stages += [
-                _ResidualBlock(len(sides[0]), width, normalization, activation) for _ in range(residual_blocks)
+            blocks += [
+                [_ResidualBlock(len(sides[0]), width, normalization, activation)] for _ in range(residual_blocks)
             ]
-            stages += _norm_and_activation(width, normalization, activation)
-            stages.append(_Double(width, channels[max(number - 1, 0)], sides[number]))
-        stages += _norm_and_activation(channels[0], normalization, activation)
-        stages.append(_convolution(len(sides[0]), channels[0], shape[0]))
-        self.stages = nn.Sequential(*stages)
+            double = _Double(width, channels[max(number - 1, 0)], sides[number])
+            blocks.append([*_norm_and_activation(width, normalization, activation), double])
+        last = _convolution(len(sides[0]), channels[0], shape[0])
+        blocks.append([*_norm_and_activation(channels[0], normalization, activation), last])
+        self.stages = Blocks(blocks)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.stages(self.features(z).unflatten(-1, self.smallest))

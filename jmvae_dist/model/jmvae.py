@@ -20,10 +20,12 @@ from jmvae_dist.kernels.noise import KeyedNoise
 from jmvae_dist.kernels.reference import computation_dtype
 from jmvae_dist.model.importance import DecodingChunks, LogWeightSums, NLLEstimate
 from jmvae_dist.model.inputs import check_structure, check_values, per_sample, require_tensor
+from jmvae_dist.model.joint import EncoderBranch
 from jmvae_dist.model.likelihoods import build_likelihood, log_prob
 from jmvae_dist.model.modules import GaussianParams, module_dict
 from jmvae_dist.model.networks import build_networks
 from jmvae_dist.model.objective import ObjectiveTerms, combine, resolve_rescale_factors
+from jmvae_dist.model.recomputation import recompute_blocks, recompute_whole
 
 # Log-variances of all posteriors are limited to this range (standard deviations from 4.5e-5 to 2.2e4).
 # Differences then stay below 40, so that neither exp(difference) nor its square, which Adam keeps, overflows
@@ -162,6 +164,24 @@ class JMVAE(nn.Module):
         return self.config.latent_dim
 
     # Training
+
+    def recompute_activations(self) -> list[str]:
+        """Keep less of a forward pass for its backward pass, and compute it again there: see `recomputation`.
+
+        Returns:
+            Names of the networks, of the user's, that keep everything, because they have buffers.
+        """
+        networks: dict[str, nn.Module] = {
+            **{f"encoders.{name}": encoder for name, encoder in self.encoders.items()},
+            **{f"decoders.{name}": decoder for name, decoder in self.decoders.items()},
+            "joint_encoder": self.joint_encoder,
+        }
+        for name, module in self.joint_encoder.named_modules(prefix="joint_encoder"):
+            if isinstance(module, EncoderBranch):
+                networks[f"{name}.encoder"] = module.encoder
+        return [
+            name for name, network in networks.items() if not (recompute_blocks(network) or recompute_whole(network))
+        ]
 
     def forward(
         self,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.kernels.reference import computation_dtype
+from jmvae_dist.model.recomputation import Blocks
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -93,15 +94,18 @@ def _activation_in_place(name: str) -> nn.Module:
     return nn.ReLU(inplace=True) if name == "relu" else ACTIVATIONS[name]()
 
 
-class MLP(nn.Sequential):
-    """Linear layers on the last dimension, each followed by the activation, with layer norm between if asked."""
+class MLP(Blocks):
+    """Linear layers on the last dimension, each followed by the activation, with layer norm between if asked.
+
+    All of them are one block.
+    """
 
     def __init__(self, input_size: int, hidden_dims: list[int], activation: str, layer_norm: bool = False) -> None:
         layers: list[nn.Module] = []
         for size_in, size_out in itertools.pairwise([input_size, *hidden_dims]):
             norm = [nn.LayerNorm(size_out)] if layer_norm else []
             layers += [nn.Linear(size_in, size_out), *norm, _activation_in_place(activation)]
-        super().__init__(*layers)
+        super().__init__([layers])
         self.num_features = hidden_dims[-1]
 
 

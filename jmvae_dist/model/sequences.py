@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from jmvae_dist.model.convolutional import ConvDecoder, ConvTrunk
+from jmvae_dist.model.recomputation import Blocks
 
 # Standard deviation of the initial position embeddings (Radford et al. 2018).
 _POSITION_SCALE = 0.02
@@ -93,7 +94,7 @@ class _Transformer(nn.Module):
     def __init__(self, length: int, embedding_dim: int, layers: int, heads: int) -> None:
         super().__init__()
         self.positions = nn.Parameter(torch.empty(length, embedding_dim).normal_(std=_POSITION_SCALE))
-        self.blocks = nn.Sequential(*(_TransformerBlock(embedding_dim, heads) for _ in range(layers)))
+        self.blocks = Blocks([[_TransformerBlock(embedding_dim, heads)] for _ in range(layers)])
         self.norm = nn.LayerNorm(embedding_dim)
 
     def forward(self, x_BLE: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from jmvae_dist.data.loader import TrainLoader, decode_threads
@@ -12,7 +14,9 @@ from jmvae_dist.model import JMVAE
 from jmvae_dist.training.batches import CheckedBatches
 from jmvae_dist.training.guards import StepGuard
 from jmvae_dist.training.optimizer import make_optimizer
-from jmvae_dist.training.setup import ResolvedRun
+from jmvae_dist.training.setup import ResolvedRun, num_micro_batches
+
+logger = logging.getLogger(__name__)
 
 
 def make_engine(run: ResolvedRun, runtime: Runtime) -> tuple[JMVAE, Engine]:
@@ -21,8 +25,26 @@ def make_engine(run: ResolvedRun, runtime: Runtime) -> tuple[JMVAE, Engine]:
     section = run.config.model
     choose(section.kernels, runtime.device.type)  # says which, and complains now rather than in the first step
     model = JMVAE(run.model_config, networks=section.networks, kernels=section.kernels).to(runtime.device)
-    optimizer = make_optimizer(model, run.config.optimizer)
-    return model, runtime.prepare(model, optimizer, is_compiled=run.config.training.compile != "off")
+    training = run.config.training
+    if training.activation_checkpointing:
+        _recompute_activations(model, runtime)
+    engine = runtime.prepare(
+        model,
+        make_optimizer(model, run.config.optimizer),
+        num_micro_batches=num_micro_batches(run, runtime.process.world_size),
+        is_compiled=training.compile != "off",
+    )
+    return model, engine
+
+
+def _recompute_activations(model: JMVAE, runtime: Runtime) -> None:
+    left = model.recompute_activations()
+    if left and runtime.is_main:
+        logger.warning(
+            "training.activation_checkpointing: %s keep all activations: they have buffers, which a second "
+            "forward pass might change again; call torch.utils.checkpoint inside of them",
+            ", ".join(left),
+        )
 
 
 def make_guard(run: ResolvedRun, runtime: Runtime, engine: Engine) -> StepGuard:

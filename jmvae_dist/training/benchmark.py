@@ -30,6 +30,7 @@ from jmvae_dist.training.advice import StepFacts, advise
 from jmvae_dist.training.arithmetic import count_arithmetic, square_flops_per_s, time_products
 from jmvae_dist.training.assembly import make_engine, make_guard, open_batches
 from jmvae_dist.training.meter import Meter
+from jmvae_dist.training.micro_batches import settle_micro_batch
 from jmvae_dist.training.requests import Requests
 from jmvae_dist.training.setup import ResolvedRun, num_micro_batches
 from jmvae_dist.training.signals import StopSignals
@@ -246,13 +247,14 @@ class StepBenchmark:
     """Takes steps of a run, with a stopwatch.
 
     Args:
-        run: The resolved run; nothing is read from or written to its `output_dir`.
+        run: The resolved run; nothing is written to its `output_dir`, and nothing but a recorded
+            micro-batch is read there.
         runtime: Process group and engine.
         folder: Where rank 0 writes records.
     """
 
     def __init__(self, run: ResolvedRun, runtime: Runtime, folder: Path) -> None:
-        self._run = run
+        self._run = run = settle_micro_batch(run, runtime)
         self._runtime = runtime
         self._folder = folder
         self._model, self._engine = make_engine(run, runtime)

@@ -12,45 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from jmvae_dist.config import JMVAEConfig, RunConfig
 from jmvae_dist.data.plan import default_lanes
 from jmvae_dist.data.urls import is_remote, shown
-from jmvae_dist.distributed.deepspeed_config import BUCKET_ELEMENTS
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.model import JMVAE
 from jmvae_dist.progress import format_bytes
 from jmvae_dist.schedules import epochs_to_steps
-from jmvae_dist.training.fake_pass import fake_pass
+from jmvae_dist.training.memory import BYTES_PER_ELEMENT, MOMENTS, EngineMemory, PassTheory, engine_memory
+from jmvae_dist.training.micro_batches import even_size, largest_by_theory, memory_budget
 from jmvae_dist.training.setup import resolve_networks, resolve_run
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
-# Weights, gradients and moments are float32 with every engine and precision.
-_BYTES_PER_ELEMENT = 4
-_MOMENTS = 2
-
-
-@dataclass(frozen=True)
-class EngineMemory:
-    """Bytes that one rank holds throughout a step.
-
-    Args:
-        weights: With the float32 partition that zero1 and zero2 keep beside the weights.
-        gradients: After the backward pass; zero1 holds all of them during it.
-        moments: Adam's two.
-        buffers: A bucket, in which DeepSpeed reduces gradients.
-    """
-
-    weights: int
-    gradients: int
-    moments: int
-    buffers: int
-
-    @property
-    def total(self) -> int:
-        """The sum."""
-        return self.weights + self.gradients + self.moments + self.buffers
 
 
 @dataclass(frozen=True)
@@ -62,9 +37,10 @@ class RunEstimate:
         num_ranks: Number of processes.
         rank_batch_size: Most samples of a step on one rank.
         micro_batch_size: Most samples of one forward pass on one rank.
+        choice: What `training.micro_batch_size: auto` would do; empty without it.
         memory: By engine.
         largest_layer_bytes: Weights that zero3 must at least gather at a time.
-        activation_bytes: Estimate of what autograd keeps of one forward pass; None: not known.
+        activation_bytes: Estimate of what a forward and backward pass hold besides; None: not known.
         activation_problem: Why not.
         checkpoint_bytes: Weights, buffers and moments.
         num_samples: Of the training data; None: not known.
@@ -78,6 +54,7 @@ class RunEstimate:
     num_ranks: int
     rank_batch_size: int
     micro_batch_size: int
+    choice: str
     memory: dict[str, EngineMemory]
     largest_layer_bytes: int
     activation_bytes: int | None
@@ -117,46 +94,33 @@ def estimate_run(config: RunConfig, num_ranks: int, num_samples: int | None = No
     batch = config.training.global_batch_size
     lanes = config.data.lanes or default_lanes(batch)
     rank_batch_size = math.ceil(lanes / num_ranks) * (batch // lanes)
-    num_micro_batches = math.ceil(rank_batch_size / (config.training.micro_batch_size or rank_batch_size))
-    micro_batch_size = math.ceil(rank_batch_size / num_micro_batches)
-
     with torch.device("meta"):
         model = JMVAE(model_config, networks=resolve_networks(config, model_config), kernels="reference")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     buffers = sum(buffer.nbytes for buffer in model.buffers())
+    size, choice = config.training.micro_batch_size, ""
+    if size == "auto":
+        engine_bytes = engine_memory(config.training.engine, parameters, num_ranks).total
+        size, choice = _choose(config, model_config, rank_batch_size, engine_bytes)
+    micro_batch_size = even_size(rank_batch_size, size or rank_batch_size)
     activations, problem = _estimate_activations(config, model_config, micro_batch_size)
     return RunEstimate(
         networks={name: _count(network) for name, network in _networks(model)},
         num_ranks=num_ranks,
         rank_batch_size=rank_batch_size,
         micro_batch_size=micro_batch_size,
+        choice=choice,
         memory={engine: engine_memory(engine, parameters, num_ranks) for engine in ENGINES},
-        largest_layer_bytes=_BYTES_PER_ELEMENT * max(_count(module, recurse=False) for module in model.modules()),
+        largest_layer_bytes=BYTES_PER_ELEMENT * max(_count(module, recurse=False) for module in model.modules()),
         activation_bytes=activations,
         activation_problem=problem,
-        checkpoint_bytes=(1 + _MOMENTS) * _BYTES_PER_ELEMENT * parameters + buffers,
+        checkpoint_bytes=(1 + MOMENTS) * BYTES_PER_ELEMENT * parameters + buffers,
         num_samples=num_samples,
         global_batch_size=batch,
         total_steps=_total_steps(config, num_samples),
         origin=origin,
         keep_last=config.checkpoint.keep_last,
     )
-
-
-def engine_memory(engine: str, num_parameters: int, num_ranks: int) -> EngineMemory:
-    """What a rank holds throughout a step with an engine, in bytes (Rajbhandari et al. 2020, all in float32).
-
-    With one rank DeepSpeed cuts nothing, and its copies come on top.
-    """
-    whole = _BYTES_PER_ELEMENT * num_parameters
-    part = _BYTES_PER_ELEMENT * math.ceil(num_parameters / num_ranks)
-    bucket = _BYTES_PER_ELEMENT * min(num_parameters, BUCKET_ELEMENTS)
-    return {
-        "ddp": EngineMemory(whole, whole, _MOMENTS * whole, 0),
-        "zero1": EngineMemory(whole + part, whole + part, _MOMENTS * part, bucket),
-        "zero2": EngineMemory(whole + part, part, _MOMENTS * part, bucket),
-        "zero3": EngineMemory(part, part, _MOMENTS * part, bucket),
-    }[engine]
 
 
 def render(estimate: RunEstimate, config: RunConfig) -> str:
@@ -202,10 +166,13 @@ def _notes(estimate: RunEstimate, config: RunConfig) -> Iterator[str]:
     if estimate.activation_bytes is None:
         yield f"* not estimated: the model does not run without values ({estimate.activation_problem})"
     else:
+        how = " and training.activation_checkpointing" if config.training.activation_checkpointing else ""
         yield (
-            f"* an estimate: {format_bytes(estimate.activation_bytes)} that autograd keeps of one forward pass in "
-            f"{config.training.precision}; workspaces, fragmentation and the device's context come on top"
+            f"* an estimate: {format_bytes(estimate.activation_bytes)} that a forward and backward pass hold at most "
+            f"in {config.training.precision}{how}; workspaces, fragmentation and the device's context come on top"
         )
+    if estimate.choice:
+        yield f"training.micro_batch_size: {estimate.choice}"
     yield (
         f"zero3 also gathers layers while they are in use: at least {format_bytes(estimate.largest_layer_bytes)}, "
         "and all of them where DeepSpeed's stage3_max_live_parameters allows it"
@@ -225,6 +192,17 @@ def _without_manifest(config: RunConfig, num_ranks: int) -> tuple[JMVAEConfig, s
     if num_ranks > lanes:
         raise ConfigError(f"data.lanes: {lanes} lanes cannot be shared by {num_ranks} processes, which need one each")
     return config.model.resolve(shapes), "model.input_dims"
+
+
+def _choose(config: RunConfig, model_config: JMVAEConfig, share: int, engine_bytes: int) -> tuple[int, str]:
+    """What `micro_batch_size: auto` would find by theory with this machine's memory for a rank, and what to say."""
+    budget_bytes, origin = memory_budget(config, num_local_ranks=1)
+    try:
+        size = largest_by_theory(config, model_config, share, (budget_bytes, origin), engine_bytes)
+    except ConfigError as error:
+        return 1, str(error).removeprefix("training.micro_batch_size: ")
+    budget = f"{format_bytes(budget_bytes)} per rank ({origin})"
+    return size, f"auto would take {size} samples for {budget}; on a GPU it tries what fits"
 
 
 def _total_steps(config: RunConfig, num_samples: int | None) -> int | None:
@@ -249,19 +227,8 @@ def _count(module: nn.Module, recurse: bool = True) -> int:
 
 
 def _estimate_activations(config: RunConfig, model_config: JMVAEConfig, batch_size: int) -> tuple[int | None, str]:
-    """Bytes that autograd keeps of one forward pass besides the weights; or None, and why not."""
-    kept: dict[int, Tensor] = {}  # by storage, which must live for its address to stay its own
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
-        return tensor
-
+    """Bytes that a forward and backward pass hold besides weights and gradients; or None, and why not."""
     try:
-        with fake_pass(config, model_config, batch_size) as take:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss_sum = take()
-            assert loss_sum.requires_grad
-            weights = {parameter.untyped_storage()._cdata for parameter in take.model.parameters()}
+        return PassTheory(config, model_config)(batch_size), ""
     except Exception as error:  # a network of the user's may look at values
         return None, f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights), ""

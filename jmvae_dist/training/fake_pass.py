@@ -53,8 +53,15 @@ def fake_pass(config: RunConfig, model_config: JMVAEConfig, batch_size: int) -> 
     """
     assert model_config.input_dims is not None
     with FakeTensorMode():
-        networks = resolve_networks(config, model_config)
-        model = JMVAE(model_config, networks=networks, kernels="reference")
+        model = fake_model(config, model_config)
         inputs = {name: torch.empty(batch_size, *shape) for name, shape in model_config.input_dims.items()}
         noise = torch.empty(batch_size, model_config.latent_dim)
-        yield FakePass(ForwardPass(model, config.training.precision, "cpu"), inputs, noise)
+        yield FakePass(model, inputs, noise)
+
+
+def fake_model(config: RunConfig, model_config: JMVAEConfig) -> ForwardPass:
+    """The run's model in its precision, without values; called under a fake tensor mode."""
+    model = JMVAE(model_config, networks=resolve_networks(config, model_config), kernels="reference")
+    if config.training.activation_checkpointing:
+        model.recompute_activations()
+    return ForwardPass(model, config.training.precision, "cpu")

@@ -36,6 +36,7 @@ from jmvae_dist.training.assembly import make_engine, make_guard, open_batches
 from jmvae_dist.training.goodput import AttemptLedger
 from jmvae_dist.training.guards import GuardReading, RewindRequested
 from jmvae_dist.training.meter import Meter
+from jmvae_dist.training.micro_batches import settle_micro_batch
 from jmvae_dist.training.profiler import StepProfiler
 from jmvae_dist.training.recorder import Recorder
 from jmvae_dist.training.requests import Requests
@@ -67,7 +68,7 @@ class Trainer:
     def __init__(
         self, run: ResolvedRun, runtime: Runtime, signals: StopSignals, watchdog: Watchdog, ledger: AttemptLedger
     ) -> None:
-        self.run = run
+        self.run = run = settle_micro_batch(run, runtime)
         self.runtime = runtime
         self.signals = signals
         self.watchdog = watchdog

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class ResolvedRun:
         annealing: Weight of the KL terms by global step.
         learning_rate: Learning rate by global step.
         deepspeed_config: For DeepSpeed; None with the engine ddp.
+        micro_batch: What `training.micro_batch_size: auto` has found (`micro_batches.settle_micro_batch`); empty
+            before, and without auto.
     """
 
     config: RunConfig
@@ -63,6 +65,7 @@ class ResolvedRun:
     annealing: AnnealingSchedule
     learning_rate: LearningRateSchedule
     deepspeed_config: dict[str, Any] | None
+    micro_batch: dict[str, Any] = field(default_factory=dict)
 
     @property
     def modalities(self) -> list[str]:
@@ -134,7 +137,7 @@ def resolve_run(config: RunConfig, world_size: int) -> ResolvedRun:
             **sizes,
         ),
         learning_rate=resolve_learning_rate(config.schedule.learning_rate, total_steps=total_steps, **sizes),
-        deepspeed_config=_make_deepspeed_config(config, plan, world_size),
+        deepspeed_config=_make_deepspeed_config(config),
     )
 
 
@@ -389,31 +392,34 @@ def _make_plan(config: RunConfig, manifest: Manifest, world_size: int) -> Sample
     )
 
 
-def _make_deepspeed_config(config: RunConfig, plan: SamplePlan, world_size: int) -> dict[str, Any] | None:
+def _make_deepspeed_config(config: RunConfig) -> dict[str, Any] | None:
     training = config.training
-    if training.engine == "ddp":
-        return None
-    micro_batches = _count_micro_batches(plan, training.micro_batch_size, world_size)
-    return build_config(training.engine, training.deepspeed, micro_batches)
+    return None if training.engine == "ddp" else build_config(training.engine, training.deepspeed)
 
 
 def num_micro_batches(run: ResolvedRun, world_size: int) -> int:
     """Forward passes per optimizer step: the same on every rank, enough for the largest share of rows."""
-    return _count_micro_batches(run.plan, run.config.training.micro_batch_size, world_size)
+    size = run.config.training.micro_batch_size
+    if size == "auto":
+        size = run.micro_batch["micro_batch_size"]
+    largest = largest_share(run.plan, world_size)
+    return math.ceil(largest / (size or largest))
 
 
-def _count_micro_batches(plan: SamplePlan, micro_batch_size: int | None, world_size: int) -> int:
+def largest_share(plan: SamplePlan, world_size: int) -> int:
+    """Most rows of a step on one rank."""
     shares = [plan.rows_of_rank(rank, world_size) for rank in range(world_size)]
-    largest = max(stop - start for start, stop in shares)
-    return math.ceil(largest / (micro_batch_size or largest))
+    return max(stop - start for start, stop in shares)
 
 
 def summarize(run: ResolvedRun, world_size: int) -> str:
     """What is about to run, in two lines."""
     plan, training = run.plan, run.config.training
+    is_open = training.micro_batch_size == "auto" and not run.micro_batch
+    micro_batches = "auto" if is_open else num_micro_batches(run, world_size)
     return (
         f"{run.train_manifest.num_samples:,} samples of {', '.join(run.modalities)}; {run.total_steps:,} steps of "
         f"{training.global_batch_size} samples ({plan.epoch(run.total_steps):.1f} epochs)\n"
-        f"{world_size} process(es) x {num_micro_batches(run, world_size)} micro-batch(es), engine {training.engine}, "
+        f"{world_size} process(es) x {micro_batches} micro-batch(es), engine {training.engine}, "
         f"{training.precision}, {plan.lanes} lanes; run directory {run.output_dir}"
     )

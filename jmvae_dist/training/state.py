@@ -28,6 +28,8 @@ from jmvae_dist.training.setup import ResolvedRun
 
 logger = logging.getLogger(__name__)
 
+# What `training.micro_batch_size: auto` has found.
+MICRO_BATCH_NAME = "micro_batch.json"
 _SCHEDULE_POINTS = 500
 _PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "safetensors", "webdataset", "wandb")
 
@@ -101,8 +103,12 @@ def software_versions() -> dict[str, str]:
 
 
 def write_run_files(run: ResolvedRun, runtime: Runtime) -> None:
-    """Write `config.yaml`, `environment.json` and `schedule.json` into the run directory."""
+    """Write `config.yaml`, `environment.json`, `schedule.json` and `micro_batch.json` into the run directory."""
     save_run_config(run.config, run.output_dir / "config.yaml")
+    if run.micro_batch:
+        write_json(run.output_dir / MICRO_BATCH_NAME, run.micro_batch)
+    else:
+        (run.output_dir / MICRO_BATCH_NAME).unlink(missing_ok=True)  # of a start with micro_batch_size: auto
     write_json(run.output_dir / "environment.json", describe_environment(runtime))
     stride = max(1, run.total_steps // _SCHEDULE_POINTS)
     # Numbered as in the record: `global_step` g with the values with which the g-th step is taken.
@@ -141,6 +147,7 @@ def describe_checkpoint(
         passed_over=passed_over,
         elapsed_s=elapsed_s,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        micro_batch=run.micro_batch,
     )
 
 

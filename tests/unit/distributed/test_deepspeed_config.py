@@ -21,10 +21,10 @@ def options_in(folder: Path, options: object) -> DeepSpeedSection:
 
 def test_options_are_passed_on(tmp_path: Path) -> None:
     section = options_in(tmp_path, {"zero_optimization": {"reduce_bucket_size": 7}, "steps_per_print": 9})
-    config = build_config("zero2", section, 3)
+    config = build_config("zero2", section)
     assert config["zero_optimization"]["stage"] == 2
     assert config["zero_optimization"]["reduce_bucket_size"] == 7
-    assert (config["steps_per_print"], config["gradient_accumulation_steps"]) == (9, 3)
+    assert config["steps_per_print"] == 9
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_options_are_passed_on(tmp_path: Path) -> None:
 )
 def test_what_the_run_decides_is_refused(tmp_path: Path, options: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_config("zero2", options_in(tmp_path, options), 1)
+        build_config("zero2", options_in(tmp_path, options))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,6 @@ def test_what_deepspeed_does_not_accept_is_one_line(
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # `prepare_process` sets it for good
     prepare_process(on_cpu=True)
     with pytest.raises(ConfigError, match=message) as caught:
-        make_plugin(build_config("zero2", options_in(tmp_path, options), 1))
+        make_plugin(build_config("zero2", options_in(tmp_path, options)))
     assert str(caught.value).startswith("training.deepspeed.config_file: DeepSpeed does not accept it (")
     assert "\n" not in str(caught.value)

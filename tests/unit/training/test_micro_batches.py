@@ -1,0 +1,168 @@
+"""`training.micro_batch_size: auto`: what is found, from what, and what is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from jmvae_dist.config import TrainingSection
+from jmvae_dist.config_io import parse_run_config
+from jmvae_dist.distributed.collectives import Collectives
+from jmvae_dist.distributed.environment import detect_process
+from jmvae_dist.errors import ConfigError
+from jmvae_dist.model import JMVAE
+from jmvae_dist.training import memory, micro_batches
+from jmvae_dist.training.dry_run import estimate_run, render
+from jmvae_dist.training.memory import PassTheory, engine_memory
+from jmvae_dist.training.micro_batches import (
+    PassTrial,
+    even_size,
+    largest_by_theory,
+    largest_that_fits,
+    settle_micro_batch,
+)
+from jmvae_dist.training.setup import num_micro_batches, resolve_run, summarize
+from jmvae_dist.training.state import MICRO_BATCH_NAME, write_json
+from tests.conftest import ROOT
+from tests.unit.training.test_dry_run import SHAPES, make_config
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 64])
+def test_the_largest_that_fits_is_found_with_few_trials(most: int) -> None:
+    for limit in range(most + 3):
+        tried: list[int] = []
+
+        def fits(size: int, limit: int = limit, tried: list[int] = tried) -> bool:
+            tried.append(size)
+            return size <= limit
+
+        assert largest_that_fits(most, fits) == min(limit, most)
+        assert len(tried) <= 1 + most.bit_length()
+
+
+def test_shares_are_split_evenly() -> None:
+    assert [even_size(64, size) for size in (64, 63, 32, 31, 22, 1)] == [64, 32, 32, 22, 22, 1]
+
+
+def test_theory_decides_within_the_budget() -> None:
+    config = make_config({}, micro_batch_size="auto")
+    shapes = config.model.resolve(dict(SHAPES))
+    engine_bytes = 1000
+    needed = engine_bytes + PassTheory(config, shapes)(6)
+    assert largest_by_theory(config, shapes, 6, (needed, "here"), engine_bytes) == 6
+    assert largest_by_theory(config, shapes, 6, (needed - 1, "here"), engine_bytes) == 3  # two passes, not of 5 and 1
+    with pytest.raises(ConfigError, match=r"not even one sample fits .* 1000 B \(here\); set training\.activation_"):
+        largest_by_theory(config, shapes, 6, (engine_bytes, "here"), engine_bytes)
+
+
+def test_the_dry_run_says_what_auto_would_do() -> None:
+    config = make_config({}, micro_batch_size="auto", memory_budget_bytes=10**12)
+    assert "auto would take 24 samples for 931.3 GiB per rank" in render(estimate_run(config, 1), config)
+    config = make_config({}, micro_batch_size="auto", memory_budget_bytes=10**5)
+    estimate = estimate_run(config, 1)
+    assert "auto: not even one sample fits" in render(estimate, config)
+    assert estimate.micro_batch_size == 1
+
+
+def test_recomputing_lowers_the_estimate() -> None:
+    estimates = []
+    for recomputes in (False, True):
+        config = make_config({}, activation_checkpointing=recomputes)
+        config.model.networks.activation = "gelu"
+        config.model.networks.encoder_hidden_dims = [256, 256, 256]
+        shapes = config.model.resolve(dict(SHAPES))
+        estimates.append(PassTheory(config, shapes)(64))
+    assert estimates[1] < 0.7 * estimates[0]
+
+
+def test_a_run_knows_what_was_found(digits: Path) -> None:
+    arguments = ["--config", str(ROOT / "configs" / "digits.yaml"), "--data.eval_manifest", "null"]
+    manifest = str(digits / "train" / "manifest.json")
+    config = parse_run_config([*arguments, "--data.train_manifest", manifest, "--training.micro_batch_size", "auto"])
+    run = resolve_run(config, 2)
+    assert "2 process(es) x auto micro-batch(es)" in summarize(run, 2)
+    assert num_micro_batches(dataclasses.replace(run, micro_batch={"micro_batch_size": 10}), 2) == 4
+
+
+def test_what_is_recorded_counts_under_the_same_circumstances(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A resume equals the uninterrupted run bit for bit only if it splits its batches alike."""
+    arguments = ["--config", str(ROOT / "configs" / "digits.yaml"), "--data.eval_manifest", "null"]
+    arguments += ["--data.train_manifest", str(digits / "train" / "manifest.json"), "--output_dir", str(tmp_path)]
+    runtime: Any = SimpleNamespace(
+        process=detect_process({}), collectives=Collectives(), device=torch.device("cpu"), is_main=True
+    )
+
+    def choose(budget_bytes: int, precision: str = "fp32") -> dict[str, Any]:
+        monkeypatch.setattr(micro_batches, "memory_budget", lambda config, num_local_ranks: (budget_bytes, "here"))
+        settings = ["--training.micro_batch_size", "auto", "--training.precision", precision]
+        return settle_micro_batch(resolve_run(parse_run_config([*arguments, *settings]), 1), runtime).micro_batch
+
+    first = choose(7_090_000)
+    assert first["micro_batch_size"] == 8
+    write_json(tmp_path / MICRO_BATCH_NAME, first)
+    assert choose(10**9) == first
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert choose(10**9, "bf16")["micro_batch_size"] == 64
+    assert "micro-batches of at most 8 samples were used for" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"micro_batch_size": "all"}, r"training\.micro_batch_size: 'all'"),
+        ({"micro_batch_size": 0}, r"training\.micro_batch_size: 0"),
+        ({"micro_batch_size": 8, "memory_budget_bytes": 10**9}, r"training\.memory_budget_bytes: 1000000000 .* auto"),
+        ({"micro_batch_size": "auto", "memory_budget_bytes": 0}, r"training\.memory_budget_bytes: 0"),
+    ],
+)
+def test_mistakes(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainingSection(global_batch_size=8, steps=1, **settings)  # type: ignore[arg-type]
+
+
+def test_passes_are_tried_until_one_fits(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; here, where there is none, the model says that it is out of memory."""
+    arguments = ["--config", str(ROOT / "configs" / "digits.yaml"), "--data.eval_manifest", "null"]
+    manifest = str(digits / "train" / "manifest.json")
+    run = resolve_run(parse_run_config([*arguments, "--data.train_manifest", manifest]), 1)
+    forward = JMVAE.forward
+
+    def with_little_memory(self: JMVAE, inputs: dict[str, torch.Tensor], **options: object) -> object:
+        if len(inputs["image"]) > 19:
+            raise torch.cuda.OutOfMemoryError("tried to allocate 20 MiB")
+        return forward(self, inputs, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(JMVAE, "forward", with_little_memory)
+    assert largest_that_fits(64, PassTrial(run, torch.device("cpu"), reserved_bytes=1000)) == 19
+
+
+def test_limits_of_control_groups(tmp_path: Path) -> None:
+    """The tightest one above the process counts, and files that the kernel can drop are free."""
+
+    def group(path: str, **files: object) -> None:
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / path / name.replace("_in_", "@").replace("_", ".").replace("@", "_in_")).write_text(
+                f"{text}\n"
+            )
+
+    group("job", memory_max=1000, memory_current=700, memory_stat="anon 500\ninactive_file 50")
+    group("job/step", memory_max="max", memory_current=600, memory_stat="inactive_file 0")
+    membership = tmp_path / "membership"
+    membership.write_text("0::/job/step/task\n")
+    assert memory._free_in_control_groups(membership, tmp_path) == [350]
+    membership.write_text("5:cpu,cpuacct:/job\n")
+    assert memory._free_in_control_groups(membership, tmp_path) == []
+    assert 0 < memory.available_bytes() < 2**60
+
+
+def test_every_engine_has_a_theory() -> None:
+    totals = [engine_memory(engine, 10**9, 64).total for engine in ("zero0", "ddp", "zero1", "zero2", "zero3")]
+    assert totals == sorted(totals, reverse=True)
