@@ -182,9 +182,9 @@ FROZEN = """
 import os, sys
 import torch
 from jmvae_dist.__main__ import main
-from jmvae_dist.training import loop
+from jmvae_dist.training import assembly
 
-class PartlyFrozen(loop.JMVAE):
+class PartlyFrozen(assembly.JMVAE):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         offset = float(os.environ["OFFSET"])
@@ -193,7 +193,7 @@ class PartlyFrozen(loop.JMVAE):
             frozen.requires_grad_(False)
             frozen.weight += offset
 
-loop.JMVAE = PartlyFrozen
+assembly.JMVAE = PartlyFrozen
 sys.exit(main(sys.argv[1:]))
 """
 
