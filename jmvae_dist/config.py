@@ -341,7 +341,8 @@ class TrainingSection:
         seed: Seed of initial weights, data order and latent noise.
         log_every_steps: Steps between records in `metrics.jsonl`.
         profile_steps: First and last step, such as [100, 105], that torch's profiler records on every rank, each into
-            `profiles/steps-...-rank0.json.gz` of the run directory; null: none. It changes no number.
+            `profiles/steps-...-rank0.json.gz` of the run directory; null: none. It changes no number. An evaluation
+            (`evaluation.every_steps`) may follow the last step, but not lie between them.
         process_group_timeout_s: After this long without an answer from a peer a collective fails.
     """
 
@@ -637,4 +638,18 @@ class RunConfig:
         if lanes is not None and batch % lanes != 0:
             raise ConfigError(
                 f"data.lanes: {lanes} is not allowed; it must divide training.global_batch_size ({batch})"
+            )
+        self._check_profile_steps()
+
+    def _check_profile_steps(self) -> None:
+        """An evaluation would be most of the trace, and of the memory that holds it; after the window it is not."""
+        window, every_steps = self.training.profile_steps, self.evaluation.every_steps
+        if window is None or every_steps is None or self.data.eval_manifest is None:
+            return
+        first, last = window
+        evaluated = -(-first // every_steps) * every_steps
+        if evaluated < last:
+            raise ConfigError(
+                f"training.profile_steps: [{first}, {last}] is not allowed; there is an evaluation after step "
+                f"{evaluated} (evaluation.every_steps: {every_steps}), which may follow the window but not lie in it"
             )

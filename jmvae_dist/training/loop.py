@@ -152,7 +152,9 @@ class Trainer:
             self._steps_watched(),
             StepProfiler(config.training.profile_steps, profiles, self.runtime, self._enter_profiling) as profiler,
         ):
-            profiler.advance(self.global_step)
+            profiler.before_step(self.global_step)
+            self._enter("waiting for data")
+            meter.resume()
             for batch in batches:
                 if not self.engine.is_settled:
                     self._enter("starting", has_limit=False)
@@ -170,6 +172,8 @@ class Trainer:
                 is_last = self.global_step == total_steps
                 if is_recorded:
                     self._record(result, meter, batches.last_problem)
+                if profiler.after_step(self.global_step):
+                    self._enter("step")
                 if not is_last and self._is_multiple_of(config.evaluation.every_steps):
                     self._evaluate_midway()
                 agreed = requests.poll(failure=batches.failure is not None, is_writing=self.checkpoints.is_writing)
@@ -181,7 +185,7 @@ class Trainer:
                     self._save_checkpoint(wait=is_last or agreed.stop or agreed.failure)
                     requests.checkpoint_begun()
                 self.recorder.advance(self.global_step)
-                profiler.advance(self.global_step)
+                profiler.before_step(self.global_step)
                 self._enter("waiting for data")
                 meter.resume()
                 if agreed.stop and not is_last:
@@ -201,7 +205,6 @@ class Trainer:
     @contextmanager
     def _steps_watched(self) -> Iterator[None]:
         """While steps are taken; what comes after them, like the end of W&B and the report, has no limit."""
-        self._enter("waiting for data")
         try:
             yield
         finally:

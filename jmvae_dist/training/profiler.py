@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import faulthandler
 import gzip
 import logging
 import shutil
@@ -13,13 +15,15 @@ from types import TracebackType
 from torch.profiler import ProfilerActivity, profile
 
 from jmvae_dist.distributed.runtime import Runtime
-from jmvae_dist.errors import StopRequested
+from jmvae_dist.errors import StopRequested, is_on_all_ranks
 from jmvae_dist.files import writing_atomic
 
 logger = logging.getLogger(__name__)
 
 # Level 1 of 9 makes a tenth of the size; more costs time in which the run waits.
 _COMPRESSION = 1
+# A process that is to end does so after this long at the latest, though a GPU may never finish what is queued.
+_ENDING_S = 10.0
 
 
 class StepProfiler:
@@ -52,24 +56,34 @@ class StepProfiler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._first is not None:
+        if self._first is None:
+            return
+        if error is None or is_on_all_ranks(error):
             self._end(is_wanted=error is None or isinstance(error, StopRequested))
+        else:
+            self._leave_running()
 
-    def advance(self, global_step: int) -> None:
-        """So many steps are finished: begin before the first step of the window, end after its last one.
+    def before_step(self, global_step: int) -> None:
+        """So many steps are finished, and another one begins: begin the window with it, if it is in it.
 
-        Called by all ranks, before the first step and after each one.
+        Called by all ranks.
         """
         self._global_step = global_step
-        if self._steps is None:
-            return
-        first, last = self._steps
-        if self._first is None and first <= global_step + 1 <= last:
+        if self._steps is not None and self._first is None and self._steps[0] <= global_step + 1 <= self._steps[1]:
             self._begin()
-        elif self._first is not None and global_step == last:
-            self._end(is_wanted=True)
-            # Ranks that are done with their files must not be seen to wait in the next step for those that are not.
-            self._runtime.collectives.gather(None)
+
+    def after_step(self, global_step: int) -> bool:
+        """So many steps are finished: end the window, if this was its last step; whether it was ended.
+
+        Called by all ranks, before anything that is not a step.
+        """
+        self._global_step = global_step
+        if self._steps is None or self._first is None or global_step < self._steps[1]:
+            return False
+        self._end(is_wanted=True)
+        # Ranks that are done with their files must not be seen to wait in the next step for those that are not.
+        self._runtime.collectives.gather(None)
+        return True
 
     def _begin(self) -> None:
         self._enter()
@@ -87,13 +101,15 @@ class StepProfiler:
     def _end(self, is_wanted: bool) -> None:
         assert self._first is not None
         self._enter()
+        if self._profile is not None:
+            # Outside of what is a mere warning: an error of a step on the device shows here.
+            self._runtime.wait_for_device()
         first, last, ended = self._first, self._global_step, self._profile
         self._first, self._profile = None, None
         if ended is None:
             return
         path = self._folder / f"steps-{first:08d}-{last:08d}-rank{self._runtime.process.rank}.json.gz"
         try:
-            self._runtime.wait_for_device()
             ended.stop()
             if not is_wanted or last < first:
                 return
@@ -105,6 +121,21 @@ class StepProfiler:
             "profiled steps %d to %d: %s (one file per rank; open it in ui.perfetto.dev or chrome://tracing)",
             *(first, last, path),
         )
+
+    def _leave_running(self) -> None:
+        """This rank fails alone: it was last seen where it failed, and to stop is to wait for a device that may hang.
+
+        A process that ends while torch's profiler runs crashes: it is stopped last of all.
+        """
+        if self._profile is not None:
+            atexit.register(_stop_in_any_case, self._profile)
+        self._first, self._profile = None, None
+
+
+def _stop_in_any_case(running: profile) -> None:
+    faulthandler.dump_traceback_later(_ENDING_S, exit=True)
+    running.stop()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def _write(ended: profile, path: Path) -> None:
