@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import tempfile
 import textwrap
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,8 @@ _PROG = "jmvae-dist bench step"
 _DESCRIPTION = (
     "Take training steps of a run, on its own data, and say where their time goes: parts of a step, samples/s, "
     "FLOP/s against measured matrix products, memory, and what to change first. Start it as the run would be "
-    "started; nothing is read from or written to output_dir."
+    "started; nothing is written to output_dir, and nothing is read from it but, with "
+    "training.micro_batch_size: auto, the micro-batch that the run has found."
 )
 
 
@@ -74,7 +76,7 @@ def _measure(run: ResolvedRun, process: ProcessInfo, options: argparse.Namespace
     training = run.config.training
     configure_logging(process.rank)
     with (
-        tempfile.TemporaryDirectory(prefix="jmvae-bench-") as folder,
+        ExitStack() as stack,
         start_runtime(
             process,
             device=training.device,
@@ -86,6 +88,10 @@ def _measure(run: ResolvedRun, process: ProcessInfo, options: argparse.Namespace
     ):
         if process.rank == 0:
             print(runtime.describe(), flush=True)
+        # By rank 0 alone, and removed when no rank waits for it any more.
+        folder = runtime.collectives.on_main(
+            lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="jmvae-bench-"))
+        )
         own = StepBenchmark(run, runtime, Path(folder)).measure(options.steps, options.warmup)
         ranks = [RankMeasurement.from_json(rank) for rank in runtime.collectives.gather(dataclasses.asdict(own))]
         return make_report(run, ranks, is_on_gpu=runtime.device.type == "cuda")
@@ -99,9 +105,9 @@ def render(report: StepReport) -> str:
             f"{report.samples_per_s:,.0f} at typical steps, {report.samples_per_s / len(report.ranks):,.0f} per "
             f"process; {report.samples_per_s_overall:,.0f} over all measured steps"
         ],
-        "FLOP/s": _describe_arithmetic(first),
+        "FLOP/s": _describe_arithmetic(first, report.recomputes),
         "memory": [_describe_memory(report)],
-        "threads": [f"{first.threads} in this process, which may use {len(first.cpus)} core(s)"],
+        "threads": [f"{first.threads} in this process, which may use {first.cores:g} core(s)"],
     }
     lines = ["", *_table(report), ""]
     for name, texts in facts.items():
@@ -130,13 +136,17 @@ def _table(report: StepReport) -> list[str]:
     return lines
 
 
-def _describe_arithmetic(rank: RankMeasurement) -> list[str]:
+def _describe_arithmetic(rank: RankMeasurement, recomputes: bool) -> list[str]:
     square = rank.square_flops_per_s
     if rank.flops is None:
-        return ["not counted: a network cannot be run without values", f"{_giga(square)} in a large square product"]
+        return [
+            f"not counted: a network cannot be run without values ({rank.flops_problem})",
+            f"{_giga(square)} in a large square product",
+        ]
     rate = rank.flops / rank.split.step.typical_s
+    included = ", recomputation included (training.activation_checkpointing)" if recomputes else ""
     lines = [
-        f"{_giga(rate)} per process: {rank.flops / 1e9:,.2f} GFLOP in a step",
+        f"{_giga(rate)} per process: {rank.flops / 1e9:,.2f} GFLOP in a step{included}",
         f"{_giga(square)} in a large square product, of which that is {rate / square:.0%}",
     ]
     if rank.product_flops:

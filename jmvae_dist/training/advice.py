@@ -21,7 +21,7 @@ class StepFacts:
         world_size: Number of processes.
         ranks_of_node: Processes on rank 0's node.
         threads: Of all of them together; 0 on a GPU, where threads do not compute.
-        cores: That they may use together.
+        cores: That they may use together; a fraction where a container has a quota.
     """
 
     config: RunConfig
@@ -31,7 +31,7 @@ class StepFacts:
     world_size: int
     ranks_of_node: int
     threads: int
-    cores: int
+    cores: float
 
     @property
     def pass_share(self) -> float:
@@ -59,6 +59,11 @@ class StepFacts:
     def crowded_share(self) -> float:
         """Of the threads that have no core."""
         return max(0.0, 1.0 - self.cores / self.threads) if self.threads else 0.0
+
+    @property
+    def cores_per_rank(self) -> int:
+        """Whole ones; 0 where there are more processes than cores."""
+        return int(self.cores / self.ranks_of_node)
 
 
 @dataclass(frozen=True)
@@ -140,11 +145,11 @@ def _against_overhead(facts: StepFacts) -> str:
 
 
 def _against_idleness(facts: StepFacts) -> str:
-    return f"OMP_NUM_THREADS={max(1, facts.cores // facts.ranks_of_node)}, or more processes"
+    return f"OMP_NUM_THREADS={max(1, facts.cores_per_rank)}, or more processes"
 
 
 def _against_crowding(facts: StepFacts) -> str:
-    each = facts.cores // facts.ranks_of_node
+    each = facts.cores_per_rank
     return f"OMP_NUM_THREADS={each}" if each else "fewer processes per node"
 
 
@@ -153,20 +158,20 @@ def _against_small_products(facts: StepFacts) -> str:
 
 
 def _explore(facts: StepFacts) -> str:
-    return "training.profile_steps: [100, 105], which shows the operators in it"
+    return "training.profile_steps with a few steps late in the run, which shows the operators in it"
 
 
 RULES = (
     Rule(
         lambda facts: facts.crowded_share,
         0.1,
-        lambda facts: f"{facts.threads} threads compute on {facts.cores} core(s) of the node",
+        lambda facts: f"{facts.threads} threads compute on {facts.cores:g} core(s) of the node",
         _against_crowding,
     ),
     Rule(
         lambda facts: facts.idle_share,
         0.3,
-        lambda facts: f"{facts.threads} thread(s) compute on {facts.cores} cores of the node",
+        lambda facts: f"{facts.threads} thread(s) compute on {facts.cores:g} cores of the node",
         _against_idleness,
     ),
     _part_rule("data wait", 0.10, _against_waiting),

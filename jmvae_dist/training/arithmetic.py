@@ -6,6 +6,7 @@ Shape legend: (M, K) times (K, N) is a matrix product, of 2 * M * K * N floating
 from __future__ import annotations
 
 import statistics
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from jmvae_dist.training.fake_pass import fake_pass
 _SQUARE_SIZES = {"cpu": 1024, "cuda": 8192}
 _BLOCKS = 5
 _BLOCK_S = 0.005
+# torch adds advice for its developers to some messages.
+_PROBLEM_CHARACTERS = 200
 
 
 class Matrix(NamedTuple):
@@ -53,14 +56,17 @@ class Arithmetic:
 
     Args:
         num_samples: Of the pass.
-        flops: Of its matrix products, convolutions and attention; other operations do not count. None if a network
-            of the user's cannot be run without values.
+        flops: Of its matrix products, convolutions and attention; other operations do not count. What is computed
+            again (`training.activation_checkpointing`) counts again. None if a network of the user's cannot be run
+            without values.
         products: The plain matrix products among them, as linear layers make them, and how often each occurs.
+        problem: Type and message of the error where FLOPs could not be counted.
     """
 
     num_samples: int
     flops: int | None
     products: dict[Product, int]
+    problem: str | None = None
 
     @property
     def product_flops(self) -> int:
@@ -75,8 +81,9 @@ def count_arithmetic(config: RunConfig, model_config: JMVAEConfig, num_samples: 
             with FlopCounterMode(display=False) as counter, _ProductCounter() as products:
                 take().backward()
             return Arithmetic(num_samples, counter.get_total_flops(), dict(products.found))
-    except Exception:  # a network of the user's may look at values
-        return Arithmetic(num_samples, None, {})
+    except Exception as error:  # a network of the user's may look at values
+        problem = textwrap.shorten(f"{type(error).__name__}: {error}", _PROBLEM_CHARACTERS, placeholder=" ...")
+        return Arithmetic(num_samples, None, {}, problem)
 
 
 class _ProductCounter(TorchDispatchMode):

@@ -29,6 +29,7 @@ from jmvae_dist.tracking.jsonl import MetricsLog
 from jmvae_dist.training.advice import StepFacts, advise
 from jmvae_dist.training.arithmetic import count_arithmetic, square_flops_per_s, time_products
 from jmvae_dist.training.assembly import make_engine, make_guard, open_batches
+from jmvae_dist.training.cores import cpu_quota, usable_cores
 from jmvae_dist.training.meter import Meter
 from jmvae_dist.training.micro_batches import settle_micro_batch
 from jmvae_dist.training.requests import Requests
@@ -100,13 +101,15 @@ class RankMeasurement:
         mean_step_s: Wall time of all measured steps over their number.
         num_samples: Of this rank's share of the global batch.
         flops: Of this share: matrix products, convolutions and attention; None where they could not be counted.
+        flops_problem: Why they could not.
         product_flops: The plain matrix products among them.
         product_s: Seconds that these take alone, one after the other.
         square_flops_per_s: Of a large square product in the run's precision.
         rss_bytes: Most memory of the process up to the end of the steps.
         device_bytes: Most memory on the GPU during the steps; None without one.
         host: Name of the node.
-        cpus: Cores that the process may use.
+        cpus: Cores that the process may run on.
+        quota: CPUs that its container may use; None: no limit.
         threads: Of torch.
     """
 
@@ -114,6 +117,7 @@ class RankMeasurement:
     mean_step_s: float
     num_samples: int
     flops: int | None
+    flops_problem: str | None
     product_flops: int
     product_s: float
     square_flops_per_s: float
@@ -121,7 +125,13 @@ class RankMeasurement:
     device_bytes: int | None
     host: str
     cpus: list[int]
+    quota: float | None
     threads: int
+
+    @property
+    def cores(self) -> float:
+        """CPUs that the process may use, if others leave them to it."""
+        return usable_cores([self.cpus], [self.quota])
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RankMeasurement:
@@ -247,10 +257,10 @@ class StepBenchmark:
     """Takes steps of a run, with a stopwatch.
 
     Args:
-        run: The resolved run; nothing is written to its `output_dir`, and nothing but a recorded
-            micro-batch is read there.
+        run: The resolved run; nothing is written to its `output_dir`, and nothing is read there but, with
+            `training.micro_batch_size: auto`, the micro-batch in `micro_batch.json` or manifests of checkpoints.
         runtime: Process group and engine.
-        folder: Where rank 0 writes records.
+        folder: Where rank 0 writes records; other ranks do not look there.
     """
 
     def __init__(self, run: ResolvedRun, runtime: Runtime, folder: Path) -> None:
@@ -289,6 +299,7 @@ class StepBenchmark:
             mean_step_s=statistics.fmean(step[_STEP] for step in times),
             num_samples=stop - start,
             flops=None if arithmetic.flops is None else round(scale * arithmetic.flops),
+            flops_problem=arithmetic.problem,
             product_flops=round(scale * arithmetic.product_flops),
             product_s=scale * time_products(arithmetic.products, device),
             square_flops_per_s=square_flops_per_s(config.training.precision, device),
@@ -296,6 +307,7 @@ class StepBenchmark:
             device_bytes=device_bytes,
             host=socket.gethostname(),
             cpus=sorted(os.sched_getaffinity(0)),
+            quota=cpu_quota(),
             threads=torch.get_num_threads(),
         )
 
@@ -307,9 +319,11 @@ class StepBenchmark:
             requests = stack.enter_context(
                 Requests(runtime.collectives, StopSignals(), None, self._folder / "CHECKPOINT")
             )
-            log = MetricsLog(self._folder / "metrics.jsonl") if runtime.is_main else None
-            if log is not None:
-                stack.callback(log.close)
+            log: MetricsLog | None = None
+            with runtime.collectives.together():
+                if runtime.is_main:
+                    log = MetricsLog(self._folder / "metrics.jsonl")
+                    stack.callback(log.close)
             arriving = iter(batches)
             for number in range(1, total + 1):
                 if number == warmup + 1 and runtime.device.type == "cuda":
@@ -332,8 +346,9 @@ class StepBenchmark:
 
     def _record(self, global_step: int, result: StepResult, log: MetricsLog | None) -> None:
         means, guards = result.means(self._runtime.collectives), self._guard.read()
-        if log is not None:
-            log.write({"global_step": global_step, **means, **vars(guards), **self._meter.read()})
+        with self._runtime.collectives.together():
+            if log is not None:
+                log.write({"global_step": global_step, **means, **vars(guards), **self._meter.read()})
 
     def _probe(self, batch: Batch, count: int) -> dict[str, float]:
         """Which fraction of parts is the exchange of values between ranks; by steps that are dropped.
@@ -382,6 +397,7 @@ class StepReport:
         slowest_s: The largest typical value of all ranks, by part, and that of the step.
         samples_per_s: Of the whole run, at rank 0's typical steps.
         samples_per_s_overall: The same over the wall time of all steps, with whatever disturbed them.
+        recomputes: Whether the FLOPs have those in them that `training.activation_checkpointing` computes again.
         advice: What to change first.
     """
 
@@ -389,6 +405,7 @@ class StepReport:
     slowest_s: dict[str, float]
     samples_per_s: float
     samples_per_s_overall: float
+    recomputes: bool
     advice: list[str]
 
 
@@ -410,7 +427,8 @@ def make_report(run: ResolvedRun, ranks: list[RankMeasurement], is_on_gpu: bool)
         world_size=len(ranks),
         ranks_of_node=len(node),
         threads=0 if is_on_gpu else sum(rank.threads for rank in node),
-        cores=len({cpu for rank in node for cpu in rank.cpus}),
+        cores=usable_cores((rank.cpus for rank in node), (rank.quota for rank in node)),
     )
     batch = run.config.training.global_batch_size
-    return StepReport(ranks, slowest_s, batch / step_s, batch / first.mean_step_s, advise(facts))
+    recomputes = run.config.training.activation_checkpointing
+    return StepReport(ranks, slowest_s, batch / step_s, batch / first.mean_step_s, recomputes, advise(facts))

@@ -19,12 +19,12 @@ from jmvae_dist.cluster.provenance import describe_code
 from jmvae_dist.data.loader import PREFETCH_BATCHES_PER_WORKER, count_shards_in_use
 from jmvae_dist.data.reader import most_open_shards
 from jmvae_dist.progress import format_bytes
+from jmvae_dist.training.cores import cpu_quota, usable_cores
 from jmvae_dist.training.setup import ResolvedRun
 from jmvae_dist.training.state import software_versions
 
 _SHARED_MEMORY = Path("/dev/shm")
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # Up to here each node has a row of its own with its ranks.
 _NODES_SHOWN = 16
 # Launchers that `detect_process` does not know, and where they say how many processes they started.
@@ -234,19 +234,10 @@ def _gather_threads(context: Context) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "cores": sorted(os.sched_getaffinity(0)),
-        "quota": _cpu_quota(),
+        "quota": cpu_quota(),
         "workers": workers,
         "on_cpu": on_cpu,
     }
-
-
-def _cpu_quota() -> float | None:
-    """CPUs that a container may use, where it has a limit; its cores do not show it."""
-    try:
-        limit, period = _CPU_QUOTA.read_text().split()
-        return None if limit == "max" else int(limit) / int(period)
-    except (OSError, ValueError):
-        return None
 
 
 def _judge_threads(gathered: Gathered) -> list[Row]:
@@ -261,7 +252,7 @@ def _judge_threads(gathered: Gathered) -> list[Row]:
 
 def _judge_threads_of_node(facts: list[dict[str, Any]]) -> Judgement:
     cores = len(set().union(*(item["cores"] for item in facts)))
-    available = min([cores, *(item["quota"] for item in facts if item["quota"] is not None)])
+    available = usable_cores((item["cores"] for item in facts), (item["quota"] for item in facts))
     threads = sum(item["threads"] for item in facts)
     workers = sum(item["workers"] for item in facts)
     found = f"{len(facts)} rank(s) per node with {threads} thread(s) in all for {available:g} core(s)"

@@ -107,7 +107,18 @@ def test_networks_that_need_values_are_not_counted(monkeypatch: pytest.MonkeyPat
     config = make_config()
     own = {"b": {"decoder": {"class_path": "tests.unit.model.user_networks.Decoder"}}}
     config.model.networks = NetworksConfig([8], [8], [9], modalities=own)
-    assert count_arithmetic(config, config.model.resolve({"a": (5,), "b": (7,)}), 4).flops is None
+    arithmetic = count_arithmetic(config, config.model.resolve({"a": (5,), "b": (7,)}), 4)
+    assert arithmetic.flops is None
+    assert (arithmetic.problem or "").startswith("DataDependentOutputException: aten._local_scalar_dense")
+
+
+def test_what_is_computed_again_counts_again() -> None:
+    counts = []
+    for recomputes in (False, True):
+        config = make_config(activation_checkpointing=recomputes)
+        counts.append(count_arithmetic(config, config.model.resolve({"a": (5,), "b": (7,)}), 24).product_flops)
+    first, others = 5 * 8 + 7 * 8 + 12 * 9, 2 * (3 * 8)  # layers within blocks; heads are not computed again
+    assert counts[1] - counts[0] == 2 * 24 * (first + others)
 
 
 def test_products_of_any_layout_can_be_timed() -> None:
@@ -154,6 +165,8 @@ def test_nothing_is_advised_where_nothing_stands_out() -> None:
         (make_facts(product_efficiency=0.5), ["reach 50% of a large one's speed", "micro_batch_size"]),
         (make_facts(threads=4), ["4 thread(s) compute on 8 cores", "OMP_NUM_THREADS=4"]),
         (make_facts(threads=16), ["16 threads compute on 8 core(s)", "OMP_NUM_THREADS=4"]),
+        (make_facts(cores=2.5), ["8 threads compute on 2.5 core(s)", "OMP_NUM_THREADS=1"]),
+        (make_facts(cores=1.5), ["8 threads compute on 1.5 core(s)", "fewer processes per node"]),
     ],
 )
 def test_each_rule_names_its_number_and_a_knob(facts: StepFacts, expected: list[str]) -> None:
