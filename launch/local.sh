@@ -15,7 +15,7 @@ set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 usage() {
     printf 'usage: bash launch/local.sh N [--restarts R] VERB [options]   %s\n' \
-        '(N processes; R restarts after crashes; VERB is train, evaluate, bench or doctor)' >&2
+        '(N processes; R restarts after crashes; VERB is train, evaluate, doctor or "bench step")' >&2
     exit 2
 }
 num_processes=${1:-}
@@ -30,6 +30,8 @@ fi
 verb=${1:-}
 [[ $verb =~ ^(train|evaluate|bench|doctor)$ ]] || usage
 shift
+# Kernels are measured by one process.
+[ "$verb" != bench ] || [ "${1:-}" = step ] || usage
 
 # An active environment wins over the repository's own; PYTHON wins over both.
 if [ -z "${PYTHON:-}" ]; then

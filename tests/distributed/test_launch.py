@@ -153,6 +153,12 @@ def waits_for_signal(process: subprocess.Popen[str]) -> bool:
     return "sigtimedwait" in Path(f"/proc/{process.pid}/wchan").read_text()
 
 
+def test_what_one_process_measures_is_not_started_on_several() -> None:
+    (output,) = finish(start(["bash", "launch/local.sh", "2", "bench", "kernels"]), expect=2)
+    assert output.startswith("usage: bash launch/local.sh N")
+    assert '"bench step"' in output
+
+
 def test_a_mistake_of_one_node_is_said_there() -> None:
     command = [sys.executable, "-m", "jmvae_dist", "train", "--config", "missing_on_this_node.yaml"]
     (output,) = finish(start(command, srun_variables(1, "n1", "1")), expect=2)
