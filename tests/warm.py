@@ -15,6 +15,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from unittest import mock
 
+_ROOT = Path(__file__).resolve().parent.parent
 _PRELOADED = [
     *("jmvae_dist.__main__", "jmvae_dist.commands.train", "jmvae_dist.training.loop"),
     *("accelerate", "jsonargparse", "torch.distributed", "torch.nn.parallel"),
@@ -35,8 +36,10 @@ def start(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    # OpenMP reads this when torch is imported, and sums would depend on the number of threads.
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS=variables["OMP_NUM_THREADS"]):
+    # OpenMP reads the first when torch is imported, and sums would depend on the number of threads. Without the
+    # second the server of Python 3.11, which heeds no `sys.path`, may import another installation of the package.
+    read_at_start = {name: variables[name] for name in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    with mock.patch.dict(os.environ, read_at_start):
         forkserver.ensure_running()
     process = context.Process(target=_run, args=(list(arguments), variables, str(folder), str(output), patch))
     process.start()
@@ -52,7 +55,9 @@ def _run(arguments: list[str], variables: dict[str, str], folder: str, output: s
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     sys.argv = ["jmvae-dist", *arguments]
+    import jmvae_dist
     from jmvae_dist.__main__ import main
 
+    assert Path(jmvae_dist.__file__).is_relative_to(_ROOT), f"tests of {_ROOT} would run {jmvae_dist.__file__}"
     exec(patch, {})
     sys.exit(main(arguments))
