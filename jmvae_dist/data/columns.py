@@ -123,42 +123,55 @@ class Alike:
     Args:
         first: columns of one of the shards.
         num_rows: of the batch.
+        room: for how many samples there is memory at first. For all of the batch: each is put in the place of its
+            row, and usually nothing has to be moved later. For less: one after another, and the memory grows with
+            them. A batch may be of very many layouts, too, which must not all take memory for all of it.
     """
 
-    def __init__(self, first: Columns, num_rows: int) -> None:
+    def __init__(self, first: Columns, num_rows: int, room: int) -> None:
         self._members = [
-            _Members(modality, layout, num_rows)
+            _Members(modality, layout, room)
             for modality, layout in zip(first.modalities, first.kind.layouts, strict=True)
         ]
         self._num_rows = num_rows
+        self._is_in_order = room == num_rows
+        self._num_taken = 0
+        # Of each sample that was taken: its row in the batch.
         self._rows: list[np.ndarray] = []
-        # Of samples that may have to be compared: rows, samples in their shards, and what with.
+        # Of samples that may have to be compared: places here, samples in their shards, and what with.
         self._uncompared: list[tuple[np.ndarray, np.ndarray, ColumnChecks]] = []
 
     def take(self, columns: Columns, rows: np.ndarray, index_B: np.ndarray) -> None:
-        """Copy some samples of a shard, of the same kind as the first, to some rows."""
+        """Copy some samples of a shard, of the same kind as the first, for some rows of the batch.
+
+        At once: the shard may be closed afterwards.
+        """
+        places = rows if self._is_in_order else np.arange(self._num_taken, self._num_taken + len(rows))
+        self._num_taken += len(rows)
         for members, contents_N in zip(self._members, columns.contents, strict=True):
-            members.contents_B[rows] = contents_N[index_B]
+            members.make_room(self._num_taken)
+            members.contents_B[places] = contents_N[index_B]
         self._rows.append(rows)
         checks = columns.checks
         if checks is not None and not checks.checked.are_all:
-            self._uncompared.append((rows, index_B, checks))
+            self._uncompared.append((places, index_B, checks))
 
     def find_damage(self) -> tuple[str, int] | None:
         """Modality and row of a member, of those taken since the last call, that does not have its digest."""
         parts, self._uncompared = self._uncompared, []
         if not parts:
             return None
-        rows_C = np.concatenate([rows for rows, _, _ in parts])
+        places_C = np.concatenate([places for places, _, _ in parts])
         expected_CM = np.concatenate([checks.digests.take(index, axis=0) for _, index, checks in parts])
         is_checked_C = np.concatenate([checks.checked.are_in(index) for _, index, checks in parts])
         if np.count_nonzero(is_checked_C):
-            places = np.flatnonzero(~is_checked_C)
-            rows_C, expected_CM = rows_C[places], expected_CM[places]
+            new = np.flatnonzero(~is_checked_C)
+            places_C, expected_CM = places_C[new], expected_CM[new]
         for number, members in enumerate(self._members):
-            is_wrong_C = members.digests(rows_C) != expected_CM[:, number]
+            is_wrong_C = members.digests(places_C) != expected_CM[:, number]
             if np.count_nonzero(is_wrong_C):
-                return members.modality.name, int(rows_C[np.argmax(is_wrong_C)])
+                place = int(places_C[np.argmax(is_wrong_C)])
+                return members.modality.name, place if self._is_in_order else int(np.concatenate(self._rows)[place])
         for _, index, checks in parts:
             checks.checked.add(index)
         return None
@@ -170,8 +183,8 @@ class Alike:
             Modality and row of members that are something else than the first one of their shard.
         """
         others: list[tuple[str, int]] = []
-        has_all_rows = sum(map(len, self._rows)) == self._num_rows
-        rows = None if has_all_rows else np.concatenate(self._rows)
+        is_batch = self._is_in_order and self._num_taken == self._num_rows
+        rows = None if is_batch else np.concatenate(self._rows)
         for members in self._members:
             name = members.modality.name
             values, is_other_B = members.parse()
@@ -179,38 +192,49 @@ class Alike:
                 stored[name] = values
                 other_rows = np.flatnonzero(is_other_B)
             else:
-                stored[name][rows] = values[rows]
-                other_rows = rows[is_other_B[rows]]
+                places = rows if self._is_in_order else slice(self._num_taken)
+                stored[name][rows] = values[places]
+                other_rows = rows[is_other_B[places]]
             others += [(name, row) for row in other_rows.tolist()]
         return others
 
 
 class _Members:
-    """The members of one modality in a batch.
+    """The members of one modality in a batch, in B places.
 
     Attributes:
         modality: theirs.
         contents_B: void (B,), to be filled in.
     """
 
-    def __init__(self, modality: Modality, layout: Layout, num_rows: int) -> None:
+    def __init__(self, modality: Modality, layout: Layout, room: int) -> None:
         self.modality = modality
         self._layout = layout
-        num_words = -(-layout.num_bytes // 8)
-        self._words_BW = np.empty((num_rows, num_words), np.uint64)
-        self._words_BW[:, -1] = 0  # in a digest, zeros follow the content
-        self.contents_B = np.ndarray((num_rows,), f"V{layout.num_bytes}", self._words_BW, 0, (8 * num_words,))
+        self._allocate(room)
 
-    def digests(self, rows_C: np.ndarray) -> np.ndarray:
-        """Of the members in some rows: uint64 (C,)."""
-        if len(rows_C) == len(self._words_BW):
-            return digests_of_rows(self._words_BW, self._layout.num_bytes)[rows_C]
-        return digests_of_rows(self._words_BW[rows_C], self._layout.num_bytes)
+    def _allocate(self, room: int) -> None:
+        num_words = -(-self._layout.num_bytes // 8)
+        self._words_BW = np.empty((room, num_words), np.uint64)
+        self._words_BW[:, -1] = 0  # in a digest, zeros follow the content
+        self.contents_B = np.ndarray((room,), f"V{self._layout.num_bytes}", self._words_BW, 0, (8 * num_words,))
+
+    def make_room(self, num_samples: int) -> None:
+        """See that there are so many places; what has been filled in stays where it is."""
+        filled_BW = self._words_BW
+        if num_samples > len(filled_BW):
+            self._allocate(max(num_samples, 2 * len(filled_BW)))
+            self._words_BW[: len(filled_BW)] = filled_BW
+
+    def digests(self, places_C: np.ndarray) -> np.ndarray:
+        """Of the members in some places: uint64 (C,)."""
+        if len(places_C) == len(self._words_BW):
+            return digests_of_rows(self._words_BW, self._layout.num_bytes)[places_C]
+        return digests_of_rows(self._words_BW[places_C], self._layout.num_bytes)
 
     def parse(self) -> tuple[np.ndarray, np.ndarray]:
-        """Decoded values (B, *stored_shape), a view if possible, and in which rows they are not: bool (B,).
+        """Decoded values (B, *stored_shape), a view if possible, and in which places they are not: bool (B,).
 
-        Rows that have not been filled in have any values.
+        Places that have not been filled in have any values.
         """
         members_BS = self._words_BW.view(np.uint8)[:, : self._layout.num_bytes]
         if self.modality.encoding == "cls":

@@ -116,7 +116,7 @@ class ShardReader:
         columns = self.columns((modality,))
         if columns.others:
             return self._decode_each(index_B, modality)
-        alike = Alike(columns, len(index_B))
+        alike = Alike(columns, len(index_B), len(index_B))
         stored: dict[str, np.ndarray] = {}
         alike.take(columns, np.arange(len(index_B)), index_B)
         if (damage := alike.find_damage()) is not None:
@@ -456,7 +456,8 @@ class ShardSet:
                 columns = reader.columns(names)
                 if columns.modalities:
                     if columns.kind not in alike:
-                        alike[columns.kind] = Alike(columns, len(shard_B))
+                        # Usually the first kind is the only one; more of them must not add up to many batches.
+                        alike[columns.kind] = Alike(columns, len(shard_B), len(rows) if alike else len(shard_B))
                     alike[columns.kind].take(columns, rows, wanted)
                 for name in columns.others:
                     for row, index in zip(rows.tolist(), wanted.tolist(), strict=True):

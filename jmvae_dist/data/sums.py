@@ -95,30 +95,35 @@ class CheckedMembers:
 class CheckedSamples:
     """Which samples have been compared: a byte each, until all have been.
 
+    Several threads may use it at a time: whoever has an old array, or lost a count, compares some samples again.
+
     Attributes:
         are_all: whether all have been.
     """
 
     def __init__(self, is_checked_N: np.ndarray) -> None:
-        self._is_checked_N = is_checked_N
+        self._is_checked_N = is_checked_N  # empty: all have been
         self._count()
 
     def are_in(self, index_B: np.ndarray) -> np.ndarray:
-        """Which of some samples have been compared, bool (B,); not to be asked for once `are_all`."""
-        return self._is_checked_N.take(index_B)
+        """Which of some samples have been compared, bool (B,)."""
+        is_checked_N = self._is_checked_N
+        return is_checked_N.take(index_B) if len(is_checked_N) else np.ones(len(index_B), bool)
 
     def add(self, index_B: np.ndarray) -> None:
         """Some samples have been compared, or compared again."""
-        if self.are_all:
+        is_checked_N = self._is_checked_N
+        if not len(is_checked_N):
             return
-        self._is_checked_N[index_B] = True
+        is_checked_N[index_B] = True
         # It would take longer to count them after each batch than to compare it.
         self._least_left -= len(index_B)
         if self._least_left <= 0:
             self._count()
 
     def _count(self) -> None:
-        self._least_left = len(self._is_checked_N) - int(np.count_nonzero(self._is_checked_N))
+        is_checked_N = self._is_checked_N
+        self._least_left = len(is_checked_N) - int(np.count_nonzero(is_checked_N))
         self.are_all = self._least_left == 0
         if self.are_all:
             self._is_checked_N = np.empty(0, bool)

@@ -15,6 +15,7 @@ from data_examples import npy_bytes, without_sums
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jmvae_dist.data.columns import Alike, Columns
 from jmvae_dist.data.encodings import decode_member, parse_npy_header
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import RECORD_DTYPE, index_bytes, read_index
@@ -87,6 +88,37 @@ def test_gather_is_in_row_order(example_manifest: MakeManifest, data: st.DataObj
         number = int(shards.reader(shard).key(index, "label").split("-")[-1])
         assert values["image"][row].tolist() == image(number).tolist()
         assert values["label"][row].argmax() == number % 12
+
+
+def test_more_layouts_in_a_batch_take_memory_for_their_own_samples(
+    foreign_manifest: MakeManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels of one, two and three digits are three layouts."""
+    label, shards = Modality.classes("label", 1000), []
+    for position, digits in enumerate((1, 2, 3, 3)):
+        samples = [{"image.npy": npy_bytes(image(n)), "label.cls": f"{n:0{digits}d}".encode()} for n in range(6)]
+        manifest = foreign_manifest([IMAGE, label], samples)
+        (shard,) = manifest.shards
+        paths = manifest.shard_path(0), manifest.index_path(0)
+        urls = [path.rename(path.with_name(f"{position}-{path.name}")).name for path in paths]
+        shards.append(replace(shard, url=urls[0], index=replace(shard.index, url=urls[1])))
+    manifest = Manifest.create([IMAGE, label], shards, {}, manifest.path)
+    alike: list[Alike] = []
+
+    class Watched(Alike):
+        def __init__(self, first: Columns, num_rows: int, room: int) -> None:
+            super().__init__(first, num_rows, room)
+            alike.append(self)
+
+    monkeypatch.setattr("jmvae_dist.data.reader.Alike", Watched)
+    shard_B, index_B = np.array([2, 0, 1, 2, 0, 1, 2, 3]), np.array([5, 0, 3, 1, 0, 4, 2, 5])
+    for max_open in (3, 1):
+        shards_open = ShardSet(manifest, max_open=max_open)
+        values = shards_open.gather(shard_B, index_B, make_views(manifest.modalities), SampleKeys(index_B))
+        assert values["label"].argmax(axis=1).tolist() == index_B.tolist()
+        assert np.array_equal(values["image"], np.stack([2 * (image(number) - 1) for number in index_B]))
+    # The first, which usually is the only one, for all of the batch; the last one has grown from 3.
+    assert [len(kind._members[0].contents_B) for kind in alike] == [8, 2, 6] * 2
 
 
 def test_no_more_than_max_open_files_are_open(example_manifest: MakeManifest) -> None:

@@ -211,6 +211,7 @@ def test_samples_of_other_sets_of_modalities_are_told_apart() -> None:
     assert first.are_in(np.arange(4)).tolist() == [False, False, False, True]
     first.add(np.array([0, 1, 2]))
     assert first.are_all
+    assert first.are_in(np.arange(4)).all()  # to another thread that has looked at `are_all` before
     assert not checked.are_all
     both.add(np.array([0, 2]))
     both.add(np.array([2]))
