@@ -196,7 +196,7 @@ def ours(samples: Samples, batch: int, workers: int) -> Batches:
 
 
 def ours_later(samples: Samples, batch: int, workers: int) -> Batches:
-    """From the second epoch on."""
+    """From the second epoch on, in the process that has read the first one: what is checked is known per process."""
     batches = _train(samples, batch, workers, "first_use")
     for _ in range(len(samples.labels) // batch + 1):
         next(batches)
@@ -230,7 +230,8 @@ def compare(samples: Samples, options: argparse.Namespace) -> list[Result]:
     for name, make in {**OURS, **RIVALS}.items():
         if not samples.is_array and (name == "TensorDataset" or make in (ours_later, ours_unchecked)):
             continue  # decoded pictures in memory are arrays, and to check files is little beside decoding them
-        for workers in options.workers if name != "TensorDataset" else (0,):
+        is_one_process = name == "TensorDataset" or make is ours_later
+        for workers in (0,) if is_one_process else options.workers:
             loaders[name, workers] = make
     turns: dict[tuple[str, int], list[tuple[float, float]]] = {key: [] for key in loaders}
     for repeat in range(options.repeats):
