@@ -10,13 +10,14 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +32,8 @@ from jmvae_dist.data.urls import Location, is_remote, resolve, shown
 from jmvae_dist.data_config import RemoteSection
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import write_text_atomic
+
+logger = logging.getLogger(__name__)
 
 # Version 1 knows `npy` and `cls` members named after their modality. Version 2 adds the other encodings and names,
 # and its fingerprint covers the indexes, which alone fix the order of samples in a tar that was not written here.
@@ -605,8 +608,9 @@ def _fingerprint(modalities: Sequence[Modality], shards: Sequence[Shard], format
 
 
 _SHARD_KEYS = {"url", "num_samples", "num_bytes", "sha256", "index"}
-# Earlier manifests have `sums` of another kind, with 16 bytes per member.
 _SUMS_KEY = "sums64"
+# Of another kind, with 16 bytes per member: not read any more.
+_FORMER_SUMS_KEY = "sums"
 _OPTIONAL_SHARD_KEYS = frozenset({_SUMS_KEY})
 _FILE_KEYS = {"url", "num_bytes", "sha256"}
 _OPTIONAL_KEYS = frozenset({"num_classes", "member", "length", "tokenizer", "field"})
@@ -731,6 +735,7 @@ class _ManifestParser:
 
     def _shards(self, value: Any, num_modalities: int) -> list[Shard]:
         entries = self._list(value, "shards")
+        self._drop_former_sums(entries)
         shards = _sound_shards(entries, num_modalities)
         if shards is None:
             self._check_nesting({"shards": entries})
@@ -741,17 +746,18 @@ class _ManifestParser:
             self._fail("shards", f"{shown(repeated)!r} is listed twice: its samples would be seen twice per epoch")
         return shards
 
+    def _drop_former_sums(self, entries: list[Any]) -> None:
+        with_former = [entry for entry in entries if isinstance(entry, dict) and _FORMER_SUMS_KEY in entry]
+        for entry in with_former:
+            del entry[_FORMER_SUMS_KEY]
+        if with_former:
+            _warn_of_former_sums(self._path)
+
     def _shards_one_by_one(self, entries: list[Any], num_modalities: int) -> list[Shard]:
         """The shards, checked one value after another so that the first that is wrong can be named."""
         shards = []
         for number, entry in enumerate(entries):
             key = f"shards[{number}]"
-            if isinstance(entry, dict) and "sums" in entry:
-                self._fail(
-                    f"{key}.sums",
-                    "are those of an earlier version, 16 bytes per member: run `jmvae-dist shards index` or `shards "
-                    "write`, whichever made this manifest, again with the same arguments and --overwrite",
-                )
             entry = self._object(entry, key, _SHARD_KEYS, _OPTIONAL_SHARD_KEYS)
             num_samples = self._integer(entry["num_samples"], f"{key}.num_samples", minimum=1)
             shards.append(
@@ -799,6 +805,17 @@ class _ManifestParser:
                 f"says {file.num_bytes}, but {num_samples} samples with {num_modalities} modalities take "
                 f"{expected_bytes}",
             )
+
+
+@cache
+def _warn_of_former_sums(path: str) -> None:
+    """Once per process: a run loads its manifests several times."""
+    logger.warning(
+        "%s: its sums are of an earlier version, 16 bytes per member, and are not used: each shard is checked as a "
+        "whole, by its sha256, when it is first opened; `jmvae-dist shards index` or `shards write`, whichever made "
+        "this manifest, makes new ones when it is run again with the same arguments",
+        path,
+    )
 
 
 def _sound_shards(entries: list[Any], num_modalities: int) -> list[Shard] | None:

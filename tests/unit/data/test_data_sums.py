@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_examples import example_source, npy_bytes, without_sums
+from data_examples import npy_bytes, without_sums
 
 from jmvae_dist.data import columns
 from jmvae_dist.data.digest import member_digest
@@ -23,9 +24,10 @@ from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardReader, ShardSet, Verify
 from jmvae_dist.data.sources.base import ArraySource
 from jmvae_dist.data.sums import CheckedMembers, read_sums
+from jmvae_dist.data.verify import verify_shards
 from jmvae_dist.data.views import SampleKeys, make_views
 from jmvae_dist.data.writer import write_shards
-from jmvae_dist.errors import ConfigError, DataError, UnreachableError
+from jmvae_dist.errors import DataError, UnreachableError
 from tests.faulty_server import serving
 
 MakeManifest = Callable[..., Manifest]
@@ -260,22 +262,33 @@ def with_old_sums(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-OLD = r"shards\[0\].sums: are those of an earlier version, 16 bytes per member: run `jmvae-dist shards index` or"
-
-
-def test_sums_of_an_earlier_version_are_refused_and_made_anew(
-    example_manifest: MakeManifest, foreign_manifest: MakeManifest, tmp_path: Path
+def test_sums_of_an_earlier_version_are_not_read_and_made_anew(
+    example_manifest: MakeManifest,
+    foreign_manifest: MakeManifest,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("jmvae_dist"), "propagate", True)
     written = example_manifest()
     indexed_manifest = indexed(foreign_manifest, tmp_path / "indexed.json")
     for manifest in (written, indexed_manifest):
         manifest.path.write_text(json.dumps(with_old_sums(json.loads(manifest.path.read_text()))))
-        with pytest.raises(DataError, match=OLD):
-            Manifest.load(manifest.path)
-    with pytest.raises(ConfigError, match="add --overwrite"):
-        example_manifest()
-    write_shards(example_source(47), written.path.parent, samples_per_shard=10, overwrite=True)
-    assert Manifest.load(written.path) == written
+        for number in range(len(manifest.shards)):
+            manifest.sums_path(number).write_bytes(b"of an earlier version")
+        caplog.clear()
+        assert [Manifest.load(manifest.path) for _ in range(2)] == [without_sums(manifest)] * 2
+        (message,) = caplog.messages
+        assert str(manifest.path) in message
+        assert "its sums are of an earlier version" in message
+    old = Manifest.load(written.path)
+    assert gather(ShardSet(old), old, [0, 3])[1] == {}
+    damage(old, 3, 1)
+    problems = gather(ShardSet(old), old, [0, 3])[1]  # all of the shard
+    assert list(problems) == [0, 1]
+    assert "sha256 differs" in problems[0]
+    assert example_manifest() == written
     tar = indexed_manifest.shard_path(0)
-    again = index_shards([str(tar)], indexed_manifest.path, REQUESTS, overwrite=True).manifest
-    assert again == indexed_manifest
+    again = index_shards([str(tar)], indexed_manifest.path, REQUESTS)
+    assert (again.manifest, again.written) == (indexed_manifest, True)
+    assert verify_shards(again.manifest) == verify_shards(Manifest.load(written.path)) == []
