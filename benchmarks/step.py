@@ -7,7 +7,8 @@ batches of 256, float32.
 
 1. Steps, in this process, with 1 and with 2 threads. Contenders take turns of a few steps; medians count.
    - the floor: for every linear layer the three matrix products (output, gradient of the weights, gradient of the
-     input), written into tensors that exist; and torch's fused AdamW on as many numbers;
+     input), written into tensors that exist; and torch's fused AdamW on as many numbers. Beside it the products
+     without the gradients of the data, which nobody needs;
    - ours: `TrainStep`, with its keyed noise, guard, schedules and metrics, as training runs take it, without and with
      `training.compile: model`;
    - MultiVae's forward, backward and Adam, where that package is installed.
@@ -81,9 +82,19 @@ def main() -> int:
 # Steps
 
 
-def linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """All linear layers, heads included."""
-    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+def linear_layers(model: JMVAE) -> dict[nn.Linear, bool]:
+    """All linear layers, heads included, and whether the gradient of their input is needed: of data it is not."""
+    needs_gradient: dict[nn.Linear, bool] = {}
+
+    def note(layer: nn.Module, arguments: tuple[Tensor]) -> None:
+        assert isinstance(layer, nn.Linear)
+        needs_gradient[layer] = arguments[0].requires_grad
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in model.modules() if isinstance(layer, nn.Linear)]
+    model({name: torch.zeros(1, *shape) for name, shape in SHAPES.items()}, check_inputs=False)
+    for hook in hooks:
+        hook.remove()
+    return needs_gradient
 
 
 class Floor:
@@ -92,11 +103,12 @@ class Floor:
     Args:
         model: Whose linear layers.
         batch: Rows.
+        is_complete: With the gradients of all inputs; else without those of data, which nobody needs.
     """
 
-    def __init__(self, model: nn.Module, batch: int) -> None:
+    def __init__(self, model: JMVAE, batch: int, is_complete: bool = True) -> None:
         self.products: list[tuple[Tensor, Tensor, Tensor]] = []
-        for layer in linear_layers(model):
+        for layer, needs_gradient in linear_layers(model).items():
             size_out, size_in = layer.weight.shape
             x, grad, weight = (
                 torch.randn(batch, size_in),
@@ -106,8 +118,9 @@ class Floor:
             self.products += [
                 (x, weight.T, torch.empty(batch, size_out)),
                 (grad.T, x, torch.empty(size_out, size_in)),
-                (grad, weight, torch.empty(batch, size_in)),
             ]
+            if is_complete or needs_gradient:
+                self.products.append((grad, weight, torch.empty(batch, size_in)))
         self.flops = sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b, _ in self.products)
 
     def __call__(self) -> None:
@@ -172,7 +185,8 @@ def measure_steps(manifest: Path, threads: int, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     with our_steps(manifest, ("off", "model")) as (ours, model):
         floor = Floor(model, BATCH)
-        steps: dict[str, Step] = {"matrix products": floor, "fused AdamW": fused_adamw(model)}
+        steps: dict[str, Step] = {"matrix products": floor, "those needed": Floor(model, BATCH, is_complete=False)}
+        steps["fused AdamW"] = fused_adamw(model)
         steps |= {"ours": ours["off"], "ours, compiled": ours["model"]}
         if (theirs := multivae_step()) is not None:
             steps["MultiVae"] = theirs

@@ -36,8 +36,8 @@ class Likelihood(Protocol):
     def mean(self, decoded: Tensor) -> Tensor:
         """Expected value of x, with the shape of `decoded`."""
 
-    def invalid(self, target: Tensor) -> tuple[Tensor, str]:
-        """Which elements of `target` (finite) this likelihood cannot explain, as bool, and what it wants."""
+    def invalid(self, target: Tensor) -> tuple[Tensor | None, str]:
+        """Which elements of `target` (finite) it cannot explain, bool, or None for none; and what it wants."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Normal:
     def mean(self, decoded: Tensor) -> Tensor:
         return decoded
 
-    def invalid(self, target: Tensor) -> tuple[Tensor, str]:
-        return torch.zeros_like(target, dtype=torch.bool), "finite"
+    def invalid(self, target: Tensor) -> tuple[None, str]:
+        return None, "finite"
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Laplace:
     def mean(self, decoded: Tensor) -> Tensor:
         return decoded
 
-    def invalid(self, target: Tensor) -> tuple[Tensor, str]:
-        return torch.zeros_like(target, dtype=torch.bool), "finite"
+    def invalid(self, target: Tensor) -> tuple[None, str]:
+        return None, "finite"
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ class UserLikelihood:
         mean = getattr(self.function, "mean", None)
         return mean(decoded) if callable(mean) else decoded
 
-    def invalid(self, target: Tensor) -> tuple[Tensor, str]:
-        return torch.zeros_like(target, dtype=torch.bool), "finite"
+    def invalid(self, target: Tensor) -> tuple[None, str]:
+        return None, "finite"
 
 
 _LIKELIHOODS: dict[str, type[Any]] = {kind.name: kind for kind in (Normal, Laplace, Bernoulli, Categorical)}

@@ -61,6 +61,26 @@ def test_one_process_resumes_what_two_wrote(make_run: MakeRun) -> None:
     assert_losses_agree(straight, moved, tolerance=1e-5, num_records=50)
 
 
+PRINTS_A_TINY_PRODUCT = """
+import torch
+from jmvae_dist.training.step import TrainStep
+
+take_step = TrainStep.__call__
+
+def step(*arguments, **options):
+    print("a tiny product:", float(torch.tensor(1e-40) * 1.0), flush=True)
+    return take_step(*arguments, **options)
+
+TrainStep.__call__ = step
+"""
+
+
+def test_what_is_too_small_for_a_normal_number_is_zero_in_steps(make_run: MakeRun) -> None:
+    """Moments of weights without a gradient would make steps of a CPU slower and slower."""
+    run = make_run("run", "--training.steps", "2")
+    assert run_verb("train", *run.arguments(), patch=PRINTS_A_TINY_PRODUCT).count("a tiny product: 0.0") == 2
+
+
 def test_workers_change_nothing(make_run: MakeRun) -> None:
     settings = ("--training.steps", "30", "--training.log_every_steps", "1")
     without, with_workers = make_run("without", *settings), make_run("with", *settings, "--data.workers", "2")

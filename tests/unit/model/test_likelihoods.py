@@ -103,4 +103,4 @@ def test_accepted_targets(distribution: str, soft: bool | None, target: list[flo
         batch = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
         batch[row] = torch.tensor(target)
         wrong, _ = likelihood.invalid(batch)
-        assert bool(wrong.any()) != valid
+        assert (wrong is not None and bool(wrong.any())) != valid
