@@ -157,16 +157,16 @@ class Alike:
             self._uncompared.append((places, index_B, checks))
 
     def find_damage(self) -> tuple[str, int] | None:
-        """Modality and row of a member, of those taken since the last call, that does not have its digest."""
+        """Modality and row of a member, of those taken since the last call, that does not have its digest.
+
+        Until all samples of its shard have been compared, a sample that comes again is compared again: to find out
+        which have been takes longer.
+        """
         parts, self._uncompared = self._uncompared, []
         if not parts:
             return None
         places_C = np.concatenate([places for places, _, _ in parts])
         expected_CM = np.concatenate([checks.digests.take(index, axis=0) for _, index, checks in parts])
-        is_checked_C = np.concatenate([checks.checked.are_in(index) for _, index, checks in parts])
-        if np.count_nonzero(is_checked_C):
-            new = np.flatnonzero(~is_checked_C)
-            places_C, expected_CM = places_C[new], expected_CM[new]
         for number, members in enumerate(self._members):
             is_wrong_C = members.digests(places_C) != expected_CM[:, number]
             if np.count_nonzero(is_wrong_C):

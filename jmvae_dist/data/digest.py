@@ -120,8 +120,9 @@ def digests_of_rows(words_BW: np.ndarray, num_bytes: int, level: int = 0) -> np.
     if len(words_BW) > rows_per_block:
         blocks = [words_BW[start : start + rows_per_block] for start in range(0, len(words_BW), rows_per_block)]
         return np.concatenate([digests_of_rows(block, num_bytes, level) for block in blocks])
-    digests_B: np.ndarray = words_BW.dot(low)
+    # Of integers, einsum takes two thirds of the time of a matrix product.
+    digests_B: np.ndarray = np.einsum("bw,w->b", words_BW, low)
     if num_bytes > 4:  # else all upper halves are zeros
-        digests_B += (words_BW >> _SHIFT32).dot(high)
+        digests_B += np.einsum("bw,w->b", words_BW >> _SHIFT32, high)
     digests_B += length
     return digests_B

@@ -103,26 +103,33 @@ class CheckedSamples:
 
     def __init__(self, is_checked_N: np.ndarray) -> None:
         self._is_checked_N = is_checked_N  # empty: all have been
+        self._added: list[np.ndarray] = []
         self._count()
 
     def are_in(self, index_B: np.ndarray) -> np.ndarray:
         """Which of some samples have been compared, bool (B,)."""
-        is_checked_N = self._is_checked_N
+        is_checked_N = self._mark()
         return is_checked_N.take(index_B) if len(is_checked_N) else np.ones(len(index_B), bool)
 
     def add(self, index_B: np.ndarray) -> None:
         """Some samples have been compared, or compared again."""
-        is_checked_N = self._is_checked_N
-        if not len(is_checked_N):
+        if self.are_all:
             return
-        is_checked_N[index_B] = True
-        # It would take longer to count them after each batch than to compare it.
+        # A batch has few samples of a shard: to mark and count them at once would take longer than to compare them.
+        self._added.append(index_B)
         self._least_left -= len(index_B)
         if self._least_left <= 0:
             self._count()
 
+    def _mark(self) -> np.ndarray:
+        is_checked_N, added = self._is_checked_N, self._added
+        if added and len(is_checked_N):
+            self._added = []
+            is_checked_N[np.concatenate(added)] = True
+        return is_checked_N
+
     def _count(self) -> None:
-        is_checked_N = self._is_checked_N
+        is_checked_N = self._mark()
         self._least_left = len(is_checked_N) - int(np.count_nonzero(is_checked_N))
         self.are_all = self._least_left == 0
         if self.are_all:
