@@ -1,7 +1,8 @@
 """Log-likelihoods summed over a sample, in torch, with few passes over the decoder's output.
 
 Left to autograd, a normal distribution takes six passes over the largest tensor of a step forwards and eight
-backwards; here it takes three and one.
+backwards; here it takes three and one. Gradients of gradients are refused by an error: `create_graph=True` would get
+those of the last operation alone, and be wrong without a word.
 
 Shape suffixes: L leading dimensions, which end in B; B batch; F elements of a sample.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def summed_log_prob(kind: str, scale: float, decoded_LF: Tensor, target_BF: Tensor) -> Tensor:
@@ -46,6 +48,7 @@ class _Normal(torch.autograd.Function):
         return -0.5 * ctx.precision * difference_LF.square().sum(-1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (difference_LF,) = ctx.saved_tensors
         return difference_LF * (grad_outputs[0] * ctx.precision)[..., None], None, None
@@ -62,6 +65,7 @@ class _Laplace(torch.autograd.Function):
         return -ctx.rate * difference_LF.abs().sum(-1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (difference_LF,) = ctx.saved_tensors
         return difference_LF.sign() * (grad_outputs[0] * ctx.rate)[..., None], None, None

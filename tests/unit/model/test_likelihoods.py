@@ -104,3 +104,13 @@ def test_accepted_targets(distribution: str, soft: bool | None, target: list[flo
         batch[row] = torch.tensor(target)
         wrong, _ = likelihood.invalid(batch)
         assert (wrong is not None and bool(wrong.any())) != valid
+
+
+@pytest.mark.parametrize("distribution", ["normal", "laplace"])
+def test_gradients_of_gradients_are_refused(distribution: str) -> None:
+    """They would be those of a part of the formula."""
+    decoded = torch.randn(3, 2, requires_grad=True)
+    values = log_prob(build_likelihood(distribution, {}), decoded, torch.zeros(3, 2))
+    (gradient,) = torch.autograd.grad(values.square().sum(), decoded, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
