@@ -25,7 +25,7 @@ from jmvae_dist.model.likelihoods import build_likelihood, log_prob
 from jmvae_dist.model.modules import GaussianParams, module_dict
 from jmvae_dist.model.networks import build_networks
 from jmvae_dist.model.objective import ObjectiveTerms, combine, resolve_rescale_factors
-from jmvae_dist.model.recomputation import recompute_blocks, recompute_whole
+from jmvae_dist.model.recomputation import recompute
 
 # Log-variances of all posteriors are limited to this range (standard deviations from 4.5e-5 to 2.2e4).
 # Differences then stay below 40, so that neither exp(difference) nor its square, which Adam keeps, overflows
@@ -179,9 +179,8 @@ class JMVAE(nn.Module):
         for name, module in self.joint_encoder.named_modules(prefix="joint_encoder"):
             if isinstance(module, EncoderBranch):
                 networks[f"{name}.encoder"] = module.encoder
-        return [
-            name for name, network in networks.items() if not (recompute_blocks(network) or recompute_whole(network))
-        ]
+        # Last those of the user's that are inside of a joint encoder.
+        return [name for name, network in networks.items() if not recompute(network)]
 
     def forward(
         self,

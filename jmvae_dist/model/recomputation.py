@@ -49,28 +49,28 @@ def _run(modules: Sequence[nn.Module], input: Tensor) -> Tensor:
     return input
 
 
-def recompute_blocks(network: nn.Module) -> bool:
-    """Let all `Blocks` in a network recompute; whether there are any."""
-    blocks = [module for module in network.modules() if isinstance(module, Blocks)]
-    for block in blocks:
-        block.recomputes = True
-    return bool(blocks)
+def recompute(network: nn.Module) -> bool:
+    """Let a network recompute: one of this package block by block, one of the user's as one block.
 
-
-def recompute_whole(network: nn.Module) -> bool:
-    """Let a network of the user's recompute as one block, its random numbers (dropout) included.
+    A network of the user's may have `Blocks` in it: what lies around them is to be recomputed too.
 
     Returns:
-        False, and nothing is changed, if it has buffers: those that a forward pass changes, such as the running
+        False if it keeps everything, because it has buffers: those that a forward pass changes, such as the running
         statistics of batch norm, would be changed twice.
     """
+    blocks = [module for module in network.modules() if isinstance(module, Blocks)]
+    is_own = type(network).__module__.partition(".")[0] == __name__.partition(".")[0]
+    for block in blocks:
+        block.recomputes = is_own  # not also inside of what is recomputed as a whole
+    if is_own and blocks:
+        return True
     if next(network.buffers(), None) is not None:
         return False
-    network.forward = partial(_recomputed, network.forward)
+    network.forward = partial(_recomputed, network.forward)  # its random numbers (dropout) included
     return True
 
 
-def _recomputed(forward: Callable[..., Any], *inputs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*inputs)
-    return checkpoint(forward, *inputs, use_reentrant=False)
+def _recomputed(forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    # Not as options of `checkpoint`, which has some of its own.
+    forward = partial(forward, **options)
+    return checkpoint(forward, *inputs, use_reentrant=False) if torch.is_grad_enabled() else forward(*inputs)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.distributed.engine import ForwardPass
 from jmvae_dist.model import JMVAE, GaussianParams
+from jmvae_dist.model.modules import MLP
+from jmvae_dist.model.recomputation import recompute
 
 SHAPES = {"picture": (2, 9, 8), "caption": (8, 5), "words": (8, 5), "label": (4,)}
 KINDS: dict[str, dict[str, Any]] = {
@@ -119,3 +121,41 @@ def test_without_gradients_nothing_is_different(models: tuple[JMVAE, JMVAE]) -> 
     inputs = {name: torch.rand(2, *shape) for name, shape in plain.config.input_dims.items()}
     for name, values in plain.predict(inputs, return_mean=True).items():
         assert torch.equal(values, recomputing.predict(inputs, return_mean=True)[name])
+
+
+class _Mixed(nn.Module):
+    """An encoder of the user's with a perceptron of this package in it, and most of its activations around that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Sequential(nn.Linear(4, 64), *(nn.GELU() for _ in range(8)))
+        self.inside = MLP(64, [8, 8], "gelu")
+        self.after = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> GaussianParams:
+        return GaussianParams(*self.after(self.inside(self.before(scale * x))).chunk(2, dim=-1))
+
+
+def test_a_network_of_the_user_with_a_block_of_ours_recomputes_as_a_whole() -> None:
+    names = ("left", "right")
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        encoders: dict[str, nn.Module] = {name: _Mixed() for name in names}
+        config = JMVAEConfig(2, latent_dim=3, input_dims=dict.fromkeys(names, (4,)))
+        models.append(JMVAE(config, encoders=encoders, networks=NetworksConfig([8], [8], [8], "gelu")))
+    assert models[1].recompute_activations() == []
+    (loss, gradients, kept), (other_loss, other_gradients, other_kept) = map(_take_pass, models)
+    assert torch.equal(loss, other_loss)
+    assert all(torch.equal(*pair) for pair in zip(gradients, other_gradients, strict=True))
+    assert other_kept < 0.3 * kept
+
+
+def test_keyword_arguments_arrive() -> None:
+    plain, recomputing = _Mixed(), _Mixed()
+    recomputing.load_state_dict(plain.state_dict())
+    assert recompute(recomputing)
+    x = torch.rand(2, 4)
+    assert torch.equal(recomputing(x, scale=2.0).mu, plain(x, scale=2.0).mu)
+    with torch.no_grad():
+        assert torch.equal(recomputing(x, scale=2.0).mu, plain(x, scale=2.0).mu)
