@@ -25,7 +25,10 @@ from jmvae_dist.checks import is_integer
 from jmvae_dist.errors import CheckpointError
 from jmvae_dist.files import fsync_path, sha256_of, write_text_atomic
 
-FORMAT_VERSION = 1
+# Format 2 is format 1 with `micro_batch`, and is written where there is something to say in it: a version that does
+# not know the key must not take its checkpoints for damaged ones of its own format.
+_FORMAT_WITH_MICRO_BATCH = 2
+_READABLE_FORMATS = (1, _FORMAT_WITH_MICRO_BATCH)
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "LATEST"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
@@ -33,6 +36,10 @@ _FILE_NAME = re.compile(r"[\w-]+\.safetensors")
 # A manifest lists fragments, not values: one of this size describes millions of fragments.
 _MAX_MANIFEST_BYTES = 1 << 30
 _MAX_SHOWN_CHARACTERS = 200
+
+
+class NewerFormatError(CheckpointError):
+    """A checkpoint is intact, and only a newer version can read it: not to be passed over as a damaged one is."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,12 @@ class CheckpointManifest:
 
     def to_json(self) -> str:
         """JSON text with a digest of itself."""
-        content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        fields = asdict(self)
+        version = _FORMAT_WITH_MICRO_BATCH
+        if not self.micro_batch:
+            del fields["micro_batch"]
+            version = 1
+        content = {"format_version": version, **fields}
         return json.dumps({**content, "digest": _digest(content)}, separators=(",", ":"))
 
     @classmethod
@@ -113,16 +125,18 @@ class CheckpointManifest:
         """Parse and check the digest, the version and the fields.
 
         Raises:
-            CheckpointError: The text is not a manifest that this version wrote.
+            NewerFormatError: The text is intact, and of a format that is newer than this version.
+            CheckpointError: It is not a manifest that this version, or an older one, wrote.
         """
         try:
             content = json.loads(text)
             digest = content.pop("digest")
             version = content.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise CheckpointError(f"{where}: format version {version!r}; this version reads {FORMAT_VERSION}")
+            # Before the version: a flipped bit in its number is damage.
             if _digest({"format_version": version, **content}) != digest:
                 raise CheckpointError(f"{where}: content does not match its digest; the file was damaged or edited")
+            if version not in _READABLE_FORMATS:
+                raise _format_error(version, where)
             content["files"] = {name: FileRecord(**record) for name, record in content["files"].items()}
             content["tensors"] = {name: _tensor_record(record) for name, record in content["tensors"].items()}
             manifest = cls(**content)
@@ -144,6 +158,16 @@ class CheckpointManifest:
         for name, record in self.tensors.items():
             if not _is_covered(record, self.files):
                 raise CheckpointError(f"{where}: the fragments of {name} are not exactly all of it")
+
+
+def _format_error(version: Any, where: Path) -> CheckpointError:
+    newest = _READABLE_FORMATS[-1]
+    if is_integer(version) and version > newest:
+        return NewerFormatError(
+            f"{where}: format {version}, written by a newer version of this program; this one reads formats up to "
+            f"{newest}: use the newer one, or move this checkpoint away to go on from the one before"
+        )
+    return CheckpointError(f"{where}: format version {version!r}; this version reads {_READABLE_FORMATS}")
 
 
 def _is_covered(record: TensorRecord, files: dict[str, FileRecord]) -> bool:
@@ -204,6 +228,7 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
     """The manifest of a checkpoint directory.
 
     Raises:
+        NewerFormatError: It is of a newer format.
         CheckpointError: There is none, or it is damaged.
     """
     path = checkpoint / MANIFEST_NAME
@@ -290,6 +315,7 @@ def find_intact(path: Path) -> tuple[Path, CheckpointManifest]:
         path: A checkpoint, or a run directory, whose newest intact checkpoint is meant.
 
     Raises:
+        NewerFormatError: A checkpoint that comes first is of a newer format.
         CheckpointError: There is no intact checkpoint.
     """
     is_checkpoint = (path / MANIFEST_NAME).is_file()
@@ -301,6 +327,8 @@ def find_intact(path: Path) -> tuple[Path, CheckpointManifest]:
         try:
             manifest = read_manifest(checkpoint)
             problem = find_damage(checkpoint, manifest)
+        except NewerFormatError:
+            raise
         except CheckpointError as error:
             problem = str(error)
         if problem is None:

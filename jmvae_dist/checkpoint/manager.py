@@ -34,6 +34,7 @@ from jmvae_dist.checkpoint.layout import (
     CheckpointManifest,
     FileRecord,
     FragmentRecord,
+    NewerFormatError,
     commit,
     find_damage,
     list_checkpoints,
@@ -168,7 +169,8 @@ class CheckpointManager:
             Its manifest; None if the run has no checkpoint.
 
         Raises:
-            CheckpointError: There are checkpoints, but none is intact, or they are another model's.
+            CheckpointError: There are checkpoints, but none is intact, or they are another model's; or the newest
+                intact one is of a newer format.
         """
         names = self.collectives.on_main(self._find_candidates)
         newer = [name for name in names if at_most is not None and step_of(name) > at_most]
@@ -224,16 +226,26 @@ class CheckpointManager:
             raise CheckpointError(f"{self.root}: {failure}") from failure
 
     def _verify_together(self, checkpoint: Path) -> CheckpointManifest | None:
-        """The manifest if every rank finds its share of the files intact; else None, with a warning."""
-        manifest, problem = None, None
+        """The manifest if every rank finds its share of the files intact; else None, with a warning.
+
+        Raises:
+            NewerFormatError: It is of a newer format; on all ranks.
+        """
+        manifest, problem, newer = None, None, None
         try:
             manifest = read_manifest(checkpoint)
             problem = find_damage(checkpoint, manifest, self.collectives.rank, self.collectives.world_size)
             if checkpoint.name != step_name(manifest.global_step):
                 problem = f"{checkpoint}: its manifest is that of {step_name(manifest.global_step)}"
+        except NewerFormatError as error:
+            newer = str(error)
         except CheckpointError as error:
             problem = str(error)
-        problems = [found for found in self.collectives.gather(problem) if found is not None]
+        found = self.collectives.gather((newer, problem))
+        for newer, _ in found:
+            if newer is not None:
+                raise mark_on_all_ranks(NewerFormatError(newer))
+        problems = [problem for _, problem in found if problem is not None]
         if problems and self.collectives.rank == 0:
             logger.warning("DAMAGED CHECKPOINT, trying the one before: %s", "; ".join(sorted(set(problems))))
         return None if problems else manifest

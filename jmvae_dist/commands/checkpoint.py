@@ -48,14 +48,15 @@ def _checkpoints_at(path: Path) -> list[Path]:
 
 
 def _list(checkpoints: list[Path]) -> int:
-    from jmvae_dist.checkpoint.layout import read_manifest
+    from jmvae_dist.checkpoint.layout import NewerFormatError, read_manifest
 
     print(f"{'step':>10}  {'size':>9}  {'engine':<6}  {'ranks':>5}  {'written':<25}  path")
     for checkpoint in checkpoints:
         try:
             manifest = read_manifest(checkpoint)
         except CheckpointError as error:
-            print(f"{'damaged':>10}  {error}")
+            what = "newer" if isinstance(error, NewerFormatError) else "damaged"
+            print(f"{what:>10}  {error}")
             continue
         size_mb = sum(record.num_bytes for record in manifest.files.values()) / 1e6
         print(

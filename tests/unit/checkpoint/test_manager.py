@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from jmvae_dist.checkpoint.layout import NewerFormatError
 from jmvae_dist.checkpoint.manager import CheckpointManager
 from jmvae_dist.config import CheckpointSection
 from jmvae_dist.distributed.collectives import Collectives
-from jmvae_dist.errors import CheckpointError
+from jmvae_dist.errors import CheckpointError, is_on_all_ranks
 from tests.unit.checkpoint.test_fragments import make_engine, make_manifest
+from tests.unit.checkpoint.test_layout import resealed
 
 
 def make_manager(root: Path) -> CheckpointManager:
@@ -57,3 +59,13 @@ def test_nothing_is_set_aside_unless_there_is_something_to_go_back_to(tmp_path: 
     manifest = make_manager(tmp_path).resume(accept)
     assert manifest is not None
     assert manifest.global_step == 3
+
+
+def test_a_checkpoint_of_a_newer_format_ends_a_resume_and_stays_where_it_is(tmp_path: Path) -> None:
+    write_checkpoints(tmp_path, 1, 2)
+    path = tmp_path / "step-00000002" / "manifest.json"
+    path.write_text(resealed(path.read_text(), format_version=3))
+    with pytest.raises(NewerFormatError, match="written by a newer version") as caught:
+        make_manager(tmp_path).resume(accept)
+    assert is_on_all_ranks(caught.value)
+    assert names(tmp_path) == ["LATEST", "step-00000001", "step-00000002"]
