@@ -158,8 +158,8 @@ def _time_parts(runtime: Runtime, size: int, shared_memory: SharedMemoryReductio
     with _connect(runtime) as connection:
         works: dict[str, Work] = {
             "gloo all-reduce": lambda: dist.all_reduce(values),
-            "of that: the bytes over TCP, both ways at once": lambda: _exchange(connection, values, other),
-            "of that: the sum of half of them": lambda: half.add_(other_half),
+            "the bytes alone over TCP, both ways at once": lambda: _exchange(connection, values, other),
+            "the sum of half of them alone": lambda: half.add_(other_half),
             "a copy of them": lambda: other.copy_(values),
             "gloo all-reduce in bfloat16, with both conversions": lambda: _sum_in_bf16(values),
             "shared memory": lambda: shared_memory.all_reduce(values),

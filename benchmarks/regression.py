@@ -80,7 +80,7 @@ def make_shards(folder: Path, num_samples: int, checkout: Path) -> Path:
 
 
 def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float]:
-    """By key of the records: the largest difference over all steps, relative to the value before; NaN if one is NaN."""
+    """By key of the records: the largest difference over all steps, relative to the value before."""
     keys = [key for key in before[0] if key.startswith("loss/") or key == "grad_norm"]
     differences = {}
     for key in keys:
