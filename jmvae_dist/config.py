@@ -321,9 +321,10 @@ class TrainingSection:
         epochs: Passes over the training data, resolved into steps from the manifest (rounded up).
         micro_batch_size: Most samples of one forward pass on one process; larger shares are accumulated. auto finds
             the largest that fits, before the first step, and keeps to it when the run is resumed; null: all.
-        memory_budget_bytes: What auto lets a process take for weights, gradients, moments and activations, on a GPU
-            or, besides the interpreter and its libraries, in host memory. null: on a GPU 90 % of what is free, else
-            80 % of what is available, within the limits of control groups, shared by the processes of a machine.
+        memory_budget_bytes: What auto lets a process take for weights, gradients, moments, batches and activations,
+            on a GPU or, besides the interpreter and its libraries, in host memory; there the allocator may take half
+            as much again. null: on a GPU 90 % of what is free, else 65 % of what is available, within the limits of
+            control groups, shared by the processes of a machine.
         precision: fp32, or autocast to bf16 or fp16, the latter with dynamic loss scaling. Weights, gradients,
             their reduction, optimizer states, KL and likelihood sums are float32 in all three.
         engine: ddp, PyTorch's DistributedDataParallel (one process runs without it), or DeepSpeed with ZeRO

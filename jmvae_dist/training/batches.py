@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 # A failure is announced after one step and known to all ranks after the next: the batch of the step after that is
 # the first one that must not be missing.
-_STEPS_AHEAD = 2
+STEPS_AHEAD = 2
 
 
 # Bad samples that are logged one by one; then every so many.
@@ -59,7 +59,7 @@ class CheckedBatches:
 
     def fetch_ahead(self) -> None:
         """Have the next batch and those of the two steps after it; a failure is kept in `failure`."""
-        while self.failure is None and len(self._fetched) <= _STEPS_AHEAD:
+        while self.failure is None and len(self._fetched) <= STEPS_AHEAD:
             try:
                 batch = next(self._batches, None)
                 if batch is None:

@@ -17,12 +17,13 @@ from torch import nn
 from jmvae_dist.config import JMVAEConfig, RunConfig
 from jmvae_dist.data.plan import default_lanes
 from jmvae_dist.data.urls import is_remote, shown
+from jmvae_dist.distributed.deepspeed_config import build_config
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.model import JMVAE
 from jmvae_dist.progress import format_bytes
 from jmvae_dist.schedules import epochs_to_steps
 from jmvae_dist.training.memory import BYTES_PER_ELEMENT, MOMENTS, EngineMemory, PassTheory, engine_memory
-from jmvae_dist.training.micro_batches import even_size, largest_by_theory, memory_budget
+from jmvae_dist.training.micro_batches import RankNeeds, even_size, largest_by_theory, memory_budget, rank_needs
 from jmvae_dist.training.setup import resolve_networks, resolve_run
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
@@ -100,17 +101,28 @@ def estimate_run(config: RunConfig, num_ranks: int, num_samples: int | None = No
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     size, choice = config.training.micro_batch_size, ""
     if size == "auto":
-        engine_bytes = engine_memory(config.training.engine, parameters, num_ranks).total
-        size, choice = _choose(config, model_config, rank_batch_size, engine_bytes)
+        needs = rank_needs(config, model_config, parameters, num_ranks, rank_batch_size)
+        size, choice = _choose(needs, model_config)
     micro_batch_size = even_size(rank_batch_size, size or rank_batch_size)
     activations, problem = _estimate_activations(config, model_config, micro_batch_size)
+
+    def memory_of(engine: str) -> EngineMemory:
+        section = config.training.deepspeed
+        return engine_memory(
+            engine,
+            parameters,
+            num_ranks,
+            num_micro_batches=math.ceil(rank_batch_size / micro_batch_size),
+            deepspeed_config=None if engine == "ddp" else build_config(engine, section),
+        )
+
     return RunEstimate(
         networks={name: _count(network) for name, network in _networks(model)},
         num_ranks=num_ranks,
         rank_batch_size=rank_batch_size,
         micro_batch_size=micro_batch_size,
         choice=choice,
-        memory={engine: engine_memory(engine, parameters, num_ranks) for engine in ENGINES},
+        memory={engine: memory_of(engine) for engine in ENGINES},
         largest_layer_bytes=BYTES_PER_ELEMENT * max(_count(module, recurse=False) for module in model.modules()),
         activation_bytes=activations,
         activation_problem=problem,
@@ -133,16 +145,16 @@ def render(estimate: RunEstimate, config: RunConfig) -> str:
         f"memory per rank, {estimate.num_ranks} rank(s) (--dry_run.ranks) with {estimate.rank_batch_size} samples "
         f"each, in forward passes of {estimate.micro_batch_size}"
     )
-    header = ("engine", "weights", "gradients", "moments", "buffers", "together", "+ activations*")
-    lines.append("  " + "".join(f"{name:>11}" for name in header[:-1]) + f"{header[-1]:>16}")
+    header = ("engine", "weights", "moments", "gradients", "buffers", "in passes*", "reducing*", "peak*")
+    lines.append("  " + "".join(f"{name:>11}" for name in header))
     for engine, memory in estimate.memory.items():
-        with_activations = "?"
+        sizes = [format_bytes(size) for size in (memory.weights, memory.moments, memory.gradients, memory.buffers)]
+        sums = ["?", "?", "?"]
         if estimate.activation_bytes is not None:
-            with_activations = format_bytes(memory.total + estimate.activation_bytes)
-        sizes = (memory.weights, memory.gradients, memory.moments, memory.buffers, memory.total)
+            with_activations = (memory.in_passes, memory.at_reduction, memory.peak)
+            sums = [format_bytes(total(estimate.activation_bytes)) for total in with_activations]
         chosen = " <- training.engine" if engine == config.training.engine.replace("zero0", "ddp") else ""
-        cells = "".join(f"{text:>11}" for text in (engine, *map(format_bytes, sizes)))
-        lines.append(f"  {cells}{with_activations:>16}{chosen}")
+        lines.append("  " + "".join(f"{text:>11}" for text in (engine, *sizes, *sums)) + chosen)
     return "\n".join([*lines, "", *_notes(estimate, config)])
 
 
@@ -168,14 +180,15 @@ def _notes(estimate: RunEstimate, config: RunConfig) -> Iterator[str]:
     else:
         how = " and training.activation_checkpointing" if config.training.activation_checkpointing else ""
         yield (
-            f"* an estimate: {format_bytes(estimate.activation_bytes)} that a forward and backward pass hold at most "
-            f"in {config.training.precision}{how}; workspaces, fragmentation and the device's context come on top"
+            f"* an estimate, with {format_bytes(estimate.activation_bytes)} that a forward and backward pass hold at "
+            f"most in {config.training.precision}{how}; workspaces, fragmentation, batches fetched ahead and the "
+            "device's context come on top"
         )
     if estimate.choice:
         yield f"training.micro_batch_size: {estimate.choice}"
     yield (
-        f"zero3 also gathers layers while they are in use: at least {format_bytes(estimate.largest_layer_bytes)}, "
-        "and all of them where DeepSpeed's stage3_max_live_parameters allows it"
+        "buffers: DeepSpeed's reduce_bucket_size, as far as parameters fill it (a GPU holds whole ones), and what "
+        f"zero3 gathers: up to stage3_max_live_parameters, at least {format_bytes(estimate.largest_layer_bytes)}"
     )
     if "cpu" in (config.training.deepspeed.offload_optimizer, config.training.deepspeed.offload_parameters):
         yield "training.deepspeed moves what it offloads to host memory; the table counts it on the device"
@@ -194,11 +207,11 @@ def _without_manifest(config: RunConfig, num_ranks: int) -> tuple[JMVAEConfig, s
     return config.model.resolve(shapes), "model.input_dims"
 
 
-def _choose(config: RunConfig, model_config: JMVAEConfig, share: int, engine_bytes: int) -> tuple[int, str]:
+def _choose(needs: RankNeeds, model_config: JMVAEConfig) -> tuple[int, str]:
     """What `micro_batch_size: auto` would find by theory with this machine's memory for a rank, and what to say."""
-    budget_bytes, origin = memory_budget(config, num_local_ranks=1)
+    budget_bytes, origin = memory_budget(needs.config, num_local_ranks=1)
     try:
-        size = largest_by_theory(config, model_config, share, (budget_bytes, origin), engine_bytes)
+        size = largest_by_theory(needs, model_config, (budget_bytes, origin))
     except ConfigError as error:
         return 1, str(error).removeprefix("training.micro_batch_size: ")
     budget = f"{format_bytes(budget_bytes)} per rank ({origin})"

@@ -23,45 +23,130 @@ from jmvae_dist.training.fake_pass import fake_model
 # Weights, gradients and moments are float32 with every engine and precision.
 BYTES_PER_ELEMENT = 4
 MOMENTS = 2
+# DeepSpeed's defaults: what its engine reduces at once without ZeRO, and stage3_max_live_parameters.
+_ZERO0_BUCKET_ELEMENTS = 500_000_000
+_LIVE_ELEMENTS = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """Bytes that one rank holds throughout a step.
+    """Bytes that one rank holds in a step with an engine, besides activations.
 
     Args:
-        weights: With the float32 partition that zero1 and zero2 keep beside the weights.
-        gradients: After the backward pass; zero1 holds all of them during it.
-        moments: Adam's two.
-        buffers: A bucket, in which DeepSpeed reduces gradients.
+        weights: Throughout; with the second copy that ZeRO updates.
+        moments: Throughout; Adam's two.
+        gradients: During the passes.
+        buffers: During the passes: DeepSpeed's buckets, and weights that zero3 has gathered.
+        reduction: Gradients, buffers and copies while gradients are reduced, in place of the two before.
+        activations_left: Part of the activations that is still there when the first bucket is reduced.
+        offloaded: Of all of it, what lies in host memory.
     """
 
     weights: int
-    gradients: int
     moments: int
+    gradients: int
     buffers: int
+    reduction: int
+    activations_left: float = 0.0
+    offloaded: int = 0
 
-    @property
-    def total(self) -> int:
-        """The sum."""
-        return self.weights + self.gradients + self.moments + self.buffers
+    def in_passes(self, activations: int) -> int:
+        """While a forward and backward pass hold so many bytes at most."""
+        return self.weights + self.moments + self.gradients + self.buffers + activations
+
+    def at_reduction(self, activations: int) -> int:
+        """While gradients are reduced, after or within that pass."""
+        return self.weights + self.moments + self.reduction + int(self.activations_left * activations)
+
+    def peak(self, activations: int = 0) -> int:
+        """The most of both."""
+        return max(self.in_passes(activations), self.at_reduction(activations))
 
 
-def engine_memory(engine: str, num_parameters: int, num_ranks: int) -> EngineMemory:
-    """What a rank holds throughout a step with an engine, in bytes (Rajbhandari et al. 2020, all in float32).
+def engine_memory(
+    engine: str,
+    num_parameters: int,
+    num_ranks: int,
+    *,
+    num_micro_batches: int = 1,
+    deepspeed_config: dict[str, Any] | None = None,
+    device_type: str = "cpu",
+) -> EngineMemory:
+    """What a rank holds with an engine (Rajbhandari et al. 2020, all in float32; and what DeepSpeed 0.19 does).
 
     With one rank DeepSpeed cuts nothing, and its copies come on top.
+
+    Args:
+        engine: ddp or zero0 .. zero3.
+        num_parameters: Of the model.
+        num_ranks: Among which state is cut.
+        num_micro_batches: Per step.
+        deepspeed_config: From `build_config`; None: the defaults.
+        device_type: cpu or cuda. Of a bucket, a CPU only has what was written into.
     """
     whole = BYTES_PER_ELEMENT * num_parameters
+    accumulates = num_micro_batches > 1
+    if engine == "ddp":
+        # Gradients of micro-batches that are not reduced lie outside of the buckets, which stay.
+        gradients = 2 * whole if accumulates and num_ranks > 1 else whole
+        return EngineMemory(whole, MOMENTS * whole, gradients, 0, gradients)
+    if engine == "zero0":
+        flat = min(whole, BYTES_PER_ELEMENT * _ZERO0_BUCKET_ELEMENTS)
+        return EngineMemory(whole, MOMENTS * whole, whole, 0, whole + flat)
     part = BYTES_PER_ELEMENT * math.ceil(num_parameters / num_ranks)
-    bucket = BYTES_PER_ELEMENT * min(num_parameters, BUCKET_ELEMENTS)
-    return {
-        "ddp": EngineMemory(whole, whole, MOMENTS * whole, 0),
-        "zero0": EngineMemory(whole, whole, MOMENTS * whole, bucket),
-        "zero1": EngineMemory(whole + part, whole + part, MOMENTS * part, bucket),
-        "zero2": EngineMemory(whole + part, part, MOMENTS * part, bucket),
-        "zero3": EngineMemory(part, part, MOMENTS * part, bucket),
-    }[engine]
+    settings = (deepspeed_config or {}).get("zero_optimization", {})
+    if engine == "zero3":
+        return _zero3_memory(whole, part, settings, device_type)
+    return _zero_memory(engine, whole, part, settings, device_type, accumulates)
+
+
+def _zero_memory(
+    engine: str, whole: int, part: int, settings: dict[str, Any], device_type: str, accumulates: bool
+) -> EngineMemory:
+    """zero1 and zero2: a bucket is flattened into a second one to be reduced, and then copied into partitions."""
+    room, filled = _bucket(whole, settings, device_type)
+    overlaps = bool(settings.get("overlap_comm"))
+    rooms = room * (1 + overlaps)
+    if engine == "zero1":
+        gradients, reduction = whole, whole + part + rooms
+    else:
+        gradients = part * (1 + accumulates)
+        reduction = gradients + rooms + filled
+    is_early = engine == "zero2" or overlaps
+    return EngineMemory(
+        weights=whole + part,
+        moments=MOMENTS * part,
+        gradients=gradients,
+        buffers=rooms,
+        reduction=reduction,
+        activations_left=1 - filled / whole if is_early else 0.0,
+        # Without the weights that it makes passes with: a second copy, its gradient, and the moments.
+        offloaded=(2 + MOMENTS) * part if "offload_optimizer" in settings else 0,
+    )
+
+
+def _zero3_memory(whole: int, part: int, settings: dict[str, Any], device_type: str) -> EngineMemory:
+    """zero3 puts the gradients of a bucket in another order for a reduce-scatter, which takes a copy."""
+    room, filled = _bucket(whole, settings, device_type)
+    gathered = min(whole, BYTES_PER_ELEMENT * int(settings.get("stage3_max_live_parameters", _LIVE_ELEMENTS)))
+    copies = 2 if device_type == "cpu" else 1  # one of them is gloo's
+    offloaded = (2 + MOMENTS) * part if "offload_optimizer" in settings else 0
+    return EngineMemory(
+        weights=2 * part,
+        moments=MOMENTS * part,
+        gradients=part,
+        buffers=room + gathered,
+        reduction=part + room + gathered + copies * filled,
+        activations_left=1 - filled / whole,
+        offloaded=offloaded + (part if "offload_param" in settings else 0),
+    )
+
+
+def _bucket(whole: int, settings: dict[str, Any], device_type: str) -> tuple[int, int]:
+    """Bytes that a bucket takes, and that are ever filled of it: on a CPU, what is not written takes no memory."""
+    bucket = BYTES_PER_ELEMENT * int(settings.get("reduce_bucket_size", BUCKET_ELEMENTS))
+    filled = min(whole, bucket)
+    return (filled if device_type == "cpu" else bucket), filled
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from jmvae_dist.checkpoint.layout import MANIFEST_NAME, step_name
 from jmvae_dist.config import TrainingSection
 from jmvae_dist.config_io import parse_run_config
 from jmvae_dist.distributed.collectives import Collectives
@@ -24,11 +26,14 @@ from jmvae_dist.training.micro_batches import (
     even_size,
     largest_by_theory,
     largest_that_fits,
+    rank_needs,
+    reserved_bytes,
     settle_micro_batch,
 )
 from jmvae_dist.training.setup import num_micro_batches, resolve_run, summarize
 from jmvae_dist.training.state import MICRO_BATCH_NAME, write_json
 from tests.conftest import ROOT
+from tests.unit.checkpoint.test_fragments import make_manifest
 from tests.unit.training.test_dry_run import SHAPES, make_config
 
 
@@ -52,12 +57,15 @@ def test_shares_are_split_evenly() -> None:
 def test_theory_decides_within_the_budget() -> None:
     config = make_config({}, micro_batch_size="auto")
     shapes = config.model.resolve(dict(SHAPES))
-    engine_bytes = 1000
-    needed = engine_bytes + PassTheory(config, shapes)(6)
-    assert largest_by_theory(config, shapes, 6, (needed, "here"), engine_bytes) == 6
-    assert largest_by_theory(config, shapes, 6, (needed - 1, "here"), engine_bytes) == 3  # two passes, not of 5 and 1
+    needs = rank_needs(config, shapes, 100, 1, share=6)
+    samples_bytes = 3 * 6 * 4 * sum(map(math.prod, SHAPES.values()))  # of this step and the next two
+    theory = PassTheory(config, shapes)
+    assert needs.data_bytes(6) == samples_bytes * 2 // 3  # the theory of the pass has the others
+    needed = needs.state(6).peak(theory(6)) + needs.data_bytes(6)
+    assert largest_by_theory(needs, shapes, (needed, "here")) == 6
+    assert largest_by_theory(needs, shapes, (needed - 1, "here")) == 3  # two passes, not of 5 and 1
     with pytest.raises(ConfigError, match=r"not even one sample fits .* 1000 B \(here\); set training\.activation_"):
-        largest_by_theory(config, shapes, 6, (engine_bytes, "here"), engine_bytes)
+        largest_by_theory(needs, shapes, (1000, "here"))
 
 
 def test_the_dry_run_says_what_auto_would_do() -> None:
@@ -89,28 +97,71 @@ def test_a_run_knows_what_was_found(digits: Path) -> None:
     assert num_micro_batches(dataclasses.replace(run, micro_batch={"micro_batch_size": 10}), 2) == 4
 
 
+class _Starts:
+    """Starts of a run on one process, up to the choice of its micro-batch."""
+
+    def __init__(self, digits: Path, output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.output_dir = output_dir
+        self._patch = monkeypatch
+        self._arguments = ["--config", str(ROOT / "configs" / "digits.yaml"), "--data.eval_manifest", "null"]
+        self._arguments += ["--data.train_manifest", str(digits / "train" / "manifest.json")]
+        self._runtime: Any = SimpleNamespace(
+            process=detect_process({}), collectives=Collectives(), device=torch.device("cpu"), is_main=True
+        )
+
+    def choose(self, budget_bytes: int, *settings: str, device_bytes: int = 0) -> dict[str, Any]:
+        self._patch.setattr(micro_batches, "memory_budget", lambda config, num_local_ranks: (budget_bytes, "here"))
+        self._patch.setattr(micro_batches, "_device_bytes", lambda device: device_bytes)
+        arguments = [*self._arguments, "--output_dir", str(self.output_dir), "--training.micro_batch_size", "auto"]
+        run = resolve_run(parse_run_config([*arguments, *settings]), 1)
+        return settle_micro_batch(run, self._runtime).micro_batch
+
+    def write_checkpoint(self, global_step: int, micro_batch: dict[str, Any]) -> Path:
+        checkpoint = self.output_dir / "checkpoints" / step_name(global_step)
+        checkpoint.mkdir(parents=True)
+        manifest = make_manifest(global_step=global_step, micro_batch=micro_batch)
+        (checkpoint / MANIFEST_NAME).write_text(manifest.to_json())
+        return checkpoint
+
+
+@pytest.fixture
+def starts(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Starts:
+    return _Starts(digits, tmp_path, monkeypatch)
+
+
+COMPILED = ("--training.compile", "model")
+
+
 def test_what_is_recorded_counts_under_the_same_circumstances(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    starts: _Starts, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A resume equals the uninterrupted run bit for bit only if it splits its batches alike."""
-    arguments = ["--config", str(ROOT / "configs" / "digits.yaml"), "--data.eval_manifest", "null"]
-    arguments += ["--data.train_manifest", str(digits / "train" / "manifest.json"), "--output_dir", str(tmp_path)]
-    runtime: Any = SimpleNamespace(
-        process=detect_process({}), collectives=Collectives(), device=torch.device("cpu"), is_main=True
-    )
-
-    def choose(budget_bytes: int, precision: str = "fp32") -> dict[str, Any]:
-        monkeypatch.setattr(micro_batches, "memory_budget", lambda config, num_local_ranks: (budget_bytes, "here"))
-        settings = ["--training.micro_batch_size", "auto", "--training.precision", precision]
-        return settle_micro_batch(resolve_run(parse_run_config([*arguments, *settings]), 1), runtime).micro_batch
-
-    first = choose(7_090_000)
+    first = starts.choose(7_150_000, device_bytes=1000)
     assert first["micro_batch_size"] == 8
-    write_json(tmp_path / MICRO_BATCH_NAME, first)
-    assert choose(10**9) == first
+    write_json(starts.output_dir / MICRO_BATCH_NAME, first)
+    for device_bytes in (1000, 1001):
+        assert starts.choose(10**9, device_bytes=device_bytes) == first
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
-    assert choose(10**9, "bf16")["micro_batch_size"] == 64
-    assert "micro-batches of at most 8 samples were used for" in caplog.text
+    for settings in (COMPILED, ("--training.engine", "zero2")):
+        assert starts.choose(10**9, *settings, device_bytes=1000)["micro_batch_size"] == 64
+        assert "micro-batches of at most 8 samples were used for" in caplog.text
+        caplog.clear()
+    assert starts.choose(10**9, device_bytes=999)["micro_batch_size"] == 64  # on a smaller GPU
+    assert "searched anew" in caplog.text
+
+
+def test_where_a_record_is_looked_for(starts: _Starts) -> None:
+    """In the run directory, and then in all checkpoints."""
+    first, other = starts.choose(7_150_000), starts.choose(7_150_000, *COMPILED)
+    starts.write_checkpoint(1, {})  # of a start with a number; then one with auto crashed before its first checkpoint
+    write_json(starts.output_dir / MICRO_BATCH_NAME, first)
+    assert starts.choose(10**9) == first
+    write_json(starts.output_dir / MICRO_BATCH_NAME, other)
+    starts.write_checkpoint(2, first)
+    starts.write_checkpoint(3, other)
+    (starts.write_checkpoint(4, first) / MANIFEST_NAME).write_text("damaged")
+    assert starts.choose(10**9) == first
+    assert starts.choose(10**9, *COMPILED) == other
 
 
 @pytest.mark.parametrize(
@@ -135,12 +186,14 @@ def test_passes_are_tried_until_one_fits(digits: Path, monkeypatch: pytest.Monke
     forward = JMVAE.forward
 
     def with_little_memory(self: JMVAE, inputs: dict[str, torch.Tensor], **options: object) -> object:
-        if len(inputs["image"]) > 19:
+        if len(inputs["image"]) > 40:
             raise torch.cuda.OutOfMemoryError("tried to allocate 20 MiB")
+        if len(inputs["image"]) > 19:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
         return forward(self, inputs, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(JMVAE, "forward", with_little_memory)
-    assert largest_that_fits(64, PassTrial(run, torch.device("cpu"), reserved_bytes=1000)) == 19
+    assert largest_that_fits(64, PassTrial(run, torch.device("cpu"), 64, lambda size: 1000)) == 19
 
 
 def test_limits_of_control_groups(tmp_path: Path) -> None:
@@ -164,5 +217,38 @@ def test_limits_of_control_groups(tmp_path: Path) -> None:
 
 
 def test_every_engine_has_a_theory() -> None:
-    totals = [engine_memory(engine, 10**9, 64).total for engine in ("zero0", "ddp", "zero1", "zero2", "zero3")]
-    assert totals == sorted(totals, reverse=True)
+    peaks = [engine_memory(engine, 10**9, 64).peak() for engine in ("zero0", "ddp", "zero1", "zero2")]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_what_the_theory_depends_on() -> None:
+    """Bytes per parameter, of a million on ten ranks."""
+
+    def per_parameter(engine: str, **options: Any) -> float:
+        return engine_memory(engine, 10**6, 10, **options).peak() / 10**6
+
+    def zero(**options: Any) -> dict[str, Any]:
+        return {"deepspeed_config": {"zero_optimization": options}}
+
+    assert per_parameter("ddp") == 16
+    assert per_parameter("ddp", num_micro_batches=2) == 20
+    in_passes = [engine_memory("zero2", 10**6, 10, num_micro_batches=number).gradients for number in (1, 2)]
+    assert in_passes == [400_000, 800_000]
+    small = zero(reduce_bucket_size=10**5)
+    for engine in ("zero1", "zero2", "zero3"):
+        assert per_parameter(engine, **small) < per_parameter(engine) - 3
+        assert per_parameter(engine, device_type="cuda") > 200  # whole buckets of 50 million numbers
+    assert per_parameter("zero3", **zero(stage3_max_live_parameters=10**5)) == per_parameter("zero3") - 3.6
+    assert per_parameter("zero2", **zero(overlap_comm=True)) == per_parameter("zero2") + 4
+
+
+def test_the_reserve_on_a_device() -> None:
+    """A trial has all weights: what zero3 gathers is in them; what is offloaded is on the host."""
+    config = make_config({}, micro_batch_size="auto", engine="zero3")
+    shapes = config.model.resolve(dict(SHAPES))
+    needs = rank_needs(config, shapes, 10**9, 8, share=6, device_type="cuda")
+    state = needs.state(6)
+    assert reserved_bytes(needs, 6) == state.peak() - 4 * 10**9 > state.moments + state.gradients
+    config.training.deepspeed.offload_optimizer = "cpu"
+    offloading = rank_needs(config, shapes, 10**9, 8, share=6, device_type="cuda")
+    assert reserved_bytes(needs, 6) - reserved_bytes(offloading, 6) == 4 * 4 * 10**9 // 8
