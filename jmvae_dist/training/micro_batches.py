@@ -257,9 +257,9 @@ def _recorded(run: ResolvedRun, present: dict[str, Any]) -> tuple[dict[str, Any]
     First the run directory's, which may be of a start that came to no checkpoint; then those of the checkpoints, of
     which the newest may be damaged.
     """
-    others = []
+    others: list[dict[str, Any]] = []
     for record in _records(run):
-        size = record.get("micro_batch_size")
+        size: Any = record.get("micro_batch_size")
         if is_integer(size) and size >= 1:
             if _is_found_for(record, present):
                 return record, others
