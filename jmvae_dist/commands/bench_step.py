@@ -69,22 +69,14 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, RunConfig]:
 
 
 def _measure(run: ResolvedRun, process: ProcessInfo, options: argparse.Namespace) -> StepReport:
-    from jmvae_dist.distributed.runtime import start_runtime
+    from jmvae_dist.training.assembly import start_run
     from jmvae_dist.training.benchmark import RankMeasurement, StepBenchmark, make_report
     from jmvae_dist.training.recorder import configure_logging
 
-    training = run.config.training
     configure_logging(process.rank)
     with (
         ExitStack() as stack,
-        start_runtime(
-            process,
-            device=training.device,
-            precision=training.precision,
-            engine=training.engine,
-            deepspeed_config=run.deepspeed_config,
-            timeout_s=training.process_group_timeout_s,
-        ) as runtime,
+        start_run(run, process) as runtime,
     ):
         if process.rank == 0:
             print(runtime.describe(), flush=True)

@@ -74,7 +74,7 @@ def _plan(config: RunConfig, options: dict[str, int]) -> int:
 
 
 def _train(run: ResolvedRun, process: ProcessInfo, signals: StopSignals) -> int:
-    from jmvae_dist.distributed.runtime import start_runtime
+    from jmvae_dist.training.assembly import start_run
     from jmvae_dist.training.goodput import AttemptLedger, describe_launch
     from jmvae_dist.training.loop import Trainer
     from jmvae_dist.training.recorder import configure_logging
@@ -85,14 +85,7 @@ def _train(run: ResolvedRun, process: ProcessInfo, signals: StopSignals) -> int:
     configure_logging(process.rank)
     signals.catch_all()
     with (
-        start_runtime(
-            process,
-            device=training.device,
-            precision=training.precision,
-            engine=training.engine,
-            deepspeed_config=run.deepspeed_config,
-            timeout_s=training.process_group_timeout_s,
-        ) as runtime,
+        start_run(run, process) as runtime,
         locked_run_directory(run.output_dir, runtime),
         Watchdog(
             run.output_dir,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 
 import torch
 
 from jmvae_dist.data.loader import TrainLoader, decode_threads
 from jmvae_dist.distributed.engine import Engine
-from jmvae_dist.distributed.runtime import Runtime
+from jmvae_dist.distributed.environment import ProcessInfo
+from jmvae_dist.distributed.runtime import Runtime, start_runtime
 from jmvae_dist.kernels.gaussian import choose
 from jmvae_dist.model import JMVAE
 from jmvae_dist.training.batches import CheckedBatches
@@ -17,6 +19,19 @@ from jmvae_dist.training.optimizer import make_optimizer
 from jmvae_dist.training.setup import ResolvedRun, num_micro_batches
 
 logger = logging.getLogger(__name__)
+
+
+def start_run(run: ResolvedRun, process: ProcessInfo) -> AbstractContextManager[Runtime]:
+    """The process group and engine that a run's configuration asks for; see `start_runtime`."""
+    training = run.config.training
+    return start_runtime(
+        process,
+        device=training.device,
+        precision=training.precision,
+        engine=training.engine,
+        deepspeed_config=run.deepspeed_config,
+        timeout_s=training.process_group_timeout_s,
+    )
 
 
 def make_engine(run: ResolvedRun, runtime: Runtime) -> tuple[JMVAE, Engine]:

@@ -17,14 +17,13 @@ from torch import nn
 from jmvae_dist.config import JMVAEConfig, RunConfig
 from jmvae_dist.data.plan import default_lanes
 from jmvae_dist.data.urls import is_remote, shown
-from jmvae_dist.distributed.deepspeed_config import build_config
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.model import JMVAE
 from jmvae_dist.progress import format_bytes
 from jmvae_dist.schedules import epochs_to_steps
 from jmvae_dist.training.memory import BYTES_PER_ELEMENT, MOMENTS, EngineMemory, PassTheory, engine_memory
 from jmvae_dist.training.micro_batches import RankNeeds, even_size, largest_by_theory, memory_budget, rank_needs
-from jmvae_dist.training.setup import resolve_networks, resolve_run
+from jmvae_dist.training.setup import make_deepspeed_config, resolve_networks, resolve_run
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
 
@@ -101,19 +100,19 @@ def estimate_run(config: RunConfig, num_ranks: int, num_samples: int | None = No
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     size, choice = config.training.micro_batch_size, ""
     if size == "auto":
-        needs = rank_needs(config, model_config, parameters, num_ranks, rank_batch_size)
+        deepspeed_config = make_deepspeed_config(config.training.engine, config)
+        needs = rank_needs(config, model_config, parameters, num_ranks, rank_batch_size, deepspeed_config)
         size, choice = _choose(needs, model_config)
     micro_batch_size = even_size(rank_batch_size, size or rank_batch_size)
     activations, problem = _estimate_activations(config, model_config, micro_batch_size)
 
     def memory_of(engine: str) -> EngineMemory:
-        section = config.training.deepspeed
         return engine_memory(
             engine,
             parameters,
             num_ranks,
             num_micro_batches=math.ceil(rank_batch_size / micro_batch_size),
-            deepspeed_config=None if engine == "ddp" else build_config(engine, section),
+            deepspeed_config=make_deepspeed_config(engine, config),
         )
 
     return RunEstimate(

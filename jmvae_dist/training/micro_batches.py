@@ -23,7 +23,6 @@ from jmvae_dist.checkpoint.layout import list_checkpoints, read_manifest
 from jmvae_dist.checks import is_integer
 from jmvae_dist.config import JMVAEConfig, RunConfig
 from jmvae_dist.data.loader import PREFETCH_BATCHES_PER_WORKER
-from jmvae_dist.distributed.deepspeed_config import build_config
 from jmvae_dist.distributed.engine import ForwardPass
 from jmvae_dist.distributed.runtime import Runtime
 from jmvae_dist.errors import CheckpointError, ConfigError
@@ -132,17 +131,12 @@ def rank_needs(
     num_parameters: int,
     num_ranks: int,
     share: int,
+    deepspeed_config: dict[str, Any] | None,
     device_type: str = "cpu",
 ) -> RankNeeds:
-    """The needs of a run's rank, before it has a model.
-
-    Raises:
-        ConfigError: DeepSpeed's configuration file cannot be used.
-    """
-    training = config.training
+    """The needs of a run's rank, before it has a model."""
     assert model_config.input_dims is not None
     sample_bytes = BYTES_PER_ELEMENT * sum(map(math.prod, model_config.input_dims.values()))
-    deepspeed_config = None if training.engine == "ddp" else build_config(training.engine, training.deepspeed)
     return RankNeeds(config, num_parameters, num_ranks, share, sample_bytes, deepspeed_config, device_type)
 
 
@@ -282,7 +276,8 @@ def _search(run: ResolvedRun, runtime: Runtime, share: int, num_local_ranks: int
     with torch.device("meta"):
         model = JMVAE(model_config, networks=config.model.networks, kernels="reference")
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    needs = rank_needs(config, model_config, num_parameters, runtime.process.world_size, share, device.type)
+    world_size, deepspeed_config = runtime.process.world_size, run.deepspeed_config
+    needs = rank_needs(config, model_config, num_parameters, world_size, share, deepspeed_config, device.type)
     if device.type == "cuda":
         return _largest_on_device(run, device, needs)
     return largest_by_theory(needs, model_config, memory_budget(config, num_local_ranks))

@@ -137,7 +137,7 @@ def resolve_run(config: RunConfig, world_size: int) -> ResolvedRun:
             **sizes,
         ),
         learning_rate=resolve_learning_rate(config.schedule.learning_rate, total_steps=total_steps, **sizes),
-        deepspeed_config=_make_deepspeed_config(config),
+        deepspeed_config=make_deepspeed_config(config.training.engine, config),
     )
 
 
@@ -392,9 +392,13 @@ def _make_plan(config: RunConfig, manifest: Manifest, world_size: int) -> Sample
     )
 
 
-def _make_deepspeed_config(config: RunConfig) -> dict[str, Any] | None:
-    training = config.training
-    return None if training.engine == "ddp" else build_config(training.engine, training.deepspeed)
+def make_deepspeed_config(engine: str, config: RunConfig) -> dict[str, Any] | None:
+    """DeepSpeed's configuration for an engine and the run's options; None for ddp.
+
+    Raises:
+        ConfigError: The user's file cannot be used.
+    """
+    return None if engine == "ddp" else build_config(engine, config.training.deepspeed)
 
 
 def num_micro_batches(run: ResolvedRun, world_size: int) -> int:

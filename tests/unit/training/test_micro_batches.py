@@ -23,6 +23,7 @@ from jmvae_dist.training.dry_run import estimate_run, render
 from jmvae_dist.training.memory import PassTheory, engine_memory
 from jmvae_dist.training.micro_batches import (
     PassTrial,
+    RankNeeds,
     even_size,
     largest_by_theory,
     largest_that_fits,
@@ -30,7 +31,7 @@ from jmvae_dist.training.micro_batches import (
     reserved_bytes,
     settle_micro_batch,
 )
-from jmvae_dist.training.setup import num_micro_batches, resolve_run, summarize
+from jmvae_dist.training.setup import make_deepspeed_config, num_micro_batches, resolve_run, summarize
 from jmvae_dist.training.state import MICRO_BATCH_NAME, write_json
 from tests.conftest import ROOT
 from tests.unit.checkpoint.test_fragments import make_manifest
@@ -57,7 +58,7 @@ def test_shares_are_split_evenly() -> None:
 def test_theory_decides_within_the_budget() -> None:
     config = make_config({}, micro_batch_size="auto")
     shapes = config.model.resolve(dict(SHAPES))
-    needs = rank_needs(config, shapes, 100, 1, share=6)
+    needs = rank_needs(config, shapes, 100, 1, share=6, deepspeed_config=None)
     samples_bytes = 3 * 6 * 4 * sum(map(math.prod, SHAPES.values()))  # of this step and the next two
     theory = PassTheory(config, shapes)
     assert needs.data_bytes(6) == samples_bytes * 2 // 3  # the theory of the pass has the others
@@ -246,9 +247,13 @@ def test_the_reserve_on_a_device() -> None:
     """A trial has all weights: what zero3 gathers is in them; what is offloaded is on the host."""
     config = make_config({}, micro_batch_size="auto", engine="zero3")
     shapes = config.model.resolve(dict(SHAPES))
-    needs = rank_needs(config, shapes, 10**9, 8, share=6, device_type="cuda")
+
+    def needs_now() -> RankNeeds:
+        return rank_needs(config, shapes, 10**9, 8, 6, make_deepspeed_config("zero3", config), device_type="cuda")
+
+    needs = needs_now()
     state = needs.state(6)
     assert reserved_bytes(needs, 6) == state.peak() - 4 * 10**9 > state.moments + state.gradients
     config.training.deepspeed.offload_optimizer = "cpu"
-    offloading = rank_needs(config, shapes, 10**9, 8, share=6, device_type="cuda")
+    offloading = needs_now()
     assert reserved_bytes(needs, 6) - reserved_bytes(offloading, 6) == 4 * 4 * 10**9 // 8
