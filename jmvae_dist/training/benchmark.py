@@ -294,6 +294,10 @@ class StepBenchmark:
         scale = (stop - start) / arithmetic.num_samples
         # All ranks at once, as in a step: they share the node's memory, and perhaps its cores.
         self._runtime.collectives.gather(None)
+        product_s = square_flops = 0.0
+        with self._runtime.collectives.together():
+            product_s = scale * time_products(arithmetic.products, device)
+            square_flops = square_flops_per_s(config.training.precision, device)
         return RankMeasurement(
             split=split_steps(times, probes, config.training.log_every_steps),
             mean_step_s=statistics.fmean(step[_STEP] for step in times),
@@ -301,8 +305,8 @@ class StepBenchmark:
             flops=None if arithmetic.flops is None else round(scale * arithmetic.flops),
             flops_problem=arithmetic.problem,
             product_flops=round(scale * arithmetic.product_flops),
-            product_s=scale * time_products(arithmetic.products, device),
-            square_flops_per_s=square_flops_per_s(config.training.precision, device),
+            product_s=product_s,
+            square_flops_per_s=square_flops,
             rss_bytes=rss_bytes,
             device_bytes=device_bytes,
             host=socket.gethostname(),
