@@ -51,6 +51,7 @@ from jmvae_dist.data.writer import write_shards
 
 BATCH = 256
 SHUFFLE_WINDOW = 8192
+_FEWEST_BATCHES = 4  # that a turn counts
 RESUME_EPOCHS = (0.0, 0.25, 0.5, 0.75, 3.1, 1000.5)
 PACKAGES = ("torch", "numpy", "pillow", "webdataset", "wids", "litdata", "mosaicml-streaming")
 
@@ -90,6 +91,10 @@ def main() -> int:
     if options.resume_in is not None:
         print(json.dumps(_resume(**json.loads(options.resume_in))))
         return 0
+    most_workers = max(options.workers)
+    least_pictures = BATCH * (_warm_up_batches(most_workers) + 3 * most_workers + _FEWEST_BATCHES)
+    if options.pictures < least_pictures:
+        parser.error(f"--pictures: at least {least_pictures} are needed for a turn with {most_workers} workers")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     report: dict[str, Any] = {
@@ -290,18 +295,22 @@ def _turn(
 ) -> tuple[float, float]:
     """Samples per second, and per CPU-second, of one loader."""
     with contextlib.closing(make(samples, BATCH, workers)) as batches:  # type: ignore[type-var]
-        # What workers have prepared by then would come for free.
-        warm_up = 2 + 3 * workers
+        # What has been prepared by then would come for free: by workers, or as steps that are read together.
+        warm_up = _warm_up_batches(workers)
         for _ in range(warm_up):
             _check(next(batches), samples)
         # Ours prepares three batches per worker ahead: they are not of the second epoch either.
         most_batches = len(samples.labels) // BATCH - warm_up - 3 * workers if make is ours else 10**9
         wall, cpu, count = time.perf_counter(), _cpu_s(), 0
-        while (time.perf_counter() - wall < seconds or count < 4) and count < most_batches:
+        while (time.perf_counter() - wall < seconds or count < _FEWEST_BATCHES) and count < most_batches:
             next(batches)
             count += 1
         wall, cpu = time.perf_counter() - wall, _cpu_s() - cpu
     return count * BATCH / wall, count * BATCH / cpu
+
+
+def _warm_up_batches(workers: int) -> int:
+    return 4 + 3 * workers
 
 
 def _check(batch: tuple[torch.Tensor, torch.Tensor], samples: Samples) -> None:

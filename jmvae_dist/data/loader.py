@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +36,10 @@ OnBadSample = Literal["stop", "mask"]
 
 PREFETCH_BATCHES_PER_WORKER = 2
 _MOST_DECODE_THREADS = 8
+# A rank's share of a step is often so small that what is done once per shard and call takes as long as what is done
+# per sample. Steps are read together up to so many samples, and so many bytes of what the model sees of them.
+_SAMPLES_AT_ONCE = 1024
+_BYTES_AT_ONCE = 2**23
 _SCHEDULER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -167,7 +172,9 @@ class TrainLoader:
         shards = ShardSet(manifest, verify, max_open, threads, self._access)
         views = make_views(manifest.modalities) if views is None else views
         check_views(views, manifest)
-        self._dataset = _TrainSteps(plan, lanes, views, shards, on_bad_sample)
+        # A worker takes only some of the steps, and remote shards are brought step by step.
+        reads_ahead = workers == 0 and not manifest.has_remote_shards and all(view.is_array for view in views)
+        self._dataset = _TrainSteps(plan, lanes, views, shards, on_bad_sample, reads_ahead)
 
     def iterate(self, start_step: int, stop_step: int) -> Generator[Batch, None, None]:
         """The batches of steps start_step .. stop_step - 1, in order.
@@ -184,6 +191,7 @@ class TrainLoader:
             upcoming = copy.deepcopy(self._plan).upcoming_shards(start_step, self._lanes)
             needed = itertools.takewhile(lambda item: item[0] < stop_step, upcoming)
             prefetcher = _make_prefetcher(self._manifest, self._access, start_step, needed, len(self._lanes))
+        self._dataset.stop_step = stop_step
         return _iterate(self._dataset, range(start_step, stop_step), self._workers, self._pin_memory, prefetcher)
 
 
@@ -284,6 +292,14 @@ class _Batches(Dataset[Batch | _Failure]):
 
 
 class _TrainSteps(_Batches):
+    """A rank's shares of steps; small ones are read several at a time.
+
+    Attributes:
+        stop_step: nothing is read for this step or later ones.
+    """
+
+    stop_step = 0
+
     def __init__(
         self,
         plan: SamplePlan,
@@ -291,20 +307,58 @@ class _TrainSteps(_Batches):
         views: Sequence[View],
         shards: ShardSet,
         on_bad_sample: OnBadSample,
+        reads_ahead: bool,
     ) -> None:
         super().__init__(views, shards, on_bad_sample)
         self._plan = plan
         self._lanes = lanes
+        self._rows_B = np.arange(
+            lanes.start * plan.samples_per_lane, lanes.stop * plan.samples_per_lane, dtype=np.int64
+        )
+        self._steps_at_once = _steps_at_once(len(self._rows_B), views) if reads_ahead else 1
+        self._read_ahead: dict[int, Batch] = {}
 
     def _load(self, number: int) -> Batch:
+        if number in self._read_ahead:
+            return self._read_ahead.pop(number)
+        steps = range(number, min(number + self._steps_at_once, self.stop_step))
+        if len(steps) > 1:
+            # What is wrong with a sample is the matter of its own step.
+            with suppress(DataError):
+                self._read_ahead = self._load_together(steps)
+                return self._read_ahead.pop(number)
         shard_B, index_B = self._plan.batch(number, self._lanes)
-        start, stop = (
-            self._lanes.start * self._plan.samples_per_lane,
-            self._lanes.stop * self._plan.samples_per_lane,
-        )
-        rows = np.arange(start, stop, dtype=np.int64)
-        keys = SampleKeys(number * self._plan.global_batch_size + rows)
-        return self._batch(shard_B, index_B, rows, number, keys)
+        return self._batch(shard_B, index_B, self._rows_B.copy(), number, self._keys(number))
+
+    def _load_together(self, steps: range) -> dict[int, Batch]:
+        """The batches of some steps, if all their samples are sound."""
+        places = [self._plan.batch(step, self._lanes) for step in steps]
+        shards, indices = (np.concatenate(column) for column in zip(*places, strict=True))
+        keys = SampleKeys(np.concatenate([self._keys(step).positions for step in steps]))
+        values = {
+            name: torch.from_numpy(values_B).split(len(self._rows_B))
+            for name, values_B in self._shards.gather(shards, indices, self._views, keys).items()
+        }
+        return {
+            step: Batch(
+                {name: parts[at] for name, parts in values.items()}, torch.from_numpy(self._rows_B.copy()), step
+            )
+            for at, step in enumerate(steps)
+        }
+
+    def _keys(self, global_step: int) -> SampleKeys:
+        return SampleKeys(global_step * self._plan.global_batch_size + self._rows_B)
+
+    def close(self) -> None:
+        self._read_ahead = {}
+        super().close()
+
+
+def _steps_at_once(rows_per_step: int, views: Sequence[View]) -> int:
+    """How many steps a rank reads together."""
+    bytes_per_sample = 4 * sum(math.prod(view.shape) for view in views)
+    most_samples = min(_SAMPLES_AT_ONCE, _BYTES_AT_ONCE // max(1, bytes_per_sample))
+    return max(1, most_samples // rows_per_step)
 
 
 class _EvaluationBatches(_Batches):

@@ -224,6 +224,12 @@ class View:
         self.shape = shape
         self.is_always_finite = modality.is_always_finite and not self._steps
 
+    @property
+    def is_array(self) -> bool:
+        """Whether many samples are read at once, and not decoded one by one or transformed by a user's class."""
+        is_transformed = any(isinstance(step, UserTransform) for step in self._steps)
+        return self.modality.encoding in ("npy", "cls") and not is_transformed
+
     def decode(self, content: bytes) -> np.ndarray | int:
         """One member's bytes to the decoded value, of `dtype` and `stored_shape`; raises DataError."""
         return decode_member(content, self.modality, self._tokenizer, self._length, self._resize)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from data_examples import npy_bytes
 
-from jmvae_dist.data.loader import Batch, EvaluationLoader, TrainLoader
+from jmvae_dist.data.loader import Batch, EvaluationLoader, OnBadSample, TrainLoader, _steps_at_once
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardReader
@@ -148,6 +148,34 @@ def test_a_bad_sample_stops_with_its_own_message(foreign_manifest: MakeManifest,
     assert str(caught.value) == (
         f"{manifest.shard_path(0)}: sample 5 (key 'foreign-005'), modality 'x': value is not finite (NaN or infinite)"
     )
+
+
+@pytest.mark.parametrize("on_bad_sample", ["stop", "mask"])
+def test_a_bad_sample_of_steps_that_are_read_together_is_the_matter_of_its_own_step(
+    foreign_manifest: MakeManifest, on_bad_sample: OnBadSample
+) -> None:
+    plan, bad_step = SamplePlan([48], 4, 4, 8, seed=5), 2
+    bad = int(plan.batch(bad_step)[1][1])
+    samples = [{"x.npy": npy_bytes(np.full((2,), number, np.float32))} for number in range(48)]
+    samples[bad] = {"x.npy": npy_bytes(np.array([0, np.nan], np.float32))}
+    manifest = foreign_manifest([Modality("x", "float32", (2,))], samples)
+    loader = TrainLoader(manifest, plan, rank=0, world_size=1, on_bad_sample=on_bad_sample)
+    batches = loader.iterate(0, 12)
+    for step in range(bad_step):
+        assert next(batches).inputs["x"][:, 0].tolist() == plan.batch(step)[1].tolist()
+    if on_bad_sample == "stop":
+        with pytest.raises(DataError, match=rf"sample {bad} .*not finite"):
+            next(batches)
+        return
+    assert [len(batch) for batch in batches] == [3] + [4] * (11 - bad_step)
+
+
+def test_steps_are_read_together_only_where_that_is_cheap(example_manifest: MakeManifest) -> None:
+    views = make_views(example_manifest(12).modalities)  # 6 + 12 numbers
+    assert _steps_at_once(256, views) == 4
+    assert _steps_at_once(2048, views) == 1
+    large = make_views([Modality("x", "uint8", (1000, 1000))])
+    assert _steps_at_once(1, large) == 2  # of 4 MB
 
 
 def test_workers_survive_the_signals_of_a_scheduler(example_manifest: MakeManifest) -> None:
