@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from jmvae_dist.distributed.allocator import keep_freed_memory
 from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.distributed.engine import Engine, ReplicatedEngine
 from jmvae_dist.distributed.environment import ProcessInfo, join_launch
@@ -136,6 +137,8 @@ def start_runtime(
     # steps half as long again. Before threads are started, which inherit it: those of OpenMP and of gloo.
     torch.set_flush_denormal(True)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
+    if on_cpu:
+        keep_freed_memory()
     backend = "gloo" if on_cpu else "nccl"
     timeout = timedelta(seconds=timeout_s)
     handlers: list[Any] = []

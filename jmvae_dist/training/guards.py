@@ -244,7 +244,12 @@ def _sum_of_squares(gradients: list[Tensor], device: torch.device, is_exact: boo
 
     Otherwise it only tells whether all is finite, in a fraction of the time: no gradient is converted to float64.
     """
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    if not is_exact and all(gradient.device.type == "cpu" for gradient in gradients):
+        # By all threads, which `vector_norm` does not use.
+        flat = [gradient.reshape(-1) for gradient in gradients]
+        return torch.stack([torch.dot(values, values) for values in flat]).double().sum().to(device)
     dtype = torch.float64 if is_exact else None
     norms = [torch.linalg.vector_norm(gradient, dtype=dtype).to(device) for gradient in gradients]
-    zero = torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(norms).double().square().sum() if norms else zero
+    return torch.stack(norms).double().square().sum()
