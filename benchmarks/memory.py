@@ -39,6 +39,7 @@ from jmvae_dist.distributed.environment import detect_process
 from jmvae_dist.distributed.runtime import start_runtime
 from jmvae_dist.training.assembly import make_engine, make_guard
 from jmvae_dist.training.memory import PassTheory, engine_memory
+from jmvae_dist.training.ready_batches import Preparation
 from jmvae_dist.training.setup import num_micro_batches, resolve_run
 from jmvae_dist.training.step import TrainStep
 
@@ -164,11 +165,12 @@ def _measure(arguments: list[str]) -> None:
         # zero3 leaves nothing in the parameters themselves.
         num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
         take_step = TrainStep(run, runtime, engine, make_guard(run, runtime, engine))
+        prepare = Preparation(run, runtime.device)
         if not engine.is_settled:
-            take_step.rehearse(batch)
+            take_step.rehearse(prepare(batch))
         after = {"start": {key: _resident_bytes(key) - before for key in ("VmRSS", "VmHWM")}}
         for step in range(STEPS):
-            take_step(dataclasses.replace(batch, global_step=step))
+            take_step(prepare(dataclasses.replace(batch, global_step=step)))
             after[f"step {step + 1}"] = {key: _resident_bytes(key) - before for key in ("VmRSS", "VmHWM")}
         measured = _resident_bytes("VmHWM") - before
     if process.rank == 0:

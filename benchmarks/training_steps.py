@@ -15,6 +15,7 @@ from jmvae_dist.distributed.engine import Engine
 from jmvae_dist.distributed.environment import detect_process
 from jmvae_dist.distributed.runtime import Runtime, start_runtime
 from jmvae_dist.training.assembly import make_engine, make_guard
+from jmvae_dist.training.ready_batches import Preparation
 from jmvae_dist.training.setup import ResolvedRun, resolve_run
 from jmvae_dist.training.step import TrainStep
 
@@ -52,12 +53,13 @@ def training_steps(
 def _training_step(run: ResolvedRun, runtime: Runtime, batches: list[Batch]) -> tuple[Callable[[], None], Engine]:
     _, engine = make_engine(run, runtime)
     take_step = TrainStep(run, runtime, engine, make_guard(run, runtime, engine))
+    prepare = Preparation(run, runtime.device)
     numbers = iter(range(10**9))
     if not engine.is_settled:
-        take_step.rehearse(batches[0])
+        take_step.rehearse(prepare(batches[0]))
 
     def step() -> None:
         number = next(numbers)
-        take_step(batches[number % len(batches)], is_recorded=number % LOG_EVERY_STEPS == 0)
+        take_step(prepare(batches[number % len(batches)]), is_recorded=number % LOG_EVERY_STEPS == 0)
 
     return step, engine

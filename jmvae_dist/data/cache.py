@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from jmvae_dist.data.transfer import RemoteFile
+from jmvae_dist.data.transfer import RemoteFile, TransferCancelled
 from jmvae_dist.data_config import RemoteSection
 from jmvae_dist.errors import ConfigError, UnreachableError
 from jmvae_dist.files import fsync_path
@@ -116,37 +116,45 @@ class ShardCache:
                 "local disk, whose file system has locks"
             ) from None
 
-    def open(self, entry: CacheEntry, release: Callable[[], bool] = lambda: False) -> CachedFile:
+    def open(
+        self,
+        entry: CacheEntry,
+        release: Callable[[], bool] = lambda: False,
+        cancelled: threading.Event | None = None,
+    ) -> CachedFile:
         """The copy of a file, downloaded if there is none; waits for another process that downloads it.
 
         Args:
             entry: The file.
             release: Called when everything in the cache is in use: closes some file of this process and says
                 whether there was any.
+            cancelled: Ends the waiting once it is set.
 
         Raises:
             DataError: The file cannot be downloaded.
             UnreachableError: For a reason that says nothing against it, such as that there is no room.
+            TransferCancelled: `cancelled` was set.
         """
         self._check_fits(entry)
+        cancelled = cancelled or threading.Event()
         deadline_s = time.monotonic() + _LOCK_TIMEOUT_S
         while True:
             try:
-                file = self._open_complete(entry) or self._download(entry, threading.Event(), ahead_of_use=False)
+                file = self._open_complete(entry) or self._download(entry, cancelled, ahead_of_use=False)
             except _NoRoomError:
                 if release():
                     continue
                 if time.monotonic() > deadline_s:
                     raise UnreachableError(self._no_room(entry)) from None
                 self._ask_for_room()
-                time.sleep(_POLL_S)
+                _sleep(_POLL_S, cancelled)
                 continue
             except OSError as error:
                 raise self._unusable(entry, error) from None
             if file is not None:
                 self._mark_used(file)
                 return file
-            self._wait_for_other(entry)
+            self._wait_for_other(entry, cancelled)
             deadline_s = time.monotonic() + _LOCK_TIMEOUT_S
 
     def download_ahead(self, entry: CacheEntry, cancelled: threading.Event) -> bool:
@@ -294,11 +302,12 @@ class ShardCache:
         fsync_path(self.folder)
         return CachedFile(path, descriptor, is_new=True)
 
-    def _wait_for_other(self, entry: CacheEntry) -> None:
+    def _wait_for_other(self, entry: CacheEntry, cancelled: threading.Event) -> None:
         """Return when no other process is downloading the file any more.
 
         Raises:
             DataError: The other process does not get on.
+            TransferCancelled: `cancelled` was set.
         """
         part = self._part_path(entry)
         size, since_s = -1, time.monotonic()
@@ -326,7 +335,7 @@ class ShardCache:
             if now_s > say_at_s:
                 say_at_s = now_s + _SAY_AFTER_S
                 logger.info("waiting for %s: %d of %d bytes are here", entry.name, new_size, entry.num_bytes)
-            time.sleep(_POLL_S)
+            _sleep(_POLL_S, cancelled)
 
     # Room
 
@@ -463,6 +472,11 @@ def _open(path: Path, flags: int) -> int:
 def _identity(descriptor: int) -> tuple[int, int, int, int]:
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _sleep(seconds: float, cancelled: threading.Event) -> None:
+    if cancelled.wait(seconds):
+        raise TransferCancelled
 
 
 def _try_lock(descriptor: int) -> bool:

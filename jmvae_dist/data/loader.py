@@ -194,6 +194,14 @@ class TrainLoader:
         self._dataset.stop_step = stop_step
         return _iterate(self._dataset, range(start_step, stop_step), self._workers, self._pin_memory, prefetcher)
 
+    def cancel(self) -> None:
+        """Make an iterator that waits for a server, in another thread of this process, end with TransferCancelled.
+
+        It ends with the next piece that the server sends, or when the server has been silent for too long. Worker
+        processes do not hear of this. The loader cannot be used afterwards.
+        """
+        self._dataset.cancel()
+
 
 class EvaluationLoader:
     """Every sample of a data set exactly once over all ranks, in stored order, without padding.
@@ -286,6 +294,9 @@ class _Batches(Dataset[Batch | _Failure]):
             rows = np.delete(rows, list(problems))
         inputs = {name: torch.from_numpy(values_B) for name, values_B in values.items()}
         return Batch(inputs, torch.from_numpy(rows), global_step, tuple(problems.values()))
+
+    def cancel(self) -> None:
+        self._shards.cancel()
 
     def close(self) -> None:
         self._shards.close()

@@ -493,6 +493,10 @@ class ShardSet:
         values = {view.name: np.concatenate([half[view.name] for half, _ in halves]) for view in views}
         return values, halves[0][1] | {middle + row: problem for row, problem in halves[1][1].items()}
 
+    def cancel(self) -> None:
+        """Make another thread, which waits for a server, end with TransferCancelled."""
+        self._store.cancel()
+
     def close(self) -> None:
         """Close all shards; using the set again opens them again."""
         if self._ended is not None:

@@ -357,6 +357,10 @@ class ShardStore:
         """Whether a shard is read over the network, member by member."""
         return self.reads_ranges and not isinstance(self._manifest.shard_location(shard_number), Path)
 
+    def cancel(self) -> None:
+        """End transfers of other threads, with TransferCancelled, until the store is closed."""
+        self._cancelled.set()
+
     def close(self) -> None:
         """End transfers; the store can be used again."""
         self._cancelled.set()
@@ -442,7 +446,7 @@ class ShardStore:
         digests_NM = self._read_sums(shard_number, release) if self._checks_members(shard_number) else None
         entry = shard_files(self._manifest, shard_number)[-1]
         for _ in range(2):
-            file = cache.open(entry, release)
+            file = cache.open(entry, release, self._cancelled)
             try:
                 identity = _identity(os.fstat(file.descriptor), entry.sha256, is_copy=True)
                 if file.is_own:
@@ -474,15 +478,15 @@ class ShardStore:
         file = RemoteFile(entry.url, entry.num_bytes, entry.name, self._access.remote, self._cancelled)
         return parse(file.read_whole(entry.num_bytes), shown(entry.url))
 
-    @staticmethod
     def _read_cached(
+        self,
         entry: CacheEntry,
         cache: ShardCache,
         parse: Callable[[bytes, str], np.ndarray],
         release: Callable[[], bool],
     ) -> np.ndarray:
         for is_last in (False, True):
-            file = cache.open(entry, release)
+            file = cache.open(entry, release, self._cancelled)
             try:
                 with open(file.descriptor, "rb", closefd=False) as opened:
                     opened.seek(0)

@@ -16,6 +16,7 @@ from jmvae_dist.model import JMVAE
 from jmvae_dist.training.batches import CheckedBatches
 from jmvae_dist.training.guards import StepGuard
 from jmvae_dist.training.optimizer import make_optimizer
+from jmvae_dist.training.ready_batches import Preparation, ReadyBatches
 from jmvae_dist.training.setup import ResolvedRun, num_micro_batches
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def make_guard(run: ResolvedRun, runtime: Runtime, engine: Engine) -> StepGuard:
     )
 
 
-def open_batches(run: ResolvedRun, runtime: Runtime, model: JMVAE, steps: range) -> CheckedBatches:
+def open_batches(run: ResolvedRun, runtime: Runtime, model: JMVAE, steps: range) -> ReadyBatches:
     """This rank's batches of the steps after so many finished ones.
 
     Raises:
@@ -104,4 +105,5 @@ def open_batches(run: ResolvedRun, runtime: Runtime, model: JMVAE, steps: range)
         batches = CheckedBatches(loader.iterate(steps.start, steps.stop), run, model.likelihoods, lanes)
         batches.fetch_ahead()
         batches.raise_failure()
-    return batches
+    # Worker processes run ahead by themselves, and do not hear of an interruption.
+    return ReadyBatches(batches, Preparation(run, runtime.device), loader.cancel if data.workers == 0 else None)

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from jmvae_dist.data.loader import Batch
 from jmvae_dist.distributed.engine import ReplicatedEngine
 from jmvae_dist.distributed.runtime import Runtime
 from jmvae_dist.tracking.jsonl import MetricsLog
@@ -32,6 +31,7 @@ from jmvae_dist.training.assembly import make_engine, make_guard, open_batches
 from jmvae_dist.training.cores import cpu_quota, usable_cores
 from jmvae_dist.training.meter import Meter
 from jmvae_dist.training.micro_batches import settle_micro_batch
+from jmvae_dist.training.ready_batches import ReadyBatch
 from jmvae_dist.training.requests import Requests
 from jmvae_dist.training.setup import ResolvedRun, num_micro_batches
 from jmvae_dist.training.signals import StopSignals
@@ -315,7 +315,7 @@ class StepBenchmark:
             threads=torch.get_num_threads(),
         )
 
-    def _take_steps(self, warmup: int, steps: int) -> Batch:
+    def _take_steps(self, warmup: int, steps: int) -> ReadyBatch:
         """What `Trainer` does between two checkpoints; returns the last batch."""
         run, runtime, total = self._run, self._runtime, warmup + steps
         with ExitStack() as stack:
@@ -354,7 +354,7 @@ class StepBenchmark:
             if log is not None:
                 log.write({"global_step": global_step, **means, **vars(guards), **self._meter.read()})
 
-    def _probe(self, batch: Batch, count: int) -> dict[str, float]:
+    def _probe(self, batch: ReadyBatch, count: int) -> dict[str, float]:
         """Which fraction of parts is the exchange of values between ranks; by steps that are dropped.
 
         Fractions, not seconds: other programs may have slowed these steps down, and not the measured ones.
@@ -374,7 +374,7 @@ class StepBenchmark:
             for path in paths
         }
 
-    def _probe_replicated(self, engine: ReplicatedEngine, batch: Batch, count: int) -> dict[str, float]:
+    def _probe_replicated(self, engine: ReplicatedEngine, batch: ReadyBatch, count: int) -> dict[str, float]:
         """The reduction overlaps the backward pass: what it adds to it, by steps with and without it in turn."""
         if self._runtime.process.world_size == 1:
             return {}
@@ -386,7 +386,7 @@ class StepBenchmark:
         fraction = 1.0 - statistics.median(without_s) / statistics.median(with_s)
         return {f"{BACKWARD}/{REDUCTION}": max(0.0, fraction)}
 
-    def _drop_step(self, batch: Batch) -> Times:
+    def _drop_step(self, batch: ReadyBatch) -> Times:
         with self._stopwatch.step():
             self._take_step(batch, is_wanted=False, is_recorded=False)
         return self._stopwatch.read()[0]

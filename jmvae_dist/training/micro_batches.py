@@ -118,10 +118,14 @@ class RankNeeds:
         )
 
     def data_bytes(self, size: int) -> int:
-        """Batches beside the inputs of one micro-batch: the rest of the step's, and on a CPU those fetched ahead."""
-        batches = 1
-        if self.device_type == "cpu":
-            batches += STEPS_AHEAD + self.config.data.workers * PREFETCH_BATCHES_PER_WORKER
+        """Batches beside the inputs of one micro-batch: the rest of the step's, and those of coming steps."""
+        workers = self.config.data.workers
+        if self.device_type != "cpu":
+            batches = 2  # that of the step, and one that is copied meanwhile
+        elif workers == 0:
+            batches = 2 + STEPS_AHEAD
+        else:
+            batches = 1 + STEPS_AHEAD + workers * PREFETCH_BATCHES_PER_WORKER
         return (batches * self.share - size) * self.sample_bytes
 
 

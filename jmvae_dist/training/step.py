@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jmvae_dist.data.loader import Batch
 from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.distributed.engine import Engine
 from jmvae_dist.distributed.runtime import Runtime
 from jmvae_dist.kernels.noise import KeyedNoise
 from jmvae_dist.training.guards import StepGuard
 from jmvae_dist.training.optimizer import GuardedAdamW
+from jmvae_dist.training.ready_batches import ReadyBatch
 from jmvae_dist.training.setup import ResolvedRun, num_micro_batches
 
 
@@ -68,7 +68,7 @@ class TrainStep:
         self._is_compiled = run.config.training.compile != "off"
         self._loss_scale = runtime.process.world_size / run.config.training.global_batch_size
 
-    def __call__(self, batch: Batch, *, is_wanted: bool = True, is_recorded: bool = True) -> StepResult:
+    def __call__(self, batch: ReadyBatch, *, is_wanted: bool = True, is_recorded: bool = True) -> StepResult:
         """Take the step after `batch.global_step` finished steps.
 
         Args:
@@ -98,7 +98,7 @@ class TrainStep:
         engine.step()
         return StepResult(sums, len(batch), verdict.grad_norm)
 
-    def rehearse(self, batch: Batch) -> None:
+    def rehearse(self, batch: ReadyBatch) -> None:
         """A step that is dropped, before the first one of an engine that is not settled.
 
         Without it the first step after a resume could differ in the last bits from the same step of an uninterrupted
@@ -116,9 +116,7 @@ class TrainStep:
             buffer.copy_(value)
         engine.is_settled = True
 
-    def _accumulate_gradients(self, batch: Batch, annealing: float) -> dict[str, Tensor]:
-        rows_B = batch.rows.to(self._device, non_blocking=True)
-        inputs = {name: values.to(self._device, non_blocking=True) for name, values in batch.inputs.items()}
+    def _accumulate_gradients(self, batch: ReadyBatch, annealing: float) -> dict[str, Tensor]:
         scale = self._guard.loss_scale * self._loss_scale
         sums: dict[str, Tensor] = {}
         bounds = np.linspace(0, len(batch.rows), self._num_micro_batches + 1).astype(int).tolist()
@@ -126,17 +124,19 @@ class TrainStep:
             metrics = self._engine.forward_backward(
                 scale,
                 is_last=number == self._num_micro_batches - 1,
-                inputs={name: values[start:stop] for name, values in inputs.items()},
+                inputs={name: values[start:stop] for name, values in batch.inputs.items()},
                 annealing=self._as_argument(annealing),
-                noise=self._noise(batch.global_step, rows_B[start:stop]),
+                noise=self._noise(batch, slice(start, stop)),
                 check_inputs=False,  # the loader checked them on the host
             )
             for key, value in metrics.items():
                 sums[key] = sums[key] + value if key in sums else value
         return sums
 
-    def _noise(self, global_step: int, rows_B: Tensor) -> Tensor | KeyedNoise:
-        key = KeyedNoise(self._run.config.training.seed, global_step, rows_B)
+    def _noise(self, batch: ReadyBatch, part: slice) -> Tensor | KeyedNoise:
+        if batch.noise is not None:
+            return batch.noise[part]
+        key = KeyedNoise(self._run.config.training.seed, batch.global_step, batch.rows[part])
         return key.draw(self._run.model_config.latent_dim) if self._is_compiled else key
 
     def _as_argument(self, annealing: float) -> float | Tensor:

@@ -1,0 +1,196 @@
+"""Batches as a step takes them: on the run's device and with their noise, made by a thread one batch ahead."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jmvae_dist.data.loader import Batch
+from jmvae_dist.errors import DataError
+from jmvae_dist.kernels.noise import KeyedNoise
+from jmvae_dist.training.batches import CheckedBatches
+from jmvae_dist.training.setup import ResolvedRun
+
+# The thread gets this long to end, more than downloads ahead of use get to end in it (`Prefetcher.stop`).
+_STOP_S = 2.0
+
+
+@dataclass(frozen=True)
+class ReadyBatch:
+    """One rank's share of a global batch, on the run's device.
+
+    Attributes:
+        inputs: By modality, float32 (B, *shape).
+        rows: int64 (B,): rows of the global batch.
+        global_step: The training step.
+        noise: Of the latent sample, float32 (B, latent_dim); None where the model computes it where it is used.
+        copied: On CUDA, what to wait for before the tensors are used; see `await_copy`.
+    """
+
+    inputs: dict[str, Tensor]
+    rows: Tensor
+    global_step: int
+    noise: Tensor | None
+    copied: Any = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def await_copy(self) -> None:
+        """Let what is launched on the current stream from now on wait for the tensors; the host does not wait."""
+        if self.copied is None:
+            return
+        stream = torch.cuda.current_stream(self.rows.device)
+        stream.wait_event(self.copied)
+        for tensor in (self.rows, *self.inputs.values()):
+            # Their memory belongs to the stream of the copies, which would else use it again too early.
+            tensor.record_stream(stream)
+
+
+class Preparation:
+    """Makes batches ready, in any thread.
+
+    Args:
+        run: The resolved run.
+        device: Where it trains.
+    """
+
+    def __init__(self, run: ResolvedRun, device: torch.device) -> None:
+        self._seed = run.config.training.seed
+        self._latent_dim = run.model_config.latent_dim
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> ReadyBatch:
+        """The batch, on the device."""
+        if self._stream is not None:
+            return self._copied(batch, self._stream)
+        # Keyed by step and row: drawn here or in the step, and for whatever part of the rows, it is the same.
+        noise = KeyedNoise(self._seed, batch.global_step, batch.rows).draw(self._latent_dim)
+        return ReadyBatch(batch.inputs, batch.rows, batch.global_step, noise)
+
+    def device_chosen(self) -> AbstractContextManager[Any]:
+        """What concerns the current GPU concerns the run's inside of this."""
+        return nullcontext() if self._stream is None else torch.cuda.device(self._device)
+
+    def _copied(self, batch: Batch, stream: torch.cuda.Stream) -> ReadyBatch:
+        """On CUDA, whose kernels compute the noise where it is used."""
+        with torch.cuda.stream(stream):
+            # From page-locked memory: the host goes on at once, and the copy runs beside the kernels of a step.
+            rows = batch.rows.to(self._device, non_blocking=True)
+            inputs = {name: values.to(self._device, non_blocking=True) for name, values in batch.inputs.items()}
+            return ReadyBatch(inputs, rows, batch.global_step, None, stream.record_event())
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What came of asking for the next batch.
+
+    Args:
+        batch: None at the end, or after an error.
+        failure, last_problem: Of `CheckedBatches`, when the batch came from there.
+        error: That came instead.
+    """
+
+    batch: ReadyBatch | None
+    failure: DataError | None = None
+    last_problem: str | None = None
+    error: BaseException | None = None
+
+
+class ReadyBatches:
+    """The batches of one rank, each made ready while the step before it is computed.
+
+    A thread takes the next one from `checked` as soon as the loop has taken one, and no earlier: reading is two steps
+    ahead whenever a batch is handed out, so that a failure becomes known at the same step as without a thread, and
+    just one more batch is held.
+
+    Args:
+        checked: The batches, on the host.
+        prepare: Makes them ready.
+        interrupt: Makes a read that is under way in another thread end early; None: work without a thread, each batch
+            when it is asked for.
+
+    Attributes:
+        failure: What ends the run, once it is known.
+        last_problem: What was wrong with the sample of this rank that was masked last.
+    """
+
+    def __init__(self, checked: CheckedBatches, prepare: Preparation, interrupt: Callable[[], None] | None) -> None:
+        self.failure = checked.failure
+        self.last_problem = checked.last_problem
+        self._checked = checked
+        self._arriving = iter(checked)
+        self._prepare = prepare
+        self._interrupt = interrupt
+        # True: one more batch. False: no more.
+        self._orders: SimpleQueue[bool] = SimpleQueue()
+        self._outcomes: SimpleQueue[_Outcome] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        if interrupt is not None:
+            # A daemon, for the case in which `close` leaves it behind.
+            self._thread = threading.Thread(target=self._work, name="jmvae-batches", daemon=True)
+            self._thread.start()
+            self._orders.put(True)
+
+    def __iter__(self) -> Iterator[ReadyBatch]:
+        """The batches up to the failing one; all ranks stop before they reach it."""
+        while True:
+            outcome = self._next()
+            if outcome.error is not None:
+                raise outcome.error
+            self.failure, self.last_problem = outcome.failure, outcome.last_problem
+            if outcome.batch is None:
+                return
+            outcome.batch.await_copy()
+            yield outcome.batch
+
+    def raise_failure(self) -> None:
+        """Raise what was found, if anything."""
+        if self.failure is not None:
+            raise self.failure
+
+    def close(self) -> None:
+        """End the thread, and the loader's worker processes.
+
+        A read under way ends with the next piece that a server sends. Where a server is silent, or a network file
+        system does not answer, nothing can make the thread return: it is left behind, ends when the call does, and as
+        a daemon keeps no process from ending.
+        """
+        if self._thread is None or self._interrupt is None:
+            self._checked.close()
+            return
+        self._orders.put(False)
+        self._interrupt()
+        self._thread.join(_STOP_S)
+
+    def _next(self) -> _Outcome:
+        if self._thread is None:
+            return self._make()
+        outcome = self._outcomes.get()
+        self._orders.put(outcome.batch is not None)
+        return outcome
+
+    def _make(self) -> _Outcome:
+        try:
+            # A thread begins with the first GPU, where page-locked memory would take up room on behalf of every rank.
+            with self._prepare.device_chosen():
+                batch = next(self._arriving, None)
+                ready = None if batch is None else self._prepare(batch)
+        except BaseException as error:  # whatever it is, the loop would wait for ever if it did not hear of it
+            return _Outcome(None, error=error)
+        return _Outcome(ready, self._checked.failure, self._checked.last_problem)
+
+    def _work(self) -> None:
+        try:
+            while self._orders.get():
+                self._outcomes.put(self._make())
+        finally:
+            self._checked.close()
