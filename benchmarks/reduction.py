@@ -7,7 +7,7 @@ Two ranks of one thread, gloo over loopback, the model of `step.py`; contenders 
 1. All-reduces of several sizes: wall time, and CPU time of the process in user and in system mode.
 2. What an all-reduce of the gradients consists of, each measured alone: as many bytes over a TCP connection between
    the ranks, in both directions at once; the sum of half of them; copies. And the same sum in bfloat16, and through
-   shared memory (`shared_memory.py`, a prototype).
+   shared memory.
 3. Bare steps (forward, backward, fused AdamW): of one rank while the other waits; of both without a reduction, which
    shows what they take from each other; and of both with each kind of reduction. `two_to_one` is the throughput of
    two ranks against one; whole trainers are compared by `step.py`.
@@ -32,7 +32,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from conditions import machine, versions
-from shared_memory import SharedMemoryReduction
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from training_steps import training_steps
@@ -40,6 +39,7 @@ from workload import SHAPES, make_shards, run_ranks
 
 from jmvae_dist.distributed.engine import ForwardPass
 from jmvae_dist.distributed.runtime import Runtime
+from jmvae_dist.distributed.shared_memory import SharedMemoryMean
 
 RANKS = 2
 SIZES = (4, 2**16, 2**20, 4 * 2**20, 25 * 2**20)
@@ -99,7 +99,8 @@ def _show(report: dict[str, Any]) -> None:
 def _be_rank(manifest: Path, options: argparse.Namespace) -> int:
     with training_steps(manifest, 64, [()]) as (runtime, [(_, engine)]):
         size = sum(parameter.numel() for parameter in engine.model.parameters())
-        shared_memory = SharedMemoryReduction(runtime, max(size, max(SIZES) // 4))
+        tensor_bytes = (parameter.nbytes for parameter in engine.model.parameters())
+        shared_memory = SharedMemoryMean(runtime.collectives, tensor_bytes)
         result = {
             "gradient_bytes": size * 4,
             "all_reduce": [_time_all_reduce(runtime, num_bytes, options.rounds) for num_bytes in (*SIZES, size * 4)],
@@ -151,7 +152,7 @@ def _time_all_reduce(runtime: Runtime, num_bytes: int, rounds: int) -> dict[str,
     return {"bytes": num_bytes, "wall_ms": wall_ms, "user_ms": user_ms, "system_ms": system_ms}
 
 
-def _time_parts(runtime: Runtime, size: int, shared_memory: SharedMemoryReduction, rounds: int) -> dict[str, float]:
+def _time_parts(runtime: Runtime, size: int, shared_memory: SharedMemoryMean, rounds: int) -> dict[str, float]:
     values, other = torch.zeros(size), torch.zeros(size)
     half, other_half = values[: size // 2], other[: size // 2]
 
@@ -162,7 +163,7 @@ def _time_parts(runtime: Runtime, size: int, shared_memory: SharedMemoryReductio
             "the sum of half of them alone": lambda: half.add_(other_half),
             "a copy of them": lambda: other.copy_(values),
             "gloo all-reduce in bfloat16, with both conversions": lambda: _sum_in_bf16(values),
-            "shared memory": lambda: shared_memory.all_reduce(values),
+            "shared memory": lambda: shared_memory.average([values]),
         }
         return _take_turns(runtime, works, rounds, CALLS_PER_TURN)
 
@@ -194,7 +195,7 @@ def _exchange(connection: socket.socket, sent: Tensor, received: Tensor) -> None
 
 
 def _time_steps(
-    runtime: Runtime, model: nn.Module, batch: int, shared_memory: SharedMemoryReduction, rounds: int
+    runtime: Runtime, model: nn.Module, batch: int, shared_memory: SharedMemoryMean, rounds: int
 ) -> dict[str, Any]:
     label = torch.nn.functional.one_hot(torch.arange(batch) % 10, 10).float()
     inputs = {"image": torch.rand(batch, *SHAPES["image"]), "label": label}
@@ -225,19 +226,13 @@ def _time_steps(
     return {"samples_per_rank": batch, "ms": medians_ms, "two_to_one": ratios}
 
 
-def _reductions(shared_memory: SharedMemoryReduction) -> dict[str, Callable[[nn.Module], nn.Module]]:
+def _reductions(shared_memory: SharedMemoryMean) -> dict[str, Callable[[nn.Module], nn.Module]]:
     """By name: what wraps a model so that its gradients are averaged over ranks."""
 
     def ddp(**options: Any) -> Callable[[nn.Module], nn.Module]:
         return lambda module: DistributedDataParallel(module, **{"gradient_as_bucket_view": True, **options})
 
-    def with_sum(sum_over_ranks: Callable[[Tensor], Any]) -> Callable[[nn.Module], nn.Module]:
-        def hook(_, bucket):  # DDP compares annotations with classes, and would find the names that they are here
-            sum_over_ranks(bucket.buffer().div_(RANKS))
-            future: torch.futures.Future[Tensor] = torch.futures.Future()
-            future.set_result(bucket.buffer())
-            return future
-
+    def with_hook(hook: Callable[..., torch.futures.Future[Tensor]]) -> Callable[[nn.Module], nn.Module]:
         def wrap(module: nn.Module) -> nn.Module:
             wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
             wrapped.register_comm_hook(None, hook)
@@ -245,15 +240,21 @@ def _reductions(shared_memory: SharedMemoryReduction) -> dict[str, Callable[[nn.
 
         return wrap
 
+    def compress(_, bucket):  # DDP compares annotations with classes, and would find the names that they are here
+        _sum_in_bf16(bucket.buffer().div_(RANKS))
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
     return {
         "DDP, torch's defaults (buckets of 25 MB, copied)": ddp(gradient_as_bucket_view=False),
-        "DDP as in training: buckets as views": ddp(),
+        "DDP over gloo as in training: buckets as views": ddp(),
         "the same, static graph": ddp(static_graph=True),
         "the same, buckets of 1 MB": ddp(bucket_cap_mb=1),
         "the same, buckets of 4 MB": ddp(bucket_cap_mb=4),
         "the same, buckets of 100 MB": ddp(bucket_cap_mb=100),
-        "the same, compressed to bfloat16": with_sum(_sum_in_bf16),
-        "the same, through shared memory": with_sum(shared_memory.all_reduce),
+        "the same, compressed to bfloat16": with_hook(compress),
+        "the same, through shared memory as in training": with_hook(shared_memory.hook),
     }
 
 

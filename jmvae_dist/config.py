@@ -329,6 +329,9 @@ class TrainingSection:
             their reduction, optimizer states, KL and likelihood sums are float32 in all three.
         engine: ddp, PyTorch's DistributedDataParallel (one process runs without it), or DeepSpeed with ZeRO
             stage 0 to 3. The numbers do not depend on it; what a rank has to hold does.
+        gradient_reduction: What ddp averages gradients by. process_group: gloo on CPUs, NCCL on GPUs. shared_memory:
+            memory that all ranks have mapped (/dev/shm), on CPUs of one machine; faster, and for two ranks the same
+            bits. auto takes it where it can be had.
         deepspeed: Options of the zero engines.
         guards: What protects the weights from a bad step.
         watchdog: When a run that hangs is ended.
@@ -354,6 +357,7 @@ class TrainingSection:
     memory_budget_bytes: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     engine: Literal["ddp", "zero0", "zero1", "zero2", "zero3"] = "ddp"
+    gradient_reduction: Literal["auto", "shared_memory", "process_group"] = "auto"
     deepspeed: DeepSpeedSection = field(default_factory=DeepSpeedSection)
     guards: GuardsSection = field(default_factory=GuardsSection)
     watchdog: WatchdogSection = field(default_factory=WatchdogSection)
@@ -391,6 +395,11 @@ class TrainingSection:
             raise ConfigError(
                 f"training.compile: {self.compile} cannot be used with training.engine zero3, which gathers the "
                 "weights of each layer when it is called; use another engine, or off"
+            )
+        if self.gradient_reduction == "shared_memory" and (self.engine != "ddp" or self.device == "cuda"):
+            raise ConfigError(
+                "training.gradient_reduction: shared_memory is for training.engine ddp on CPUs, and cannot be used "
+                f"with training.engine {self.engine} on training.device {self.device}; use auto"
             )
         self._check_deepspeed()
         timeout = self.process_group_timeout_s

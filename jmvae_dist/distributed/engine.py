@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from jmvae_dist.distributed.shared_memory import SharedMemoryMean
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -135,6 +137,7 @@ class ReplicatedEngine(Engine):
         accelerator: Accelerate's view of the run.
         precision: fp32, bf16 or fp16.
         is_compiled: See `ForwardPass`.
+        mean: What averages gradients over ranks in place of the process group.
     """
 
     name = "ddp"
@@ -146,14 +149,19 @@ class ReplicatedEngine(Engine):
         accelerator: Accelerator,
         precision: str,
         is_compiled: bool = False,
+        mean: SharedMemoryMean | None = None,
     ) -> None:
         super().__init__(model, optimizer)
+        self.uses_shared_memory = mean is not None
         self._accelerator = accelerator
         forward_pass = ForwardPass(model, precision, accelerator.device.type, is_compiled)
         self._module = accelerator.prepare_model(forward_pass)
-        # DDP lays its gradient buckets out anew after its first backward pass, and with three or more ranks the
-        # order of summation follows the buckets; two numbers have only one sum.
-        self.is_settled = accelerator.num_processes <= 2 and not is_compiled
+        if mean is not None:
+            self._module.register_comm_hook(None, mean.hook)
+        # DDP lays its gradient buckets out anew after its first backward pass, and with three or more ranks gloo's
+        # and NCCL's order of summation follows the buckets; two numbers have only one sum.
+        has_one_order = mean is not None or accelerator.num_processes <= 2
+        self.is_settled = has_one_order and not is_compiled
 
     def without_reduction(self) -> AbstractContextManager[None]:
         """Backward passes inside leave each rank its own gradients."""

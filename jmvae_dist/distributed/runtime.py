@@ -19,6 +19,7 @@ from jmvae_dist.distributed.allocator import keep_freed_memory
 from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.distributed.engine import Engine, ReplicatedEngine
 from jmvae_dist.distributed.environment import ProcessInfo, join_launch
+from jmvae_dist.distributed.shared_memory import share_gradients
 from jmvae_dist.errors import ConfigError, LaunchError, is_on_all_ranks
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Runtime:
         *,
         num_micro_batches: int = 1,
         is_compiled: bool = False,
+        gradient_reduction: str = "auto",
     ) -> Engine:
         """The engine that trains `model`, which itself stays as it is for evaluation in float32.
 
@@ -55,20 +57,30 @@ class Runtime:
             optimizer: Its optimizer.
             num_micro_batches: Forward passes per optimizer step.
             is_compiled: Whether its training passes are compiled.
+            gradient_reduction: auto, shared_memory or process_group; of the engine ddp.
 
         Raises:
             LaunchError: Another engine than the requested one came into being.
+            ConfigError: Shared memory was asked for and cannot be had; on all ranks.
         """
         if self.engine_name == "ddp":
-            return ReplicatedEngine(model, optimizer, self.accelerator, self.precision, is_compiled)
+            sizes = [parameter.nbytes for parameter in model.parameters() if parameter.requires_grad]
+            mean = share_gradients(gradient_reduction, self.collectives, self.device, sizes)
+            return ReplicatedEngine(model, optimizer, self.accelerator, self.precision, is_compiled, mean)
         from jmvae_dist.distributed.deepspeed import ZeroEngine
 
         name, accelerator = self.engine_name, self.accelerator
         return ZeroEngine(name, model, optimizer, accelerator, self.precision, num_micro_batches, is_compiled)
 
-    def describe(self) -> str:
-        """What actually runs, in one line; `start_runtime` made sure that it is what was asked for."""
+    def describe(self, engine: Engine | None = None) -> str:
+        """What actually runs, in one line; `start_runtime` made sure that it is what was asked for.
+
+        Args:
+            engine: What `prepare` has made.
+        """
         backend = dist.get_backend() if dist.is_initialized() else "no process group"
+        if isinstance(engine, ReplicatedEngine) and engine.uses_shared_memory:
+            backend += " (gradients in shared memory)"
         return (
             f"{self.accelerator.num_processes} process(es) started by {self.process.launcher}, engine "
             f"{self.engine_name} ({self.accelerator.distributed_type.value} in Accelerate), {backend}, {self.device}"

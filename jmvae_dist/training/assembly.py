@@ -49,6 +49,7 @@ def make_engine(run: ResolvedRun, runtime: Runtime) -> tuple[JMVAE, Engine]:
         make_optimizer(model, run.config.optimizer),
         num_micro_batches=num_micro_batches(run, runtime.process.world_size),
         is_compiled=training.compile != "off",
+        gradient_reduction=training.gradient_reduction,
     )
     return model, engine
 

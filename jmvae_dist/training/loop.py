@@ -101,7 +101,7 @@ class Trainer:
             return EXIT_DONE
         self.runtime.collectives.on_main(lambda: write_run_files(self.run, self.runtime))
         if self.runtime.is_main:
-            logger.info("running: %s", self.runtime.describe())
+            logger.info("running: %s", self.runtime.describe(self.engine))
         while True:
             try:
                 return self._attempt(resumed_from)
