@@ -5,7 +5,8 @@
 
 Every cell is a run of its own, of real processes (gloo, CPU): perceptrons on vectors, float32, a few steps of
 `TrainStep` with a batch in memory. Counted is by how much the resident memory of rank 0 grows at most (VmHWM) after
-imports, the start of the process group, a step of a tiny optimizer, and the making of the batch. More than one
+imports, the start of the process group, a step of a tiny optimizer, and the making of the batch; pages that the ranks
+share are divided among them. More than one
 micro-batch is measured without recomputation. MALLOC_MMAP_THRESHOLD_ and other variables of the C library's allocator
 reach the ranks.
 """
@@ -172,7 +173,9 @@ def _measure(arguments: list[str]) -> None:
         for step in range(STEPS):
             take_step(prepare(dataclasses.replace(batch, global_step=step)))
             after[f"step {step + 1}"] = {key: _resident_bytes(key) - before for key in ("VmRSS", "VmHWM")}
-        measured = _resident_bytes("VmHWM") - before
+        # All ranks see the pages that they share, each for its own.
+        shared = _resident_bytes("RssShmem")
+        measured = _resident_bytes("VmHWM") - before - shared + shared // process.world_size
     if process.rank == 0:
         micro_batches = num_micro_batches(run, process.world_size)
         memory = engine_memory(
@@ -181,6 +184,7 @@ def _measure(arguments: list[str]) -> None:
             process.world_size,
             num_micro_batches=micro_batches,
             deepspeed_config=run.deepspeed_config,
+            gradient_reduction=training.gradient_reduction,
         )
         activations = PassTheory(config, run.model_config)(math.ceil(len(batch.rows) / micro_batches))
         print(

@@ -4,6 +4,7 @@
         [--ranks-per-node 2] [--bandwidth-gb-per-s 12.5 --latency-us 5]
 
 The model of `step.py`, ranks of one thread, trained by `jmvae-dist train` on shards; runs take turns, medians count.
+Gradients go through the process group (gloo), as they do between machines, and not through shared memory.
 
 1. Time per step and samples/s of 1 and 2 ranks: weak (256 samples per rank) and strong (256 samples in all).
 2. Computation: two runs of 1 rank at the same time, which take memory and caches from each other as two ranks do.
@@ -134,7 +135,10 @@ def measure(manifest: Path, engines: Sequence[str], rounds: int, steps: int) -> 
 
 def _step_ms(manifest: Path, engine: str, ranks: int, batch: int, steps: int) -> float:
     """Median over the records of one run, but for the first ones, in which caches are cold."""
-    more = ("--training.log_every_steps", str(RECORD_STEPS), "--training.engine", engine)
+    more = (
+        *("--training.log_every_steps", str(RECORD_STEPS), "--training.engine", engine),
+        *("--training.gradient_reduction", "process_group"),
+    )
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         train([*settings(manifest, run, steps, batch), *more], ranks)
@@ -150,7 +154,9 @@ def _side_by_side_ms(manifest: Path, engine: str, batch: int, steps: int) -> flo
 
 def _be_rank(manifest: Path, engine: str) -> int:
     """On each of two ranks: what a step sends, and how long all-reduces take."""
-    with training_steps(manifest, 2 * BATCH, [("--training.engine", engine)]) as (runtime, [(step, parts)]):
+    # As between machines: what goes through shared memory is not sent.
+    options = ("--training.engine", engine, "--training.gradient_reduction", "process_group")
+    with training_steps(manifest, 2 * BATCH, [options]) as (runtime, [(step, parts)]):
         # Sizes of partitioned weights cannot be asked for later.
         num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in parts.model.parameters())
         for _ in range(3):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -34,14 +35,18 @@ def start(
         output: File to which standard output and error are appended.
         patch: Python statements to run before.
     """
+    return start_function(_run, list(arguments), variables, str(folder), str(output), patch)
+
+
+def start_function(function: Callable[..., Any], *arguments: Any) -> ForkServerProcess:
+    """Start a process that calls a function of a module, with one thread of OpenMP."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     # OpenMP reads the first when torch is imported, and sums would depend on the number of threads. Without the
     # second the server of Python 3.11, which heeds no `sys.path`, may import another installation of the package.
-    read_at_start = {name: variables[name] for name in ("OMP_NUM_THREADS", "PYTHONPATH")}
-    with mock.patch.dict(os.environ, read_at_start):
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}):
         forkserver.ensure_running()
-    process = context.Process(target=_run, args=(list(arguments), variables, str(folder), str(output), patch))
+    process = context.Process(target=function, args=arguments)
     process.start()
     return process
 

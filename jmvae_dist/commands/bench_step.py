@@ -78,13 +78,14 @@ def _measure(run: ResolvedRun, process: ProcessInfo, options: argparse.Namespace
         ExitStack() as stack,
         start_run(run, process) as runtime,
     ):
-        if process.rank == 0:
-            print(runtime.describe(), flush=True)
         # By rank 0 alone, and removed when no rank waits for it any more.
         folder = runtime.collectives.on_main(
             lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="jmvae-bench-"))
         )
-        own = StepBenchmark(run, runtime, Path(folder)).measure(options.steps, options.warmup)
+        benchmark = StepBenchmark(run, runtime, Path(folder))
+        if process.rank == 0:
+            print(runtime.describe(benchmark.engine), flush=True)
+        own = benchmark.measure(options.steps, options.warmup)
         ranks = [RankMeasurement.from_json(rank) for rank in runtime.collectives.gather(dataclasses.asdict(own))]
         return make_report(run, ranks, is_on_gpu=runtime.device.type == "cuda")
 

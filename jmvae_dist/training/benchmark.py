@@ -261,18 +261,21 @@ class StepBenchmark:
             `training.micro_batch_size: auto`, the micro-batch in `micro_batch.json` or manifests of checkpoints.
         runtime: Process group and engine.
         folder: Where rank 0 writes records; other ranks do not look there.
+
+    Attributes:
+        engine: That of the run.
     """
 
     def __init__(self, run: ResolvedRun, runtime: Runtime, folder: Path) -> None:
         self._run = run = settle_micro_batch(run, runtime)
         self._runtime = runtime
         self._folder = folder
-        self._model, self._engine = make_engine(run, runtime)
-        self._guard = make_guard(run, runtime, self._engine)
+        self._model, self.engine = make_engine(run, runtime)
+        self._guard = make_guard(run, runtime, self.engine)
         self._stopwatch = Stopwatch(runtime.device)
-        self._stopwatch.watch(self._engine, forward=FORWARD, backward=BACKWARD, step=OPTIMIZER)
+        self._stopwatch.watch(self.engine, forward=FORWARD, backward=BACKWARD, step=OPTIMIZER)
         self._stopwatch.watch(self._guard, judge=JUDGING)
-        self._take_step = TrainStep(run, runtime, self._engine, self._guard)
+        self._take_step = TrainStep(run, runtime, self.engine, self._guard)
         self._meter = Meter(run.config.training.global_batch_size)
 
     def measure(self, steps: int, warmup: int) -> RankMeasurement:
@@ -335,7 +338,7 @@ class StepBenchmark:
                 with self._stopwatch.step() if number > warmup else contextlib.nullcontext():
                     with self._stopwatch.part(WAIT):
                         batch = next(arriving)
-                    if not self._engine.is_settled:
+                    if not self.engine.is_settled:
                         self._take_step.rehearse(batch)
                     is_recorded = number == total or number % run.config.training.log_every_steps == 0
                     result = self._take_step(batch, is_recorded=is_recorded)
@@ -359,13 +362,13 @@ class StepBenchmark:
 
         Fractions, not seconds: other programs may have slowed these steps down, and not the measured ones.
         """
-        if isinstance(self._engine, ReplicatedEngine):
-            return self._probe_replicated(self._engine, batch, count)
+        if isinstance(self.engine, ReplicatedEngine):
+            return self._probe_replicated(self.engine, batch, count)
         from jmvae_dist.distributed.deepspeed import ZeroEngine
 
-        assert isinstance(self._engine, ZeroEngine)
+        assert isinstance(self.engine, ZeroEngine)
         around = partial(self._stopwatch.part, REDUCTION), partial(self._stopwatch.part, GATHERING)
-        with self._engine.collectives_watched(*around):
+        with self.engine.collectives_watched(*around):
             steps = [self._drop_step(batch) for _ in range(count)]
         paths = sorted({path for times in steps for path in times if path.count("/") == 1})
         # Sums over the steps, and not medians, of which several could exceed the part that they lie in.

@@ -106,6 +106,10 @@ def estimate_run(config: RunConfig, num_ranks: int, num_samples: int | None = No
     micro_batch_size = even_size(rank_batch_size, size or rank_batch_size)
     activations, problem = _estimate_activations(config, model_config, micro_batch_size)
 
+    # The table is that of CPUs, unless GPUs are asked for.
+    on_gpu = config.training.device == "cuda"
+    gradient_reduction = "process_group" if on_gpu else config.training.gradient_reduction
+
     def memory_of(engine: str) -> EngineMemory:
         return engine_memory(
             engine,
@@ -113,6 +117,7 @@ def estimate_run(config: RunConfig, num_ranks: int, num_samples: int | None = No
             num_ranks,
             num_micro_batches=math.ceil(rank_batch_size / micro_batch_size),
             deepspeed_config=make_deepspeed_config(engine, config),
+            gradient_reduction=gradient_reduction,
         )
 
     return RunEstimate(
@@ -182,6 +187,11 @@ def _notes(estimate: RunEstimate, config: RunConfig) -> Iterator[str]:
             f"* an estimate, with {format_bytes(estimate.activation_bytes)} that a forward and backward pass hold at "
             f"most in {config.training.precision}{how}; workspaces, fragmentation, batches fetched ahead and the "
             "device's context come on top"
+        )
+    if estimate.memory["ddp"].buffers:
+        yield (
+            "buffers of ddp: memory that the ranks of one machine share (training.gradient_reduction); none on GPUs "
+            "or on several machines"
         )
     if estimate.choice:
         yield f"training.micro_batch_size: {estimate.choice}"

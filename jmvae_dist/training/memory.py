@@ -36,7 +36,8 @@ class EngineMemory:
         weights: Throughout; with the second copy that ZeRO updates.
         moments: Throughout; Adam's two.
         gradients: During the passes.
-        buffers: During the passes: DeepSpeed's buckets, and weights that zero3 has gathered.
+        buffers: During the passes: DeepSpeed's buckets, and weights that zero3 has gathered; this rank's part of the
+            memory that the ranks of ddp share.
         reduction: Gradients, buffers and copies while gradients are reduced, in place of the two before.
         activations_left: Part of the activations that is still there when the first bucket is reduced.
         offloaded: Of all of it, what lies in host memory.
@@ -71,6 +72,7 @@ def engine_memory(
     num_micro_batches: int = 1,
     deepspeed_config: dict[str, Any] | None = None,
     device_type: str = "cpu",
+    gradient_reduction: str = "process_group",
 ) -> EngineMemory:
     """What a rank holds with an engine (Rajbhandari et al. 2020, all in float32; and what DeepSpeed 0.19 does).
 
@@ -83,13 +85,16 @@ def engine_memory(
         num_micro_batches: Per step.
         deepspeed_config: From `build_config`; None: the defaults.
         device_type: cpu or cuda. Of a bucket, a CPU only has what was written into.
+        gradient_reduction: The setting. auto is taken for shared memory, which it is on CPUs of one machine.
     """
     whole = BYTES_PER_ELEMENT * num_parameters
     accumulates = num_micro_batches > 1
     if engine == "ddp":
         # Gradients of micro-batches that are not reduced lie outside of the buckets, which stay.
         gradients = 2 * whole if accumulates and num_ranks > 1 else whole
-        return EngineMemory(whole, MOMENTS * whole, gradients, 0, gradients)
+        is_shared = gradient_reduction != "process_group" and device_type == "cpu" and num_ranks > 1
+        shared = whole if is_shared else 0
+        return EngineMemory(whole, MOMENTS * whole, gradients, shared, gradients + shared)
     if engine == "zero0":
         flat = min(whole, BYTES_PER_ELEMENT * _ZERO0_BUCKET_ELEMENTS)
         return EngineMemory(whole, MOMENTS * whole, whole, 0, whole + flat)

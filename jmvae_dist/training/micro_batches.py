@@ -115,6 +115,7 @@ class RankNeeds:
             num_micro_batches=math.ceil(self.share / size),
             deepspeed_config=self.deepspeed_config,
             device_type=self.device_type,
+            gradient_reduction=self.config.training.gradient_reduction,
         )
 
     def data_bytes(self, size: int) -> int:
@@ -227,6 +228,7 @@ def _circumstances(run: ResolvedRun, runtime: Runtime, ranks_per_node: int, devi
         "device": runtime.device.type,
         "device_memory_bytes": device_bytes,
         "engine": training.engine,
+        "gradient_reduction": training.gradient_reduction,
         "deepspeed": (run.deepspeed_config or {}).get("zero_optimization", {}),
         "precision": training.precision,
         "compile": training.compile,

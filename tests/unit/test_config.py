@@ -35,6 +35,15 @@ MISTAKES = [
     (["--checkpoint.every_steps", "1.5"], ["checkpoint.every_steps", "1.5", "int or null"]),
     (["--training.precision", "fp7"], ["training.precision", "fp7", "'fp32', 'bf16'"]),
     (["--training.compile", "model", "--training.engine", "zero3"], ["training.compile", "zero3"]),
+    (["--training.gradient_reduction", "mpi"], ["training.gradient_reduction", "mpi", "'shared_memory'"]),
+    (
+        ["--training.gradient_reduction", "shared_memory", "--training.engine", "zero1"],
+        ["training.gradient_reduction: shared_memory", "engine zero1", "use auto"],
+    ),
+    (
+        ["--training.gradient_reduction", "shared_memory", "--training.device", "cuda"],
+        ["training.gradient_reduction: shared_memory", "device cuda", "use auto"],
+    ),
     (["--training.engine", "horovod"], ["training.engine", "horovod", "ddp"]),
     (["--optimizer.betas", "[0.9]"], ["optimizer.betas", "tuple[float, float]"]),
     (["--optimizer.betas", "[0.9, 1.0]"], ["optimizer.betas", "below 1"]),

@@ -84,6 +84,19 @@ def test_zero_cuts_one_thing_after_the_other() -> None:
     assert ddp.peak() > zero[0].peak() > zero[1].peak()
 
 
+def test_ddp_on_a_cpu_may_share_memory() -> None:
+    def peak(num_ranks: int = 2, device_type: str = "cpu", gradient_reduction: str = "auto") -> int:
+        options = {"device_type": device_type, "gradient_reduction": gradient_reduction}
+        return engine_memory("ddp", 10**9, num_ranks, **options).peak()
+
+    assert peak() == peak(gradient_reduction="shared_memory") == 20 * 10**9
+    assert peak(num_ranks=1) == peak(device_type="cuda") == peak(gradient_reduction="process_group") == 16 * 10**9
+    config = make_config()
+    assert "buffers of ddp: memory that the ranks of one machine share" in render(estimate_run(config, 2), config)
+    config.training.gradient_reduction = "process_group"
+    assert "buffers of ddp" not in render(estimate_run(config, 2), config)
+
+
 def test_networks_that_need_values_are_said_to_be_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     def looks_at_values(self: user_networks.Decoder, z: torch.Tensor) -> torch.Tensor:
         return self.layer(z).unflatten(-1, self.shape) * float(z.detach().sum())
