@@ -22,6 +22,7 @@ from torch import Tensor
 
 from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.errors import ConfigError, LaunchError, mark_on_all_ranks
+from jmvae_dist.progress import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _TOKEN_BYTES = 16
 # Where a tensor begins: a multiple of every element's size, and of a cache line.
 _ALIGNMENT = 64
+_MORE_ROOM = "enlarge it (docker run --shm-size, mount -o remount,size=)"
 
 
 class SharedMemoryMean:
@@ -170,7 +172,7 @@ def map_together(collectives: Collectives, row_bytes: int, folder: Path = FOLDER
     rank, world_size = collectives.rank, collectives.world_size
     row_bytes = -(-max(row_bytes, _TOKEN_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
     _require_one_machine(collectives)
-    descriptor = _open_together(collectives, folder)
+    descriptor = _open_together(collectives, folder, world_size * row_bytes)
     try:
         with collectives.together():
             # Each rank its own row, which then is near to it. Without a reservation, writing to a page that cannot be
@@ -195,13 +197,13 @@ def _require_one_machine(collectives: Collectives) -> None:
         raise mark_on_all_ranks(LaunchError(f"the ranks are on {machines} machines"))
 
 
-def _open_together(collectives: Collectives, folder: Path) -> int:
+def _open_together(collectives: Collectives, folder: Path, num_bytes: int) -> int:
     """A new file that all ranks have open, and that has no name any more: a rank that is killed leaves nothing."""
     path = ""
     try:
         with collectives.together():
             if collectives.rank == 0:
-                path = _create(folder)
+                path = _create(folder, num_bytes)
         path_of_main = collectives.broadcast(path)
         descriptor = -1
         try:
@@ -217,8 +219,16 @@ def _open_together(collectives: Collectives, folder: Path) -> int:
             os.unlink(path)
 
 
-def _create(folder: Path) -> str:
+def _create(folder: Path, num_bytes: int) -> str:
     try:
+        status = os.statvfs(folder)
+        free_bytes = status.f_bavail * status.f_frsize
+        # Batches of reader processes take the same way, and those that find no room are killed.
+        if num_bytes > free_bytes // 2:
+            raise LaunchError(
+                f"{format_bytes(num_bytes)} would be more than half of the {format_bytes(free_bytes)} that are free "
+                f"in {folder}, and reader processes need some too; {_MORE_ROOM}"
+            )
         descriptor, path = tempfile.mkstemp(prefix="jmvae-dist-", dir=folder)  # 0600, and not there before
     except OSError as error:
         raise LaunchError(f"{folder} takes no file: {error.strerror}") from error
@@ -239,8 +249,7 @@ def _reserve(descriptor: int, start: int, num_bytes: int, all_bytes: int, folder
         os.posix_fallocate(descriptor, start, num_bytes)
     except OSError as error:
         raise LaunchError(
-            f"{folder} has no room for {all_bytes:,} bytes ({error.strerror}); give the container more "
-            "(docker run --shm-size)"
+            f"{folder} has no room for {format_bytes(all_bytes)} ({error.strerror}); {_MORE_ROOM}"
         ) from error
 
 
@@ -248,7 +257,7 @@ def _map(descriptor: int, num_bytes: int) -> mmap.mmap:
     try:
         return mmap.mmap(descriptor, num_bytes)
     except OSError as error:
-        raise LaunchError(f"{num_bytes:,} bytes cannot be mapped ({error.strerror})") from error
+        raise LaunchError(f"{format_bytes(num_bytes)} cannot be mapped ({error.strerror})") from error
 
 
 def _prove_shared(collectives: Collectives, rows: Tensor) -> None:
