@@ -326,7 +326,8 @@ class _TrainSteps(_Batches):
         self._rows_B = np.arange(
             lanes.start * plan.samples_per_lane, lanes.stop * plan.samples_per_lane, dtype=np.int64
         )
-        self._steps_at_once = _steps_at_once(len(self._rows_B), views) if reads_ahead else 1
+        bytes_per_sample = 4 * sum(math.prod(view.shape) for view in views)
+        self._steps_at_once = steps_at_once(len(self._rows_B), bytes_per_sample) if reads_ahead else 1
         self._read_ahead: dict[int, Batch] = {}
 
     def _load(self, number: int) -> Batch:
@@ -365,9 +366,8 @@ class _TrainSteps(_Batches):
         super().close()
 
 
-def _steps_at_once(rows_per_step: int, views: Sequence[View]) -> int:
-    """How many steps a rank reads together."""
-    bytes_per_sample = 4 * sum(math.prod(view.shape) for view in views)
+def steps_at_once(rows_per_step: int, bytes_per_sample: int) -> int:
+    """How many steps a rank reads together, where that is cheap; bytes are those of what the model sees."""
     most_samples = min(_SAMPLES_AT_ONCE, _BYTES_AT_ONCE // max(1, bytes_per_sample))
     return max(1, most_samples // rows_per_step)
 

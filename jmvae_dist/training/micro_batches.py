@@ -22,7 +22,7 @@ import torch
 from jmvae_dist.checkpoint.layout import list_checkpoints, read_manifest
 from jmvae_dist.checks import is_integer
 from jmvae_dist.config import JMVAEConfig, RunConfig
-from jmvae_dist.data.loader import PREFETCH_BATCHES_PER_WORKER
+from jmvae_dist.data.loader import PREFETCH_BATCHES_PER_WORKER, steps_at_once
 from jmvae_dist.distributed.engine import ForwardPass
 from jmvae_dist.distributed.runtime import Runtime
 from jmvae_dist.errors import CheckpointError, ConfigError
@@ -124,7 +124,7 @@ class RankNeeds:
         if self.device_type != "cpu":
             batches = 2  # that of the step, and one that is copied meanwhile
         elif workers == 0:
-            batches = 2 + STEPS_AHEAD
+            batches = 1 + STEPS_AHEAD + steps_at_once(self.share, self.sample_bytes)
         else:
             batches = 1 + STEPS_AHEAD + workers * PREFETCH_BATCHES_PER_WORKER
         return (batches * self.share - size) * self.sample_bytes

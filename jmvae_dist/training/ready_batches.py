@@ -14,12 +14,15 @@ from torch import Tensor
 
 from jmvae_dist.data.loader import Batch
 from jmvae_dist.errors import DataError
-from jmvae_dist.kernels.noise import KeyedNoise
+from jmvae_dist.kernels.noise import normal_noise_of_steps
 from jmvae_dist.training.batches import CheckedBatches
 from jmvae_dist.training.setup import ResolvedRun
 
 # The thread gets this long to end, more than downloads ahead of use get to end in it (`Prefetcher.stop`).
 _STOP_S = 2.0
+# Noise of small batches is drawn for several steps at once, up to so many rows: operations on few numbers take longer
+# to begin than to compute.
+_ROWS_OF_NOISE = 1024
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class ReadyBatch:
 
 
 class Preparation:
-    """Makes batches ready, in any thread.
+    """Makes batches ready, in one thread at a time.
 
     Args:
         run: The resolved run.
@@ -67,14 +70,24 @@ class Preparation:
         self._latent_dim = run.model_config.latent_dim
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._drawn_steps = range(0)
+        self._drawn_rows_B = torch.empty(0, dtype=torch.int64)
+        self._drawn_SBD = torch.empty(0)
 
     def __call__(self, batch: Batch) -> ReadyBatch:
         """The batch, on the device."""
         if self._stream is not None:
             return self._copied(batch, self._stream)
-        # Keyed by step and row: drawn here or in the step, and for whatever part of the rows, it is the same.
-        noise = KeyedNoise(self._seed, batch.global_step, batch.rows).draw(self._latent_dim)
-        return ReadyBatch(batch.inputs, batch.rows, batch.global_step, noise)
+        return ReadyBatch(batch.inputs, batch.rows, batch.global_step, self._noise_of(batch))
+
+    def _noise_of(self, batch: Batch) -> Tensor:
+        """Keyed by step and row: whenever it is drawn, and for whatever part of the rows, it is the same."""
+        step, rows_B = batch.global_step, batch.rows
+        if step not in self._drawn_steps or not torch.equal(rows_B, self._drawn_rows_B):
+            self._drawn_steps = range(step, step + max(1, _ROWS_OF_NOISE // max(1, len(rows_B))))
+            self._drawn_rows_B = rows_B
+            self._drawn_SBD = normal_noise_of_steps(self._seed, self._drawn_steps, rows_B, self._latent_dim)
+        return self._drawn_SBD[step - self._drawn_steps.start]
 
     def device_chosen(self) -> AbstractContextManager[Any]:
         """What concerns the current GPU concerns the run's inside of this."""

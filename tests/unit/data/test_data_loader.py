@@ -16,7 +16,7 @@ import pytest
 import torch
 from data_examples import npy_bytes
 
-from jmvae_dist.data.loader import Batch, EvaluationLoader, OnBadSample, TrainLoader, _steps_at_once
+from jmvae_dist.data.loader import Batch, EvaluationLoader, OnBadSample, TrainLoader, steps_at_once
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardReader
@@ -170,12 +170,10 @@ def test_a_bad_sample_of_steps_that_are_read_together_is_the_matter_of_its_own_s
     assert [len(batch) for batch in batches] == [3] + [4] * (11 - bad_step)
 
 
-def test_steps_are_read_together_only_where_that_is_cheap(example_manifest: MakeManifest) -> None:
-    views = make_views(example_manifest(12).modalities)  # 6 + 12 numbers
-    assert _steps_at_once(256, views) == 4
-    assert _steps_at_once(2048, views) == 1
-    large = make_views([Modality("x", "uint8", (1000, 1000))])
-    assert _steps_at_once(1, large) == 2  # of 4 MB
+def test_few_samples_and_bytes_are_read_together() -> None:
+    assert steps_at_once(256, bytes_per_sample=72) == 4
+    assert steps_at_once(2048, bytes_per_sample=72) == 1
+    assert steps_at_once(1, bytes_per_sample=4 * 10**6) == 2
 
 
 def test_workers_survive_the_signals_of_a_scheduler(example_manifest: MakeManifest) -> None:
