@@ -18,6 +18,7 @@ from jmvae_dist.config import JMVAEConfig
 from jmvae_dist.data.manifest import Modality
 from jmvae_dist.data.sources.base import ArraySource
 from jmvae_dist.data.writer import write_shards
+from jmvae_dist.model import JMVAE
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {"image": (1, 28, 28), "label": (10,)}
@@ -57,6 +58,12 @@ def settings(manifest: Path, output_dir: Path, steps: int, batch: int) -> list[s
 def _networks_of_multivae() -> dict[str, Any]:
     networks = multivae_networks(JMVAEConfig(len(SHAPES), LATENT_DIM, dict(SHAPES)))
     return {name: getattr(networks, name) for name in ("joint_hidden_dims", "modalities", "joint_encoder")}
+
+
+def make_model() -> JMVAE:
+    """The model of the runs."""
+    config = JMVAEConfig(len(SHAPES), LATENT_DIM, dict(SHAPES))
+    return JMVAE(config, networks=multivae_networks(config))
 
 
 def train(arguments: list[str], processes: int, threads: int = 1, root: Path = ROOT) -> None:

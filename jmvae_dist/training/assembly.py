@@ -14,6 +14,7 @@ from jmvae_dist.distributed.runtime import Runtime, start_runtime
 from jmvae_dist.kernels.gaussian import choose
 from jmvae_dist.model import JMVAE
 from jmvae_dist.training.batches import CheckedBatches
+from jmvae_dist.training.cores import has_spare_core
 from jmvae_dist.training.guards import StepGuard
 from jmvae_dist.training.optimizer import make_optimizer
 from jmvae_dist.training.ready_batches import Preparation, ReadyBatches
@@ -107,4 +108,17 @@ def open_batches(run: ResolvedRun, runtime: Runtime, model: JMVAE, steps: range)
         batches.fetch_ahead()
         batches.raise_failure()
     # Worker processes run ahead by themselves, and do not hear of an interruption.
-    return ReadyBatches(batches, Preparation(run, runtime.device), loader.cancel if data.workers == 0 else None)
+    interrupt = loader.cancel if data.workers == 0 and _has_room_for_a_thread(runtime) else None
+    return ReadyBatches(batches, Preparation(run, runtime.device), interrupt)
+
+
+def _has_room_for_a_thread(runtime: Runtime) -> bool:
+    """Whether batches are to be made ready in a thread; called by all ranks.
+
+    Threads of one operation wait for each other by spinning. Where one of them has to share its core, the others burn
+    theirs meanwhile: with two threads on two cores a step took half as long again.
+    """
+    if runtime.device.type != "cpu":
+        return True
+    threads = torch.get_num_threads()
+    return has_spare_core(runtime.collectives, threads) or threads == 1

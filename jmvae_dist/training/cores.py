@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from jmvae_dist.distributed.collectives import Collectives
 
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -25,3 +30,22 @@ def usable_cores(cores: Iterable[Iterable[int]], quotas: Iterable[float | None])
         quotas: What `cpu_quota` says to each.
     """
     return min([len(set().union(*cores)), *(quota for quota in quotas if quota is not None)])
+
+
+def has_spare_core(collectives: Collectives, threads: int) -> bool:
+    """Whether the processes of this node leave a CPU without a thread that computes; called by all ranks.
+
+    Args:
+        collectives: Of all ranks.
+        threads: That take part in an operation of this process.
+    """
+    host = socket.gethostname()
+    own: dict[str, Any] = {
+        "host": host,
+        "cores": sorted(os.sched_getaffinity(0)),
+        "quota": cpu_quota(),
+        "threads": threads,
+    }
+    node = [rank for rank in collectives.gather(own) if rank["host"] == host]
+    cores = usable_cores((rank["cores"] for rank in node), (rank["quota"] for rank in node))
+    return bool(sum(rank["threads"] for rank in node) < cores)
