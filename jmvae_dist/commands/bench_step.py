@@ -86,6 +86,7 @@ def _measure(run: ResolvedRun, process: ProcessInfo, options: argparse.Namespace
         if process.rank == 0:
             print(runtime.describe(benchmark.engine), flush=True)
         own = benchmark.measure(options.steps, options.warmup)
+        del benchmark  # the engine has to go before the process group
         ranks = [RankMeasurement.from_json(rank) for rank in runtime.collectives.gather(dataclasses.asdict(own))]
         return make_report(run, ranks, is_on_gpu=runtime.device.type == "cuda")
 

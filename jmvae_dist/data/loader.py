@@ -285,15 +285,18 @@ class _Batches(Dataset[Batch | _Failure]):
     def _batch(
         self, shard_B: np.ndarray, index_B: np.ndarray, rows: np.ndarray, global_step: int, keys: SampleKeys
     ) -> Batch:
-        problems: dict[int, str] = {}
-        if self._masks:
-            values, problems = self._shards.gather_valid(shard_B, index_B, self._views, keys)
-        else:
-            values = self._shards.gather(shard_B, index_B, self._views, keys)
-        if problems:
-            rows = np.delete(rows, list(problems))
+        values, problems = self._gather(shard_B, index_B, keys)
         inputs = {name: torch.from_numpy(values_B) for name, values_B in values.items()}
+        rows = np.delete(rows, list(problems))  # a copy
         return Batch(inputs, torch.from_numpy(rows), global_step, tuple(problems.values()))
+
+    def _gather(
+        self, shard_B: np.ndarray, index_B: np.ndarray, keys: SampleKeys
+    ) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+        """What the model sees of samples that are not masked, and what is wrong with the others, in their order."""
+        if self._masks:
+            return self._shards.gather_valid(shard_B, index_B, self._views, keys)
+        return self._shards.gather(shard_B, index_B, self._views, keys), {}
 
     def cancel(self) -> None:
         self._shards.cancel()
@@ -329,31 +332,39 @@ class _TrainSteps(_Batches):
         bytes_per_sample = 4 * sum(math.prod(view.shape) for view in views)
         self._steps_at_once = steps_at_once(len(self._rows_B), bytes_per_sample) if reads_ahead else 1
         self._read_ahead: dict[int, Batch] = {}
+        self._one_by_one_until = 0
 
     def _load(self, number: int) -> Batch:
         if number in self._read_ahead:
             return self._read_ahead.pop(number)
         steps = range(number, min(number + self._steps_at_once, self.stop_step))
-        if len(steps) > 1:
-            # What is wrong with a sample is the matter of its own step.
+        if len(steps) > 1 and number >= self._one_by_one_until:
+            # What is wrong with a sample is the matter of its own step; the others are not tried together again.
+            self._one_by_one_until = steps.stop
             with suppress(DataError):
                 self._read_ahead = self._load_together(steps)
+                self._one_by_one_until = 0
                 return self._read_ahead.pop(number)
         shard_B, index_B = self._plan.batch(number, self._lanes)
-        return self._batch(shard_B, index_B, self._rows_B.copy(), number, self._keys(number))
+        return self._batch(shard_B, index_B, self._rows_B, number, self._keys(number))
 
     def _load_together(self, steps: range) -> dict[int, Batch]:
-        """The batches of some steps, if all their samples are sound."""
+        """The batches of some steps; raises DataError for a sample that cannot be read and may not be masked."""
         places = [self._plan.batch(step, self._lanes) for step in steps]
         shards, indices = (np.concatenate(column) for column in zip(*places, strict=True))
         keys = SampleKeys(np.concatenate([self._keys(step).positions for step in steps]))
-        values = {
-            name: torch.from_numpy(values_B).split(len(self._rows_B))
-            for name, values_B in self._shards.gather(shards, indices, self._views, keys).items()
-        }
+        values, problems = self._gather(shards, indices, keys)
+        is_kept = np.ones((len(steps), len(self._rows_B)), bool)
+        is_kept.reshape(-1)[list(problems)] = False
+        counts = is_kept.sum(axis=1).tolist()
+        inputs = {name: torch.from_numpy(values_B).split(counts) for name, values_B in values.items()}
+        messages = iter(problems.values())
         return {
             step: Batch(
-                {name: parts[at] for name, parts in values.items()}, torch.from_numpy(self._rows_B.copy()), step
+                {name: parts[at] for name, parts in inputs.items()},
+                torch.from_numpy(self._rows_B[is_kept[at]]),
+                step,
+                tuple(itertools.islice(messages, len(self._rows_B) - counts[at])),
             )
             for at, step in enumerate(steps)
         }
@@ -488,7 +499,8 @@ def _next_batch(batches: Iterator[Batch | _Failure], workers: int) -> Batch | _F
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"a data worker process died ({reason}); it may have run out of memory or of space in /dev/shm: "
-            "lower data.workers (0 reads in the training process)"
+            "lower data.workers (0 reads in the training process), or leave /dev/shm to them with "
+            "training.gradient_reduction: process_group"
         ) from error
 
 

@@ -10,7 +10,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _LARGEST_KEPT_PIECE_BYTES = 32 * 2**20  # glibc accepts no more
 _NEVER_TRIM_BYTES = 2**31 - 1
-_SETTINGS_OF_USERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+SETTINGS_OF_USERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory() -> bool:
@@ -21,14 +21,15 @@ def keep_freed_memory() -> bool:
     needs at most stays the same: it is only kept between steps.
 
     Returns:
-        False if nothing was changed: the environment has settings of the user's, or the C library is another one.
+        False if freed memory is given back as before: the environment has settings of the user's, or the C library
+        is another one.
     """
-    if any(name in os.environ for name in _SETTINGS_OF_USERS):
+    if any(name in os.environ for name in SETTINGS_OF_USERS):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    # Both or none: a threshold that is set switches off the adaptation of the other one.
+    # Both: a threshold that is set switches off the adaptation of the other one.
     return bool(
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_PIECE_BYTES) and mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM_BYTES)
     )

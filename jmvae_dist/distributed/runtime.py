@@ -49,6 +49,7 @@ class Runtime:
         num_micro_batches: int = 1,
         is_compiled: bool = False,
         gradient_reduction: str = "auto",
+        reader_bytes: int = 0,
     ) -> Engine:
         """The engine that trains `model`, which itself stays as it is for evaluation in float32.
 
@@ -58,6 +59,7 @@ class Runtime:
             num_micro_batches: Forward passes per optimizer step.
             is_compiled: Whether its training passes are compiled.
             gradient_reduction: auto, shared_memory or process_group; of the engine ddp.
+            reader_bytes: What the reader processes of all ranks may put into shared memory.
 
         Raises:
             LaunchError: Another engine than the requested one came into being.
@@ -65,7 +67,7 @@ class Runtime:
         """
         if self.engine_name == "ddp":
             sizes = [parameter.nbytes for parameter in model.parameters() if parameter.requires_grad]
-            mean = share_gradients(gradient_reduction, self.collectives, self.device, sizes)
+            mean = share_gradients(gradient_reduction, self.collectives, self.device, sizes, reader_bytes)
             return ReplicatedEngine(model, optimizer, self.accelerator, self.precision, is_compiled, mean)
         from jmvae_dist.distributed.deepspeed import ZeroEngine
 

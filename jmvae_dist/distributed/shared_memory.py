@@ -49,16 +49,20 @@ class SharedMemoryMean:
         collectives: Of ranks whose default process group is gloo's.
         tensor_bytes: Sizes of all gradients of a step.
         folder: Where files are memory.
+        left_bytes: To be left there for others.
 
     Raises:
         LaunchError: The ranks have no memory in common, or too little of it; on all ranks.
     """
 
-    def __init__(self, collectives: Collectives, tensor_bytes: Iterable[int], folder: Path = FOLDER) -> None:
+    def __init__(
+        self, collectives: Collectives, tensor_bytes: Iterable[int], folder: Path = FOLDER, left_bytes: int = 0
+    ) -> None:
         self._rank, self._world_size = collectives.rank, collectives.world_size
         # As if each lay in a bucket of its own, since it is not known how DDP will put them together.
-        self._rows = map_together(collectives, sum(map(_aligned, tensor_bytes)), folder)
+        self._rows = map_together(collectives, sum(map(_aligned, tensor_bytes)), folder, left_bytes)
         self._signal = torch.zeros(1)
+        self._last_sizes: list[int] = []
         self._waiting: list[tuple[Tensor, torch.futures.Future[Tensor]]] = []
 
     def hook(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -82,7 +86,11 @@ class SharedMemoryMean:
         Raises:
             RuntimeError: A rank is gone, or has not come within the timeout of the process group.
         """
-        rows = self._rows_of(tensors)
+        rows, sizes = self._rows_of(tensors), [tensor.nbytes for tensor in tensors]
+        if sizes != self._last_sizes:
+            # Where this call writes first, others may still read the sums of the last one.
+            self._wait_for_all()
+            self._last_sizes = sizes
         for values, of_ranks in zip(tensors, rows, strict=True):
             self._publish(values, of_ranks)
         self._wait_for_all()
@@ -92,7 +100,7 @@ class SharedMemoryMean:
         for values, of_ranks in zip(tensors, rows, strict=True):
             for rank, part in enumerate(self._parts(values)):
                 values[part] = of_ranks[rank, part]
-        # The next call writes over what others may still read now only after `_publish`, when they have met again.
+        # What others may still read now, the next call of the same sizes writes over only when they have met again.
 
     def _rows_of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Where each tensor lies in the row of every rank: (world_size, size), in its dtype."""
@@ -131,9 +139,15 @@ class SharedMemoryMean:
 
 
 def share_gradients(
-    setting: str, collectives: Collectives, device: torch.device, tensor_bytes: Iterable[int]
+    setting: str, collectives: Collectives, device: torch.device, tensor_bytes: Iterable[int], left_bytes: int = 0
 ) -> SharedMemoryMean | None:
     """What averages gradients as `training.gradient_reduction` says; None: the process group.
+
+    Args:
+        setting: Of the configuration.
+        collectives: Of all ranks.
+        device: Of this rank.
+        tensor_bytes, left_bytes: See `SharedMemoryMean`.
 
     Raises:
         ConfigError: Shared memory was asked for and cannot be had; on all ranks.
@@ -145,7 +159,7 @@ def share_gradients(
             return None
         raise mark_on_all_ranks(ConfigError(f"{SETTING}: shared_memory is for CPUs, and training runs on {device}"))
     try:
-        return SharedMemoryMean(collectives, tensor_bytes)
+        return SharedMemoryMean(collectives, tensor_bytes, left_bytes=left_bytes)
     except LaunchError as error:
         if setting == "shared_memory":
             message = f"{SETTING}: shared_memory cannot be had: {error}; or use auto, or process_group"
@@ -155,13 +169,14 @@ def share_gradients(
         return None
 
 
-def map_together(collectives: Collectives, row_bytes: int, folder: Path = FOLDER) -> Tensor:
+def map_together(collectives: Collectives, row_bytes: int, folder: Path = FOLDER, left_bytes: int = 0) -> Tensor:
     """Memory that all ranks read and write, one row each; nothing of it outlives the processes.
 
     Args:
         collectives: Of all ranks.
         row_bytes: Of each row, rounded up to whole pages.
         folder: Where files are memory.
+        left_bytes: To be left there for others.
 
     Returns:
         (world_size, row_bytes), uint8, of undefined values.
@@ -172,7 +187,7 @@ def map_together(collectives: Collectives, row_bytes: int, folder: Path = FOLDER
     rank, world_size = collectives.rank, collectives.world_size
     row_bytes = -(-max(row_bytes, _TOKEN_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
     _require_one_machine(collectives)
-    descriptor = _open_together(collectives, folder, world_size * row_bytes)
+    descriptor = _open_together(collectives, folder, world_size * row_bytes, left_bytes)
     try:
         with collectives.together():
             # Each rank its own row, which then is near to it. Without a reservation, writing to a page that cannot be
@@ -197,13 +212,13 @@ def _require_one_machine(collectives: Collectives) -> None:
         raise mark_on_all_ranks(LaunchError(f"the ranks are on {machines} machines"))
 
 
-def _open_together(collectives: Collectives, folder: Path, num_bytes: int) -> int:
+def _open_together(collectives: Collectives, folder: Path, num_bytes: int, left_bytes: int) -> int:
     """A new file that all ranks have open, and that has no name any more: a rank that is killed leaves nothing."""
     path = ""
     try:
         with collectives.together():
             if collectives.rank == 0:
-                path = _create(folder, num_bytes)
+                path = _create(folder, num_bytes, left_bytes)
         path_of_main = collectives.broadcast(path)
         descriptor = -1
         try:
@@ -219,15 +234,15 @@ def _open_together(collectives: Collectives, folder: Path, num_bytes: int) -> in
             os.unlink(path)
 
 
-def _create(folder: Path, num_bytes: int) -> str:
+def _create(folder: Path, num_bytes: int, left_bytes: int) -> str:
     try:
         status = os.statvfs(folder)
         free_bytes = status.f_bavail * status.f_frsize
-        # Batches of reader processes take the same way, and those that find no room are killed.
-        if num_bytes > free_bytes // 2:
+        # Reader processes that find no room are killed, and so are those of other jobs.
+        if num_bytes > (free_bytes - left_bytes) // 2:
             raise LaunchError(
                 f"{format_bytes(num_bytes)} would be more than half of the {format_bytes(free_bytes)} that are free "
-                f"in {folder}, and reader processes need some too; {_MORE_ROOM}"
+                f"in {folder}, less {format_bytes(left_bytes)} for reader processes; {_MORE_ROOM}"
             )
         descriptor, path = tempfile.mkstemp(prefix="jmvae-dist-", dir=folder)  # 0600, and not there before
     except OSError as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
+import math
 from contextlib import AbstractContextManager
 
 import torch
 
-from jmvae_dist.data.loader import TrainLoader, decode_threads
+from jmvae_dist.data.loader import PREFETCH_BATCHES_PER_WORKER, TrainLoader, decode_threads
 from jmvae_dist.distributed.engine import Engine
 from jmvae_dist.distributed.environment import ProcessInfo
 from jmvae_dist.distributed.runtime import Runtime, start_runtime
@@ -51,8 +54,24 @@ def make_engine(run: ResolvedRun, runtime: Runtime) -> tuple[JMVAE, Engine]:
         num_micro_batches=num_micro_batches(run, runtime.process.world_size),
         is_compiled=training.compile != "off",
         gradient_reduction=training.gradient_reduction,
+        reader_bytes=_reader_bytes(run, runtime.process.world_size),
     )
     return model, engine
+
+
+def _reader_bytes(run: ResolvedRun, world_size: int) -> int:
+    """What the reader processes of all ranks may hold in shared memory; these are on one machine if gradients are."""
+    if run.config.data.workers == 0:
+        return 0
+    return sum(prefetched_bytes(run, rank, world_size) for rank in range(world_size))
+
+
+def prefetched_bytes(run: ResolvedRun, rank: int, world_size: int) -> int:
+    """Bytes of batches that a rank's worker processes hold in shared memory: made ahead, and in use by the rank."""
+    start, stop = run.plan.rows_of_rank(rank, world_size)
+    values = sum(math.prod(view.shape) for view in run.views)
+    batches = run.config.data.workers * PREFETCH_BATCHES_PER_WORKER + 1
+    return batches * (stop - start) * values * torch.float32.itemsize
 
 
 def _recompute_activations(model: JMVAE, runtime: Runtime) -> None:
@@ -89,6 +108,9 @@ def open_batches(run: ResolvedRun, runtime: Runtime, model: JMVAE, steps: range)
     process, data = runtime.process, run.config.data
     fingerprint = f"fingerprint {run.train_manifest.fingerprint}"
     runtime.collectives.require_equal(str(data.train_manifest), fingerprint)
+    # A plan remembers what it computed last, and after a rewind the thread from before may still ask its own.
+    run = dataclasses.replace(run, plan=copy.deepcopy(run.plan))
+    has_thread = data.workers == 0 and _has_room_for_a_thread(runtime)
     with runtime.collectives.together():
         loader = TrainLoader(
             run.train_manifest,
@@ -107,9 +129,8 @@ def open_batches(run: ResolvedRun, runtime: Runtime, model: JMVAE, steps: range)
         batches = CheckedBatches(loader.iterate(steps.start, steps.stop), run, model.likelihoods, lanes)
         batches.fetch_ahead()
         batches.raise_failure()
-    # Worker processes run ahead by themselves, and do not hear of an interruption.
-    interrupt = loader.cancel if data.workers == 0 and _has_room_for_a_thread(runtime) else None
-    return ReadyBatches(batches, Preparation(run, runtime.device), interrupt)
+        # Worker processes run ahead by themselves, and do not hear of an interruption.
+        return ReadyBatches(batches, Preparation(run, runtime.device), loader.cancel if has_thread else None)
 
 
 def _has_room_for_a_thread(runtime: Runtime) -> bool:

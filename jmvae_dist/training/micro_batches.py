@@ -93,7 +93,7 @@ class RankNeeds:
         num_parameters: Of its model.
         num_ranks: Of the run.
         share: Most samples of a step on one rank.
-        sample_bytes: Of one sample, as the model gets it.
+        sample_bytes: Of one sample, as the model gets it, with its noise.
         deepspeed_config: Of zero0 .. zero3.
         device_type: Where it trains.
     """
@@ -119,14 +119,13 @@ class RankNeeds:
         )
 
     def data_bytes(self, size: int) -> int:
-        """Batches beside the inputs of one micro-batch: the rest of the step's, and those of coming steps."""
+        """On a CPU, batches beside what one micro-batch takes: the rest of the step's, and those of coming steps."""
         workers = self.config.data.workers
-        if self.device_type != "cpu":
-            batches = 2  # that of the step, and one that is copied meanwhile
-        elif workers == 0:
-            batches = 1 + STEPS_AHEAD + steps_at_once(self.share, self.sample_bytes)
-        else:
-            batches = 1 + STEPS_AHEAD + workers * PREFETCH_BATCHES_PER_WORKER
+        ahead = workers * PREFETCH_BATCHES_PER_WORKER
+        if workers == 0:
+            # Those that are read together, and the rest of those before them, which share their memory.
+            ahead = 2 * steps_at_once(self.share, self.sample_bytes)
+        batches = 1 + STEPS_AHEAD + ahead
         return (batches * self.share - size) * self.sample_bytes
 
 
@@ -141,7 +140,8 @@ def rank_needs(
 ) -> RankNeeds:
     """The needs of a run's rank, before it has a model."""
     assert model_config.input_dims is not None
-    sample_bytes = BYTES_PER_ELEMENT * sum(map(math.prod, model_config.input_dims.values()))
+    values = sum(map(math.prod, model_config.input_dims.values())) + model_config.latent_dim
+    sample_bytes = BYTES_PER_ELEMENT * values
     return RankNeeds(config, num_parameters, num_ranks, share, sample_bytes, deepspeed_config, device_type)
 
 
@@ -353,7 +353,8 @@ class PassTrial:
         reserved = torch.empty(self._reserved_bytes(size), dtype=torch.uint8, device=self._device)
         shapes = self._run.model_config.input_dims
         assert shapes is not None
-        batch = {name: torch.zeros(self._share, *shape, device=self._device) for name, shape in shapes.items()}
+        # And the next batch, which is copied meanwhile.
+        batch = {name: torch.zeros(2 * self._share, *shape, device=self._device) for name, shape in shapes.items()}
         inputs = {name: values[:size] for name, values in batch.items()}
         noise = torch.zeros(size, self._run.model_config.latent_dim, device=self._device)
         loss_sum, _ = forward_pass(inputs, noise=noise, check_inputs=False)

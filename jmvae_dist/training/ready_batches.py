@@ -1,4 +1,4 @@
-"""Batches as a step takes them: on the run's device and with their noise, made by a thread one batch ahead."""
+"""Batches as a step takes them: on the run's device and with their noise, usually made by a thread, one ahead."""
 
 from __future__ import annotations
 
@@ -86,7 +86,14 @@ class Preparation:
         if step not in self._drawn_steps or not torch.equal(rows_B, self._drawn_rows_B):
             self._drawn_steps = range(step, step + max(1, _ROWS_OF_NOISE // max(1, len(rows_B))))
             self._drawn_rows_B = rows_B
-            self._drawn_SBD = normal_noise_of_steps(self._seed, self._drawn_steps, rows_B, self._latent_dim)
+            # In portions: what is computed on the way takes several times the memory of the noise.
+            self._drawn_SBD = torch.cat(
+                [
+                    normal_noise_of_steps(self._seed, self._drawn_steps, part, self._latent_dim)
+                    for part in rows_B.split(_ROWS_OF_NOISE)
+                ],
+                dim=1,
+            )
         return self._drawn_SBD[step - self._drawn_steps.start]
 
     def device_chosen(self) -> AbstractContextManager[Any]:
@@ -119,7 +126,7 @@ class _Outcome:
 
 
 class ReadyBatches:
-    """The batches of one rank, each made ready while the step before it is computed.
+    """The batches of one rank, each made ready while the step before it is computed, if there is a thread for it.
 
     A thread takes the next one from `checked` as soon as the loop has taken one, and no earlier: reading is two steps
     ahead whenever a batch is handed out, so that a failure becomes known at the same step as without a thread, and
@@ -147,6 +154,7 @@ class ReadyBatches:
         self._orders: SimpleQueue[bool] = SimpleQueue()
         self._outcomes: SimpleQueue[_Outcome] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._has_ended = False
         if interrupt is not None:
             # A daemon, for the case in which `close` leaves it behind.
             self._thread = threading.Thread(target=self._work, name="jmvae-batches", daemon=True)
@@ -155,8 +163,9 @@ class ReadyBatches:
 
     def __iter__(self) -> Iterator[ReadyBatch]:
         """The batches up to the failing one; all ranks stop before they reach it."""
-        while True:
+        while not self._has_ended:
             outcome = self._next()
+            self._has_ended = outcome.batch is None
             if outcome.error is not None:
                 raise outcome.error
             self.failure, self.last_problem = outcome.failure, outcome.last_problem
@@ -173,9 +182,10 @@ class ReadyBatches:
     def close(self) -> None:
         """End the thread, and the loader's worker processes.
 
-        A read under way ends with the next piece that a server sends. Where a server is silent, or a network file
-        system does not answer, nothing can make the thread return: it is left behind, ends when the call does, and as
-        a daemon keeps no process from ending.
+        A read under way ends with the next piece that a server sends. Where a server is silent, a network file system
+        does not answer, or a large shard is hashed, nothing can make the thread return: after a while it is left
+        behind, and ends when the call does. As a daemon it keeps no process from ending; but requests that it makes
+        several at a time do, until the server's silence has lasted for `data.remote.stall_timeout_s`.
         """
         if self._thread is None or self._interrupt is None:
             self._checked.close()

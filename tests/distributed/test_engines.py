@@ -178,6 +178,14 @@ def test_more_processes_resume_exactly(
     assert_close_losses(sources("ddp", 2), origin, 1e-5)
 
 
+@pytest.mark.slow
+def test_more_processes_resume_exactly_over_gloo(sources: Callable[..., Run], tmp_path: Path) -> None:
+    """As ranks on several machines do; sums are in another order until DDP has laid out its buckets anew."""
+    over_gloo = ("--training.gradient_reduction", "process_group")
+    origin = sources("ddp", 3, *over_gloo)
+    assert_same_run(origin, resume(origin, tmp_path / "resumed", "ddp", 3, *over_gloo))
+
+
 FROZEN = """
 import os, sys
 import torch

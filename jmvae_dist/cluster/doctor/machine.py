@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import resource
 from pathlib import Path
@@ -16,11 +15,11 @@ from jmvae_dist.cluster.doctor.check import Check, Context, Gathered, Judgement,
 from jmvae_dist.cluster.doctor.layout import format_ranks
 from jmvae_dist.cluster.doctor.table import Row
 from jmvae_dist.cluster.provenance import describe_code
-from jmvae_dist.data.loader import PREFETCH_BATCHES_PER_WORKER, count_shards_in_use
+from jmvae_dist.data.loader import count_shards_in_use
 from jmvae_dist.data.reader import most_open_shards
 from jmvae_dist.progress import format_bytes
+from jmvae_dist.training.assembly import prefetched_bytes
 from jmvae_dist.training.cores import cpu_quota, usable_cores
-from jmvae_dist.training.setup import ResolvedRun
 from jmvae_dist.training.state import software_versions
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -323,14 +322,6 @@ def _gather_shared_memory(context: Context) -> dict[str, Any]:
         "free_bytes": status.f_bavail * status.f_frsize,
         "needed_bytes": needed,
     }
-
-
-def prefetched_bytes(run: ResolvedRun, rank: int, world_size: int) -> int:
-    """Bytes of batches that a rank's worker processes hold in shared memory: made ahead, and in use by the rank."""
-    start, stop = run.plan.rows_of_rank(rank, world_size)
-    values = sum(math.prod(view.shape) for view in run.views)
-    batches = run.config.data.workers * PREFETCH_BATCHES_PER_WORKER + 1
-    return batches * (stop - start) * values * torch.float32.itemsize
 
 
 def _judge_shared_memory(gathered: Gathered) -> list[Row]:

@@ -10,16 +10,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from data_examples import npy_bytes
 
+from jmvae_dist.data import loader
 from jmvae_dist.data.loader import Batch, EvaluationLoader, OnBadSample, TrainLoader, steps_at_once
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan
-from jmvae_dist.data.reader import ShardReader
+from jmvae_dist.data.reader import ShardReader, ShardSet
 from jmvae_dist.data.store import ShardBytes, Verify
 from jmvae_dist.data.views import SampleKeys, View, make_views
 from jmvae_dist.errors import ConfigError, DataError
@@ -168,6 +170,33 @@ def test_a_bad_sample_of_steps_that_are_read_together_is_the_matter_of_its_own_s
             next(batches)
         return
     assert [len(batch) for batch in batches] == [3] + [4] * (11 - bad_step)
+
+
+def test_a_bad_sample_costs_the_steps_with_it_one_more_try(
+    foreign_manifest: MakeManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = [{"x.npy": npy_bytes(np.full((2,), number, np.float32))} for number in range(64)]
+    samples[40] = {"x.npy": npy_bytes(np.array([0, np.nan], np.float32))}
+    manifest = foreign_manifest([Modality("x", "float32", (2,))], samples)
+    monkeypatch.setattr(loader, "_SAMPLES_AT_ONCE", 32)
+    gathered: list[int] = []
+    gather = ShardSet.gather
+
+    def counted(shards: ShardSet, shard_B: np.ndarray, *arguments: Any) -> dict[str, np.ndarray]:
+        gathered.append(len(shard_B))
+        return gather(shards, shard_B, *arguments)
+
+    monkeypatch.setattr(ShardSet, "gather", counted)
+    plan = SamplePlan(manifest.shard_sizes, 4, 1, 64, seed=5)
+    bad_step = next(step for step in range(16) if 40 in plan.batch(step)[1])
+    batches = TrainLoader(manifest, plan, rank=0, world_size=1).iterate(0, 16)
+    for _ in range(bad_step):
+        next(batches)
+    with pytest.raises(DataError, match="sample 40 "):
+        next(batches)
+    together = [size for size in gathered if size > 4]
+    assert together == [32] * (1 + bad_step // 8)
+    assert len(gathered) == len(together) + bad_step % 8 + 1
 
 
 def test_few_samples_and_bytes_are_read_together() -> None:

@@ -31,6 +31,11 @@ Interrupt = Callable[[], None]
 WAYS = pytest.mark.parametrize("interrupt", [lambda: None, None], ids=["thread", "no-thread"])
 
 
+@pytest.fixture(autouse=True)
+def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ready_batches, "_STOP_S", 30.0)
+
+
 def loader_of(run: ResolvedRun) -> TrainLoader:
     return TrainLoader(run.train_manifest, run.plan, rank=0, world_size=1, views=run.views, access=run.remote_access)
 
