@@ -6,9 +6,8 @@
 Every cell is a run of its own, of real processes (gloo, CPU): perceptrons on vectors, float32, a few steps of
 `TrainStep` with a batch in memory. Counted is by how much the resident memory of rank 0 grows at most (VmHWM) after
 imports, the start of the process group, a step of a tiny optimizer, and the making of the batch; pages that the ranks
-share are divided among them. More than one
-micro-batch is measured without recomputation. MALLOC_MMAP_THRESHOLD_ and other variables of the C library's allocator
-reach the ranks.
+share are divided among them. More than one micro-batch is measured without recomputation. MALLOC_MMAP_THRESHOLD_ and
+other variables of the C library's allocator reach the ranks.
 """
 
 from __future__ import annotations

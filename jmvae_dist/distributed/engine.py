@@ -67,11 +67,13 @@ class Engine(ABC):
         stage: Stage of ZeRO; at 0 every rank holds everything.
         is_settled: False while the first forward and backward passes differ from the later ones: they may sum over
             ranks in another order, or have to be compiled.
+        uses_shared_memory: Whether gradients are averaged in shared memory.
     """
 
     name: str
     stage = 0
     is_settled = True
+    uses_shared_memory = False
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model = model

@@ -81,7 +81,7 @@ class Runtime:
             engine: What `prepare` has made.
         """
         backend = dist.get_backend() if dist.is_initialized() else "no process group"
-        if isinstance(engine, ReplicatedEngine) and engine.uses_shared_memory:
+        if engine is not None and engine.uses_shared_memory:
             backend += " (gradients in shared memory)"
         return (
             f"{self.accelerator.num_processes} process(es) started by {self.process.launcher}, engine "

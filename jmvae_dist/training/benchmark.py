@@ -378,7 +378,7 @@ class StepBenchmark:
         }
 
     def _probe_replicated(self, engine: ReplicatedEngine, batch: ReadyBatch, count: int) -> dict[str, float]:
-        """The reduction overlaps the backward pass: what it adds to it, by steps with and without it in turn."""
+        """The reduction is part of the backward pass: what it adds to it, by steps with and without it in turn."""
         if self._runtime.process.world_size == 1:
             return {}
         with_s, without_s = [], []

@@ -242,7 +242,7 @@ class Trainer:
                 raise
             logger.warning("accepted by data.allow_order_change: %s", error)
         check_same_model(manifest.model, self.run.describe_model())
-        changes = describe_changes(manifest.config, to_plain(self.run.config))
+        changes = describe_changes(manifest.config, self._settings())
         if changes and self.runtime.is_main:
             logger.warning("settings changed since the checkpoint: %s", "; ".join(changes))
         if manifest.global_step > self.run.total_steps:
@@ -250,6 +250,18 @@ class Trainer:
                 f"training.steps: the run in {self.run.output_dir} has already taken {manifest.global_step} steps, "
                 f"more than the {self.run.total_steps} asked for; ask for more, or choose a new output_dir"
             )
+
+    def _settings(self) -> dict[str, Any]:
+        """The run's settings as they took effect, where the last bits depend on it.
+
+        From three ranks on, sums in shared memory and over the process group are in another order; which of them it
+        is depends on the room in /dev/shm, and a resume that takes the other way has to be seen.
+        """
+        settings = to_plain(self.run.config)
+        if self.run.config.training.engine == "ddp" and self.runtime.process.world_size > 2:
+            way = "shared_memory" if self.engine.uses_shared_memory else "process_group"
+            settings["training"]["gradient_reduction"] = way
+        return settings
 
     def _rewind(self, rewind: RewindRequested) -> CheckpointManifest:
         """Go back to before a loss spike, and note which batches to pass over from there on."""
@@ -400,6 +412,7 @@ class Trainer:
                 self.run,
                 self.runtime,
                 self.global_step,
+                settings=self._settings(),
                 wandb_run_id=self.recorder.wandb_run_id,
                 elapsed_s=self._elapsed_s(),
                 guards=self.guard.state(),

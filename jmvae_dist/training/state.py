@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 import jmvae_dist
 from jmvae_dist.checkpoint.layout import CheckpointManifest
-from jmvae_dist.config_io import save_run_config, to_plain
+from jmvae_dist.config_io import save_run_config
 from jmvae_dist.distributed.runtime import Runtime
 from jmvae_dist.errors import LaunchError
 from jmvae_dist.files import write_text_atomic
@@ -126,6 +126,7 @@ def describe_checkpoint(
     runtime: Runtime,
     global_step: int,
     *,
+    settings: dict[str, Any],
     wandb_run_id: str | None,
     elapsed_s: float,
     guards: dict[str, Any],
@@ -139,7 +140,7 @@ def describe_checkpoint(
         versions=software_versions(),
         model=run.describe_model(),
         modalities=run.describe_modalities(),
-        config=to_plain(run.config),
+        config=settings,
         data_state=run.plan.state(global_step, run.train_manifest.fingerprint),
         tracking={"wandb_run_id": wandb_run_id},
         optimizer={},

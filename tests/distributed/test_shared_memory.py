@@ -240,6 +240,14 @@ runtime.share_gradients = share_in_little_room
 """
 
 
+@pytest.mark.slow
+def test_three_ranks_that_resume_without_room_say_that_sums_change(make_run: MakeRun) -> None:
+    run = make_run("run", "--training.steps", "3")
+    run.train(3)
+    output = run_verb("train", *run.arguments(), "--training.steps", "4", num_processes=3, patch=LITTLE_ROOM)
+    assert "training.gradient_reduction shared_memory -> process_group" in output
+
+
 def test_a_run_without_room_says_so_and_goes_on_over_gloo(make_run: MakeRun) -> None:
     run = make_run("run", "--training.steps", "3")
     output = run_verb("train", *run.arguments(), num_processes=2, patch=LITTLE_ROOM)
