@@ -293,7 +293,7 @@ def test_open_files_of_shards_in_the_cache(remote: Manifest, cached: RemoteAcces
         shards.reader(number)
         assert len(os.listdir("/proc/self/fd")) <= before + 2 * cached.files_per_shard(remote)
     shards.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # a connection of the server in this process may have ended
 
 
 def test_a_damaged_shard_is_asked_for_once(server: FaultyServer, remote: Manifest) -> None:
