@@ -76,7 +76,8 @@ forward() {
     stop_requested=yes
     [ -n "$child" ] || return
     # Without a subshell: bash may complain of one that is started while a signal interrupts its `wait`.
-    [ -z "$pausing" ] || { kill "$child" 2>/dev/null; return; }
+    # Twice: until it has become `sleep`, the child has this script's traps, in which a signal is lost.
+    [ -z "$pausing" ] || { kill "$child"; sleep 0.1; kill "$child"; return; } 2>/dev/null
     ranks=$(cat "/proc/$child/task/"*/children 2>/dev/null)
     # shellcheck disable=SC2086  # several process ids
     kill -s "$1" ${ranks:-$child} 2>/dev/null
