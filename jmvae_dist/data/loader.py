@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -282,14 +282,6 @@ class _Batches(Dataset[Batch | _Failure]):
     def _load(self, number: int) -> Batch:
         raise NotImplementedError
 
-    def _batch(
-        self, shard_B: np.ndarray, index_B: np.ndarray, rows: np.ndarray, global_step: int, keys: SampleKeys
-    ) -> Batch:
-        values, problems = self._gather(shard_B, index_B, keys)
-        inputs = {name: torch.from_numpy(values_B) for name, values_B in values.items()}
-        rows = np.delete(rows, list(problems))  # a copy
-        return Batch(inputs, torch.from_numpy(rows), global_step, tuple(problems.values()))
-
     def _gather(
         self, shard_B: np.ndarray, index_B: np.ndarray, keys: SampleKeys
     ) -> tuple[dict[str, np.ndarray], dict[int, str]]:
@@ -335,25 +327,32 @@ class _TrainSteps(_Batches):
         self._one_by_one_until = 0
 
     def _load(self, number: int) -> Batch:
-        if number in self._read_ahead:
-            return self._read_ahead.pop(number)
-        steps = range(number, min(number + self._steps_at_once, self.stop_step))
-        if len(steps) > 1 and number >= self._one_by_one_until:
-            # What is wrong with a sample is the matter of its own step; the others are not tried together again.
-            self._one_by_one_until = steps.stop
-            with suppress(DataError):
-                self._read_ahead = self._load_together(steps)
-                self._one_by_one_until = 0
-                return self._read_ahead.pop(number)
-        shard_B, index_B = self._plan.batch(number, self._lanes)
-        return self._batch(shard_B, index_B, self._rows_B, number, self._keys(number))
+        if number not in self._read_ahead:
+            self._read_ahead = self._read(self._steps_from(number))
+        return self._read_ahead.pop(number)
 
-    def _load_together(self, steps: range) -> dict[int, Batch]:
-        """The batches of some steps; raises DataError for a sample that cannot be read and may not be masked."""
+    def _steps_from(self, number: int) -> range:
+        """What to read at once, from a step on."""
+        is_alone = number < self._one_by_one_until
+        return range(number, number + 1 if is_alone else min(number + self._steps_at_once, self.stop_step))
+
+    def _read(self, steps: range) -> dict[int, Batch]:
+        """The batches of some steps; of the first one alone, if a sample of any of them cannot be read.
+
+        Raises:
+            DataError: A sample of the first step cannot be read, and may not be masked.
+        """
         places = [self._plan.batch(step, self._lanes) for step in steps]
         shards, indices = (np.concatenate(column) for column in zip(*places, strict=True))
-        keys = SampleKeys(np.concatenate([self._keys(step).positions for step in steps]))
-        values, problems = self._gather(shards, indices, keys)
+        keys = SampleKeys(np.concatenate([step * self._plan.global_batch_size + self._rows_B for step in steps]))
+        try:
+            values, problems = self._gather(shards, indices, keys)
+        except DataError:
+            if len(steps) == 1:
+                raise
+            # What is wrong with a sample is the matter of its own step; the others are not tried together again.
+            self._one_by_one_until = steps.stop
+            return self._read(steps[:1])
         is_kept = np.ones((len(steps), len(self._rows_B)), bool)
         is_kept.reshape(-1)[list(problems)] = False
         counts = is_kept.sum(axis=1).tolist()
@@ -369,11 +368,8 @@ class _TrainSteps(_Batches):
             for at, step in enumerate(steps)
         }
 
-    def _keys(self, global_step: int) -> SampleKeys:
-        return SampleKeys(global_step * self._plan.global_batch_size + self._rows_B)
-
     def close(self) -> None:
-        self._read_ahead = {}
+        self._read_ahead, self._one_by_one_until = {}, 0
         super().close()
 
 
@@ -419,7 +415,10 @@ class _EvaluationBatches(_Batches):
         part = self._block[number * self._batch_size : (number + 1) * self._batch_size]
         position_B = np.arange(part.start, part.stop, dtype=np.int64)
         shard_B, index_B = self.locate(position_B)
-        return self._batch(shard_B, index_B, position_B, number, SampleKeys(position_B, is_training=False))
+        values, problems = self._gather(shard_B, index_B, SampleKeys(position_B, is_training=False))
+        inputs = {name: torch.from_numpy(values_B) for name, values_B in values.items()}
+        rows = torch.from_numpy(np.delete(position_B, list(problems)))
+        return Batch(inputs, rows, number, tuple(problems.values()))
 
 
 def decode_threads(setting: int | None, workers: int) -> int:
