@@ -18,6 +18,7 @@ from jmvae_dist.errors import ConfigError
 if TYPE_CHECKING:
     from jmvae_dist.config import RunConfig
     from jmvae_dist.distributed.environment import ProcessInfo
+    from jmvae_dist.distributed.runtime import Runtime
     from jmvae_dist.training.benchmark import RankMeasurement, StepReport
     from jmvae_dist.training.setup import ResolvedRun
 
@@ -70,7 +71,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, RunConfig]:
 
 def _measure(run: ResolvedRun, process: ProcessInfo, options: argparse.Namespace) -> StepReport:
     from jmvae_dist.training.assembly import start_run
-    from jmvae_dist.training.benchmark import RankMeasurement, StepBenchmark, make_report
+    from jmvae_dist.training.benchmark import RankMeasurement, make_report
     from jmvae_dist.training.recorder import configure_logging
 
     configure_logging(process.rank)
@@ -82,13 +83,19 @@ def _measure(run: ResolvedRun, process: ProcessInfo, options: argparse.Namespace
         folder = runtime.collectives.on_main(
             lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="jmvae-bench-"))
         )
-        benchmark = StepBenchmark(run, runtime, Path(folder))
-        if process.rank == 0:
-            print(runtime.describe(benchmark.engine), flush=True)
-        own = benchmark.measure(options.steps, options.warmup)
-        del benchmark  # the engine has to go before the process group
+        own = _measure_rank(run, runtime, Path(folder), options)
         ranks = [RankMeasurement.from_json(rank) for rank in runtime.collectives.gather(dataclasses.asdict(own))]
         return make_report(run, ranks, is_on_gpu=runtime.device.type == "cuda")
+
+
+def _measure_rank(run: ResolvedRun, runtime: Runtime, folder: Path, options: argparse.Namespace) -> RankMeasurement:
+    """In a function of its own, which is left also with an error: the engine has to go before the process group."""
+    from jmvae_dist.training.benchmark import StepBenchmark
+
+    benchmark = StepBenchmark(run, runtime, folder)
+    if runtime.is_main:
+        print(runtime.describe(benchmark.engine), flush=True)
+    return benchmark.measure(options.steps, options.warmup)
 
 
 def render(report: StepReport) -> str:

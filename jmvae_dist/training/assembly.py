@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 import math
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 
@@ -111,26 +111,30 @@ def open_batches(run: ResolvedRun, runtime: Runtime, model: JMVAE, steps: range)
     # A plan remembers what it computed last, and after a rewind the thread from before may still ask its own.
     run = dataclasses.replace(run, plan=copy.deepcopy(run.plan))
     has_thread = data.workers == 0 and _has_room_for_a_thread(runtime)
-    with runtime.collectives.together():
-        loader = TrainLoader(
-            run.train_manifest,
-            run.plan,
-            rank=process.rank,
-            world_size=process.world_size,
-            views=run.views,
-            workers=data.workers,
-            threads=decode_threads(data.decode_threads, data.workers),
-            verify=data.verify,
-            on_bad_sample=data.on_bad_sample,
-            access=run.remote_access,
-            pin_memory=runtime.device.type == "cuda",
-        )
-        lanes = run.plan.lanes_of_rank(process.rank, process.world_size)
-        batches = CheckedBatches(loader.iterate(steps.start, steps.stop), run, model.likelihoods, lanes)
-        batches.fetch_ahead()
-        batches.raise_failure()
-        # Worker processes run ahead by themselves, and do not hear of an interruption.
-        return ReadyBatches(batches, Preparation(run, runtime.device), loader.cancel if has_thread else None)
+    with ExitStack() as opened:  # and closed again, if another rank cannot begin
+        with runtime.collectives.together():
+            loader = TrainLoader(
+                run.train_manifest,
+                run.plan,
+                rank=process.rank,
+                world_size=process.world_size,
+                views=run.views,
+                workers=data.workers,
+                threads=decode_threads(data.decode_threads, data.workers),
+                verify=data.verify,
+                on_bad_sample=data.on_bad_sample,
+                access=run.remote_access,
+                pin_memory=runtime.device.type == "cuda",
+            )
+            lanes = run.plan.lanes_of_rank(process.rank, process.world_size)
+            batches = CheckedBatches(loader.iterate(steps.start, steps.stop), run, model.likelihoods, lanes)
+            batches.fetch_ahead()
+            batches.raise_failure()
+            # Worker processes run ahead by themselves, and do not hear of an interruption.
+            ready = ReadyBatches(batches, Preparation(run, runtime.device), loader.cancel if has_thread else None)
+            opened.callback(ready.close)
+        opened.pop_all()
+    return ready
 
 
 def _has_room_for_a_thread(runtime: Runtime) -> bool:

@@ -169,10 +169,9 @@ class ReadyBatches:
             if outcome.error is not None:
                 raise outcome.error
             self.failure, self.last_problem = outcome.failure, outcome.last_problem
-            if outcome.batch is None:
-                return
-            outcome.batch.await_copy()
-            yield outcome.batch
+            if outcome.batch is not None:
+                outcome.batch.await_copy()
+                yield outcome.batch
 
     def raise_failure(self) -> None:
         """Raise what was found, if anything."""
