@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from conditions import machine, versions
+from workload import free_port
 
 from jmvae_dist.config_io import parse_run_config
 from jmvae_dist.data.loader import Batch
@@ -131,12 +131,9 @@ def _arguments(
 
 def _run(arguments: list[str], ranks: int) -> dict[str, Any]:
     """What rank 0 has measured."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if ranks > 1:
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     command = [sys.executable, __file__, "--rank", "\n".join(arguments)]
     processes = []
     for rank in range(ranks):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -96,14 +98,25 @@ def read_records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def free_port() -> int:
+    """A port that nobody uses at the moment, below those that Linux hands out by itself.
+
+    Of those, a connection of another program may take it before rank 0 listens there, or a rank that tries to reach
+    rank 0 is given the very same one and meets itself: the others would wait for the ranks for ever.
+    """
+    while True:
+        port = 12_000 + secrets.randbelow(8_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
 def run_ranks(command: list[str], processes: int) -> Any:
     """Run a script on several ranks of one thread; returns the JSON that rank 0 printed last.
 
     Without a launcher: benchmarks of parts have no use for torchrun's start.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = []
     for rank in range(processes):
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")

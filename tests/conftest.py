@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing.connection
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -159,12 +161,22 @@ def run_verb(*arguments: str, num_processes: int = 1, expect: int = 0, patch: st
     return printed
 
 
+def free_port() -> int:
+    """A port that nobody uses at the moment, below those that Linux hands out by itself.
+
+    Of those, a connection of another program may take it before rank 0 listens there, or a rank that tries to reach
+    rank 0 is given the very same one and meets itself: the others would wait for the ranks for ever.
+    """
+    while True:
+        port = 12_000 + secrets.randbelow(8_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
 def rank_environments(num_processes: int) -> list[dict[str, str]]:
     """What torchrun sets for every rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    numbers = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_PORT": port}
+    numbers = {"WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes, "MASTER_PORT": free_port()}
     common = {
         **launch_environment(),
         "MASTER_ADDR": "127.0.0.1",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch
 
 import jmvae_dist
 from jmvae_dist.tracking.report import write_report
-from tests.conftest import Run, launch_environment, run_verb
+from tests.conftest import Run, free_port, launch_environment, run_verb
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +106,7 @@ def test_ranks_that_see_other_disks_do_as_rank_0_says(
     away = shutil.copytree(run.checkpoint(2), tmp_path / "away" / run.checkpoint(2).name)
     options = ["--manifest", manifest, "--metrics", "all", "--joint-nll-samples", "2", "--prior-samples", "8"]
     options += ["--classifier-steps", "20", "--probe-samples", "100"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
     for rank, (path, home) in enumerate([(run.output_dir, tmp_path), (away, digits)]):
         variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "HOME": str(home), **meeting}

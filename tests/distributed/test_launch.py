@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Run, assert_losses_agree, launch_environment
+from tests.conftest import ROOT, Run, assert_losses_agree, free_port, launch_environment
 
 BIN = Path(sys.executable).parent
 # GELU: ReLU's kink can turn a difference in the last bit into a visible one.
@@ -52,13 +51,6 @@ def finish(*processes: subprocess.Popen[str], expect: int = 0) -> list[str]:
             process.kill()
     assert [process.returncode for process in processes] == [expect] * len(processes), "\n".join(outputs)
     return outputs
-
-
-def free_port() -> int:
-    """A port that nobody uses at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def by_local_sh(run: Run) -> None:
