@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -53,3 +55,32 @@ def test_weights_that_do_not_lie_in_order_are_updated_in_place(weights: Tensor) 
     pictures = weights[:960].reshape(4, 8, 5, 6)
     pieces = [pictures.contiguous(memory_format=torch.channels_last), weights[960:]]
     assert torch.equal(train(pieces), train([weights]))
+
+
+@pytest.mark.parametrize("size", [SIZE, 7])
+def test_what_was_replaced_between_steps_is_what_is_updated(weights: Tensor, size: int) -> None:
+    """Checkpoints and engines replace weights and moments, or write into them."""
+
+    def run(replace: Callable[[nn.Parameter, GuardedAdamW], None]) -> Tensor:
+        parameter = nn.Parameter(weights[:size].clone())
+        optimizer = GuardedAdamW([parameter], lr=1e-2, weight_decay=0.1, fused=True)
+        optimizer.is_sound = torch.tensor(True)
+        for step in range(4):
+            parameter.grad = torch.randn(size, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+            replace(parameter, optimizer)
+        assert float(optimizer.state[parameter]["step"]) == 4
+        return parameter.detach()
+
+    def with_new_tensors(parameter: nn.Parameter, optimizer: GuardedAdamW) -> None:
+        parameter.data = parameter.data * 2
+        state = copy.deepcopy(optimizer.state_dict())
+        state["state"][0]["exp_avg"] *= 3
+        optimizer.load_state_dict(state)
+
+    def in_place(parameter: nn.Parameter, optimizer: GuardedAdamW) -> None:
+        parameter.data.mul_(2)
+        optimizer.state[parameter]["exp_avg"].mul_(3)
+
+    assert torch.equal(run(with_new_tensors), run(in_place))
+    assert not torch.equal(run(in_place), run(lambda parameter, optimizer: None))
