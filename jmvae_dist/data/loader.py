@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.prefetch import Prefetcher
-from jmvae_dist.data.reader import ShardSet, check_views, describe_sample, most_open_shards
+from jmvae_dist.data.sample_names import describe_sample
+from jmvae_dist.data.shard_set import ShardSet, check_views, most_open_shards
 from jmvae_dist.data.store import RemoteAccess, Verify, check_verify, shard_files
 from jmvae_dist.data.views import SampleKeys, View, make_views
 from jmvae_dist.errors import ConfigError, DataError

@@ -28,7 +28,9 @@ from jmvae_dist.data.indexing.shard_scan import scan_shard
 from jmvae_dist.data.indexing.workspace import Workspace
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan
-from jmvae_dist.data.reader import ShardReader, ShardSet, describe_sample
+from jmvae_dist.data.reader import ShardReader
+from jmvae_dist.data.sample_names import describe_sample
+from jmvae_dist.data.shard_set import ShardSet
 from jmvae_dist.data.store import RemoteAccess, ShardStore, Verify
 from jmvae_dist.data.views import SampleKeys, make_views
 from jmvae_dist.data_config import CacheSection, RemoteSection

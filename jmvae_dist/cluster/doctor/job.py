@@ -20,7 +20,7 @@ from jmvae_dist.cluster.doctor.check import Check, Context, Gathered, find_outli
 from jmvae_dist.cluster.doctor.table import Row
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.plan import default_lanes
-from jmvae_dist.data.reader import ShardSet
+from jmvae_dist.data.shard_set import ShardSet
 from jmvae_dist.data.transfer import RemoteFile
 from jmvae_dist.data.urls import shown
 from jmvae_dist.data.views import SampleKeys

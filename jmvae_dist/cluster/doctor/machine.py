@@ -16,7 +16,7 @@ from jmvae_dist.cluster.doctor.layout import format_ranks
 from jmvae_dist.cluster.doctor.table import Row
 from jmvae_dist.cluster.provenance import describe_code
 from jmvae_dist.data.loader import count_shards_in_use
-from jmvae_dist.data.reader import most_open_shards
+from jmvae_dist.data.shard_set import most_open_shards
 from jmvae_dist.progress import format_bytes
 from jmvae_dist.training.assembly import prefetched_bytes
 from jmvae_dist.training.cores import cpu_quota, usable_cores

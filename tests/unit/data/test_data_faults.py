@@ -23,7 +23,8 @@ from jmvae_dist.data.index import RECORD_DTYPE, index_bytes, read_index
 from jmvae_dist.data.loader import Batch, EvaluationLoader, TrainLoader
 from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard
 from jmvae_dist.data.plan import SamplePlan
-from jmvae_dist.data.reader import ShardSet, Verify
+from jmvae_dist.data.shard_set import ShardSet
+from jmvae_dist.data.store import Verify
 from jmvae_dist.data.views import SampleKeys, make_views
 from jmvae_dist.errors import DataError, UnreachableError
 from jmvae_dist.files import sha256_of_descriptor

@@ -19,7 +19,8 @@ from jmvae_dist.commands.shards import main
 from jmvae_dist.data import manifest
 from jmvae_dist.data.index import RECORD_DTYPE, index_bytes
 from jmvae_dist.data.manifest import IndexFile, Manifest
-from jmvae_dist.data.reader import ShardReader, ShardSet
+from jmvae_dist.data.reader import ShardReader
+from jmvae_dist.data.shard_set import ShardSet
 from jmvae_dist.data.store import RemoteAccess
 from jmvae_dist.data.views import SampleKeys, make_views
 from jmvae_dist.data.writer import write_shards

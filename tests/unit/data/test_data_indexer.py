@@ -27,7 +27,8 @@ from jmvae_dist.data.indexing.inspection import ModalityRequest
 from jmvae_dist.data.indexing.shard_lists import expand_shards
 from jmvae_dist.data.indexing.shard_scan import scan_shard
 from jmvae_dist.data.manifest import Manifest
-from jmvae_dist.data.reader import ShardReader, describe_sample
+from jmvae_dist.data.reader import ShardReader
+from jmvae_dist.data.sample_names import describe_sample
 from jmvae_dist.data.verify import verify_shards
 from jmvae_dist.errors import ConfigError, DataError
 

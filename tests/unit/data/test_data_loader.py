@@ -21,7 +21,8 @@ from jmvae_dist.data import loader
 from jmvae_dist.data.loader import Batch, EvaluationLoader, OnBadSample, TrainLoader, steps_at_once
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan
-from jmvae_dist.data.reader import ShardReader, ShardSet
+from jmvae_dist.data.reader import ShardReader
+from jmvae_dist.data.shard_set import ShardSet
 from jmvae_dist.data.store import ShardBytes, Verify
 from jmvae_dist.data.views import SampleKeys, View, make_views
 from jmvae_dist.errors import ConfigError, DataError
@@ -228,7 +229,7 @@ def test_shards_stay_open_while_lanes_read_them(
             opened.append(shard_number)
             super().__init__(manifest, shard_number, verify, content)
 
-    monkeypatch.setattr("jmvae_dist.data.reader.ShardReader", CountedReader)
+    monkeypatch.setattr("jmvae_dist.data.shard_set.ShardReader", CountedReader)
     plan = SamplePlan(manifest.shard_sizes, 12, 4, 25, seed=5)
     one_epoch = TrainLoader(manifest, plan, rank=0, world_size=1).iterate(0, 40)
     assert len(list(one_epoch)) == 40

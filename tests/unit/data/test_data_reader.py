@@ -20,7 +20,8 @@ from jmvae_dist.data.encodings import decode_member, parse_npy_header
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import RECORD_DTYPE, index_bytes, read_index
 from jmvae_dist.data.manifest import Manifest, Modality
-from jmvae_dist.data.reader import ShardReader, ShardSet
+from jmvae_dist.data.reader import ShardReader
+from jmvae_dist.data.shard_set import ShardSet
 from jmvae_dist.data.views import SampleKeys, make_views
 from jmvae_dist.errors import ConfigError, DataError, UnreachableError
 from jmvae_dist.files import sha256_of_descriptor
@@ -110,7 +111,7 @@ def test_more_layouts_in_a_batch_take_memory_for_their_own_samples(
             super().__init__(first, num_rows, room)
             alike.append(self)
 
-    monkeypatch.setattr("jmvae_dist.data.reader.Alike", Watched)
+    monkeypatch.setattr("jmvae_dist.data.shard_set.Alike", Watched)
     shard_B, index_B = np.array([2, 0, 1, 2, 0, 1, 2, 3]), np.array([5, 0, 3, 1, 0, 4, 2, 5])
     for max_open in (3, 1):
         shards_open = ShardSet(manifest, max_open=max_open)

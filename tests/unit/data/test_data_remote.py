@@ -23,7 +23,7 @@ from jmvae_dist.commands.shards import main
 from jmvae_dist.data.loader import Batch, EvaluationLoader, TrainLoader
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.plan import SamplePlan
-from jmvae_dist.data.reader import ShardSet
+from jmvae_dist.data.shard_set import ShardSet
 from jmvae_dist.data.store import RemoteAccess, ShardStore, shard_files
 from jmvae_dist.data.urls import REMOTE_SCHEMES, check_remote, resolve, shown
 from jmvae_dist.data.verify import _Data, _verify_shard, verify_shards

@@ -21,8 +21,10 @@ from jmvae_dist.data.indexing.inspection import ModalityRequest
 from jmvae_dist.data.loader import TrainLoader
 from jmvae_dist.data.manifest import Manifest, Modality
 from jmvae_dist.data.plan import SamplePlan
-from jmvae_dist.data.reader import ShardReader, ShardSet, Verify
+from jmvae_dist.data.reader import ShardReader
+from jmvae_dist.data.shard_set import ShardSet
 from jmvae_dist.data.sources.base import ArraySource
+from jmvae_dist.data.store import Verify
 from jmvae_dist.data.sums import CheckedMembers, read_sums
 from jmvae_dist.data.verify import verify_shards
 from jmvae_dist.data.views import SampleKeys, make_views
