@@ -41,7 +41,8 @@ from data_rivals import RIVALS, Batches, Samples
 
 from jmvae_dist.data.indexing.inspection import ModalityRequest
 from jmvae_dist.data.loader import TrainLoader, decode_threads
-from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.plan import SamplePlan, default_lanes
 from jmvae_dist.data.sources.base import ArraySource
 from jmvae_dist.data.sources.folder import load_folder_source

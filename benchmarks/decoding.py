@@ -25,8 +25,10 @@ import numpy as np
 
 from jmvae_dist.data.index import RECORD_DTYPE, index_bytes
 from jmvae_dist.data.loader import TrainLoader
-from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.plan import SamplePlan
+from jmvae_dist.data.shard import IndexFile, Shard
 from jmvae_dist.data.views import make_views
 
 BATCH, SAMPLES_PER_SHARD, REPEATS = 64, 256, 3

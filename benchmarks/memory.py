@@ -32,7 +32,7 @@ from workload import free_port
 
 from jmvae_dist.config_io import parse_run_config
 from jmvae_dist.data.loader import Batch
-from jmvae_dist.data.manifest import Modality
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.sources.base import ArraySource
 from jmvae_dist.data.writer import write_shards
 from jmvae_dist.distributed.environment import detect_process

@@ -27,8 +27,10 @@ from typing import Any
 import numpy as np
 
 from jmvae_dist.data.index import index_num_bytes
-from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.plan import SamplePlan
+from jmvae_dist.data.shard import IndexFile, Shard
 
 REPEATS = 3
 READ_WORLD_SIZES = (1, 8, 48, 64)

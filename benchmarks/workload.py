@@ -17,7 +17,7 @@ import numpy as np
 
 from jmvae_dist.checkpoint.multivae import multivae_networks
 from jmvae_dist.config import JMVAEConfig
-from jmvae_dist.data.manifest import Modality
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.sources.base import ArraySource
 from jmvae_dist.data.writer import write_shards
 from jmvae_dist.model import JMVAE

@@ -9,7 +9,7 @@ from typing import Any
 
 from jmvae_dist.commands.options import named_number, named_size
 from jmvae_dist.data.indexing.inspection import ModalityRequest
-from jmvae_dist.data.manifest import ENCODINGS
+from jmvae_dist.data.modality import ENCODINGS
 from jmvae_dist.errors import ConfigError
 
 _IMAGE_MODES = ("gray", "rgb")

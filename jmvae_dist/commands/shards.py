@@ -11,8 +11,10 @@ from jmvae_dist.commands.cli import add_cache_option, make_parser, remote_access
 from jmvae_dist.commands.options import named_number, num_bytes, positive
 from jmvae_dist.commands.shards_files import add_csv_parser, add_folder_parser, check_split
 from jmvae_dist.commands.shards_index import add_index_parser, requests_of
-from jmvae_dist.data.manifest import Manifest, Modality, printable
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.sources.base import SPLITS, Source
+from jmvae_dist.data.untrusted import printable
 from jmvae_dist.data.urls import shown
 from jmvae_dist.progress import format_bytes
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from jmvae_dist.commands.modality_options import add_modality_options, by_name, named, with_modality_options
 from jmvae_dist.data.indexing.inspection import ModalityRequest
-from jmvae_dist.data.manifest import DTYPES, printable
+from jmvae_dist.data.modality import DTYPES
 from jmvae_dist.data.sources.base import Source
+from jmvae_dist.data.untrusted import printable
 from jmvae_dist.errors import ConfigError
 
 _ENCODING_OF_KIND = {"vector": "npy", "class": "cls", "text": "text", "path": ""}

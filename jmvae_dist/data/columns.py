@@ -16,7 +16,7 @@ import numpy as np
 
 from jmvae_dist.data.digest import digests_of_rows
 from jmvae_dist.data.encodings import MAX_NPY_HEADER_BYTES, max_member_bytes, parse_npy_header
-from jmvae_dist.data.manifest import Modality
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.sums import ColumnChecks
 from jmvae_dist.errors import DataError
 

@@ -6,16 +6,16 @@ A fixed list. None of them can run code, and each bounds what it will hold in me
 from __future__ import annotations
 
 import io
-import json
 import struct
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jmvae_dist.data.manifest import Modality, nested_shape, unique_keys
+from jmvae_dist.data.modality import Modality, nested_shape
 from jmvae_dist.data.tokenizers import TOKENIZERS, Tokenizer, token_ids
+from jmvae_dist.data.untrusted import parse_json
 from jmvae_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def json_value(content: bytes, field: str | None) -> Any:
         DataError: not JSON, or without that field.
     """
     try:
-        value = json.loads(decode_document(content), object_pairs_hook=unique_keys, parse_constant=_refuse_constant)
+        value = parse_json(decode_document(content))
     except DataError:
         raise
     except (ValueError, RecursionError) as error:
@@ -299,7 +299,3 @@ def _exact_array(value: Any, modality: Modality) -> np.ndarray:
     if array.dtype.kind in "iu" and (is_rounded or not np.array_equal(array, numbers)):
         raise DataError(f"JSON holds a number that {modality.dtype} cannot")
     return array
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number in JSON")

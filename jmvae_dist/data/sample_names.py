@@ -17,7 +17,8 @@ import numpy as np
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import read_records_of_sample
 from jmvae_dist.data.indexing.tar_scan import name_before
-from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.store import TAR_BLOCK_BYTES
 from jmvae_dist.data.urls import shown
 from jmvae_dist.errors import DataError

@@ -18,11 +18,13 @@ from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import index_num_bytes, read_index
 from jmvae_dist.data.indexing.inspection import ModalityRequest
 from jmvae_dist.data.indexing.shard_scan import ShardScan, is_complete, scan_shard
-from jmvae_dist.data.manifest import Manifest, Modality, printable
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.processes import Report, default_workers, run_in_processes
 from jmvae_dist.data.reader import ShardReader
 from jmvae_dist.data.store import RemoteAccess, ShardStore, shard_files
 from jmvae_dist.data.sums import read_sums
+from jmvae_dist.data.untrusted import printable
 from jmvae_dist.data.urls import Location, shown
 from jmvae_dist.data_config import CacheSection
 from jmvae_dist.errors import DataError

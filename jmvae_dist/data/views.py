@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from jmvae_dist.data.encodings import decode_member
-from jmvae_dist.data.manifest import Modality, one_hot
+from jmvae_dist.data.modality import Modality, one_hot
 from jmvae_dist.data.philox import PURPOSE_EVALUATION_TRANSFORM, PURPOSE_TRAIN_TRANSFORM, uniform_words
 from jmvae_dist.data.tokenizers import Tokenizer
 from jmvae_dist.errors import ConfigError, DataError

@@ -30,9 +30,11 @@ import numpy as np
 from jmvae_dist.data.digest import member_digest
 from jmvae_dist.data.exclusive import locked, os_errors_explained
 from jmvae_dist.data.index import MAX_INDEX_BYTES, MAX_MEMBER_BYTES, RECORD_DTYPE, index_bytes, index_num_bytes
-from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard, check_distinct_names
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality, check_distinct_names
 from jmvae_dist.data.philox import PURPOSE_PACKING, permutation
 from jmvae_dist.data.processes import Report, default_workers, run_in_processes
+from jmvae_dist.data.shard import IndexFile, Shard
 from jmvae_dist.data.sources.base import (
     TAR_BLOCK_BYTES,
     EncodedMember,

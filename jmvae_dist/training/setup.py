@@ -14,7 +14,8 @@ from typing import Any
 
 from jmvae_dist.checks import is_integer, require
 from jmvae_dist.config import JMVAEConfig, NetworksConfig, RunConfig
-from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.plan import SamplePlan, default_lanes
 from jmvae_dist.data.store import RemoteAccess
 from jmvae_dist.data.urls import is_remote, shown

@@ -17,7 +17,9 @@ from PIL import Image
 
 from jmvae_dist.data.digest import member_digest
 from jmvae_dist.data.index import RECORD_DTYPE, index_bytes
-from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
+from jmvae_dist.data.shard import IndexFile, Shard
 from jmvae_dist.data.sums import sums_bytes
 
 MIXED = (

@@ -26,7 +26,8 @@ from jmvae_dist.data.indexing.inspection import ModalityRequest, conclude, make_
 from jmvae_dist.data.indexing.opening import identify
 from jmvae_dist.data.indexing.shard_scan import scan_shard
 from jmvae_dist.data.indexing.workspace import Workspace
-from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardReader
 from jmvae_dist.data.sample_names import describe_sample

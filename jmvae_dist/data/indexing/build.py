@@ -35,8 +35,10 @@ from jmvae_dist.data.indexing.report import (
 )
 from jmvae_dist.data.indexing.shard_scan import is_complete, scan_shard
 from jmvae_dist.data.indexing.workspace import Incomplete, ShardRecord, Workspace
-from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard, check_distinct_names
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality, check_distinct_names
 from jmvae_dist.data.processes import Report, default_workers, run_in_processes
+from jmvae_dist.data.shard import IndexFile, Shard
 from jmvae_dist.data.sums import sums_bytes
 from jmvae_dist.data.urls import is_remote
 from jmvae_dist.errors import ConfigError, DataError

@@ -17,7 +17,7 @@ import numpy as np
 
 from jmvae_dist.data.index import RECORD_DTYPE
 from jmvae_dist.data.indexing.tar_scan import TarMember
-from jmvae_dist.data.manifest import printable
+from jmvae_dist.data.untrusted import printable
 from jmvae_dist.errors import DataError
 
 MAX_KEY_BYTES_PER_SHARD = 256 * 2**20

@@ -8,7 +8,7 @@ from itertools import islice
 from jmvae_dist.data.indexing.grouping import split_name
 from jmvae_dist.data.indexing.inspection import ModalityRequest, encoding_of_extension
 from jmvae_dist.data.indexing.tar_scan import ByteStream, TarScanner
-from jmvae_dist.data.manifest import printable
+from jmvae_dist.data.untrusted import printable
 from jmvae_dist.errors import DataError
 
 _MEMBERS_SEEN = 100_000

@@ -21,7 +21,8 @@ from jmvae_dist.data.encodings import (
     json_value,
     parse_npy_header,
 )
-from jmvae_dist.data.manifest import DTYPES, MAX_CLASSES, Modality, NestedNumbers, nested_shape, printable
+from jmvae_dist.data.modality import DTYPES, MAX_CLASSES, Modality, NestedNumbers, nested_shape
+from jmvae_dist.data.untrusted import printable
 from jmvae_dist.errors import ConfigError, DataError
 
 MAX_KINDS = 50

@@ -10,7 +10,8 @@ from jmvae_dist.data.indexing.inspection import ModalityRequest, conclude
 from jmvae_dist.data.indexing.opening import shard_name
 from jmvae_dist.data.indexing.shard_scan import Findings
 from jmvae_dist.data.indexing.workspace import Incomplete, ShardRecord, Workspace
-from jmvae_dist.data.manifest import Modality, printable
+from jmvae_dist.data.modality import Modality
+from jmvae_dist.data.untrusted import printable
 from jmvae_dist.errors import DataError
 
 _MAX_SHOWN = 20

@@ -13,7 +13,7 @@ from jmvae_dist.data.digest import digest_of_pieces, member_digest
 from jmvae_dist.data.indexing.grouping import SampleGrouper
 from jmvae_dist.data.indexing.inspection import Facts, ModalityRequest, make_inspector
 from jmvae_dist.data.indexing.tar_scan import ByteStream, TarScanner
-from jmvae_dist.data.manifest import printable
+from jmvae_dist.data.untrusted import printable
 from jmvae_dist.errors import DataError
 
 

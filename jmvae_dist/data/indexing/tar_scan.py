@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, NoReturn, Protocol
 
 from jmvae_dist.data.index import MAX_MEMBER_BYTES
-from jmvae_dist.data.manifest import printable
+from jmvae_dist.data.untrusted import printable
 from jmvae_dist.errors import DataError
 
 BLOCK_BYTES = 512

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jmvae_dist.data.manifest import Modality
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.philox import PURPOSE_SPLIT, permutation
 from jmvae_dist.errors import ConfigError
 

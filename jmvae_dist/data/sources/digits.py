@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jmvae_dist.data.manifest import Modality
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.sources.base import ArraySource, split_rows
 from jmvae_dist.errors import ConfigError
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from jmvae_dist.data.indexing.inspection import ModalityRequest
 from jmvae_dist.data.indexing.shard_lists import expand_braces
-from jmvae_dist.data.manifest import Modality, check_distinct_names, printable
+from jmvae_dist.data.modality import Modality, check_distinct_names
 from jmvae_dist.data.sources.base import SampleValue, member_bytes, split_rows
 from jmvae_dist.data.sources.packing import (
     conclude_all,
@@ -22,6 +22,7 @@ from jmvae_dist.data.sources.packing import (
     pack_file,
     request_for_files,
 )
+from jmvae_dist.data.untrusted import printable
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.progress import progress
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jmvae_dist.data.manifest import Modality
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.sources.base import ArraySource, split_rows
 from jmvae_dist.data.sources.files import input_files, read_plain_or_gzip
 from jmvae_dist.errors import ConfigError, DataError

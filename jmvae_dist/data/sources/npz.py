@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jmvae_dist.data.manifest import DTYPES, MAX_CLASSES, Modality
+from jmvae_dist.data.modality import DTYPES, MAX_CLASSES, Modality
 from jmvae_dist.data.sources.base import ArraySource, split_rows
 from jmvae_dist.data.sources.files import input_files
 from jmvae_dist.errors import ConfigError, DataError

@@ -19,7 +19,7 @@ from jmvae_dist.data.indexing.inspection import (
     encoding_of_extension,
     make_inspector,
 )
-from jmvae_dist.data.manifest import Modality
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.sources.base import EncodedMember, SampleValue, check_finite
 from jmvae_dist.errors import ConfigError, DataError
 

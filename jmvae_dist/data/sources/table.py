@@ -15,7 +15,7 @@ import numpy as np
 
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.indexing.inspection import Facts, Inspector, ModalityRequest
-from jmvae_dist.data.manifest import MAX_CLASSES, Modality
+from jmvae_dist.data.modality import MAX_CLASSES, Modality
 from jmvae_dist.data.sources.base import SampleValue, member_bytes, split_rows
 from jmvae_dist.data.sources.files import input_files
 from jmvae_dist.data.sources.packing import (

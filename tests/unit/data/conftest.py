@@ -13,7 +13,9 @@ import pytest
 from data_examples import example_source
 
 from jmvae_dist.data.index import RECORD_DTYPE, index_bytes
-from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
+from jmvae_dist.data.shard import IndexFile, Shard
 from jmvae_dist.data.writer import write_shards
 
 

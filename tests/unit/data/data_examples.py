@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.sources.base import ArraySource
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jmvae_dist.data.encodings import MAX_DOCUMENT_BYTES, MAX_IMAGE_PIXELS, decode_member
-from jmvae_dist.data.manifest import Modality
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.errors import DataError
 
 RGB = Modality.image("photo", (3, 5, 7), "png|jpg")

@@ -21,8 +21,10 @@ from PIL import Image
 
 from jmvae_dist.data.index import RECORD_DTYPE, index_bytes, read_index
 from jmvae_dist.data.loader import Batch, EvaluationLoader, TrainLoader
-from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.plan import SamplePlan
+from jmvae_dist.data.shard import IndexFile, Shard
 from jmvae_dist.data.shard_set import ShardSet
 from jmvae_dist.data.store import Verify
 from jmvae_dist.data.views import SampleKeys, make_views

@@ -18,8 +18,10 @@ from data_examples import example_source, npy_bytes
 from jmvae_dist.commands.shards import main
 from jmvae_dist.data import manifest
 from jmvae_dist.data.index import RECORD_DTYPE, index_bytes
-from jmvae_dist.data.manifest import IndexFile, Manifest
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.reader import ShardReader
+from jmvae_dist.data.shard import IndexFile
 from jmvae_dist.data.shard_set import ShardSet
 from jmvae_dist.data.store import RemoteAccess
 from jmvae_dist.data.views import SampleKeys, make_views
@@ -76,7 +78,7 @@ def test_members_that_other_decoders_run_are_not_looked_at(
 def test_an_array_of_objects_is_not_unpickled(foreign_manifest: MakeManifest, tmp_path: Path) -> None:
     file = io.BytesIO()
     np.save(file, np.array([Payload(tmp_path / "canary")], dtype=object), allow_pickle=True)
-    modality = manifest.Modality("x", "float32", (1,))
+    modality = Modality("x", "float32", (1,))
     shards = foreign_manifest([modality], [{"x.npy": file.getvalue()}])
     with pytest.raises(DataError, match="holds Python objects, which are never loaded"):
         ShardReader(shards, 0).read([0], "x")

@@ -19,7 +19,8 @@ from data_examples import npy_bytes
 
 from jmvae_dist.data import loader
 from jmvae_dist.data.loader import Batch, EvaluationLoader, OnBadSample, TrainLoader, steps_at_once
-from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardReader
 from jmvae_dist.data.shard_set import ShardSet

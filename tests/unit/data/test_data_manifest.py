@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from jmvae_dist.data.index import index_num_bytes
-from jmvae_dist.data.manifest import IndexFile, Manifest, Modality, Shard, check_distinct_names
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality, check_distinct_names
+from jmvae_dist.data.shard import IndexFile, Shard
 from jmvae_dist.errors import ConfigError, DataError
 
 GOLDEN_FINGERPRINT = "55238bdcd5b38c99a8dfee5eeeab2b9f62f46e3c5604b45c8d6af52ceb22b34a"

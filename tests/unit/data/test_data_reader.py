@@ -19,7 +19,8 @@ from jmvae_dist.data.columns import Alike, Columns
 from jmvae_dist.data.encodings import decode_member, parse_npy_header
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.index import RECORD_DTYPE, index_bytes, read_index
-from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.reader import ShardReader
 from jmvae_dist.data.shard_set import ShardSet
 from jmvae_dist.data.views import SampleKeys, make_views

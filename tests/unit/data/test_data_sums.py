@@ -19,7 +19,8 @@ from jmvae_dist.data.index import RECORD_DTYPE, read_index
 from jmvae_dist.data.indexing.build import index_shards
 from jmvae_dist.data.indexing.inspection import ModalityRequest
 from jmvae_dist.data.loader import TrainLoader
-from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardReader
 from jmvae_dist.data.shard_set import ShardSet

@@ -16,7 +16,8 @@ import pytest
 from data_examples import npy_bytes
 
 from jmvae_dist.data.index import RECORD_DTYPE, index_bytes, read_index
-from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.verify import verify_shards
 
 MakeManifest = Callable[..., Manifest]

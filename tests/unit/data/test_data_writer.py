@@ -20,7 +20,8 @@ from data_examples import example_source
 from jmvae_dist.commands.shards import main
 from jmvae_dist.data import writer
 from jmvae_dist.data.index import read_index
-from jmvae_dist.data.manifest import Manifest, Modality
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.verify import verify_shards
 from jmvae_dist.data.writer import write_shards
 from jmvae_dist.errors import ConfigError, DataError
