@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jmvae_dist.config import DeepSpeedSection
 from jmvae_dist.errors import ConfigError
+from jmvae_dist.training_config import DeepSpeedSection
 
 # Elements per bucket. DeepSpeed's default of 5e8 allocates 2 GB of float32 per rank, several times this model.
 BUCKET_ELEMENTS = 50_000_000

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jmvae_dist.config import GuardsSection
+from jmvae_dist.training_config import GuardsSection
 
 # As torch.amp.GradScaler: halve after an overflow, double after so many sound steps.
 _INITIAL_LOSS_SCALE = 2.0**16

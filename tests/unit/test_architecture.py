@@ -20,6 +20,7 @@ PURE = {
     "networks_config",
     "progress",
     "schedules",
+    "training_config",
     "user_code",
 }
 ALLOWED = {

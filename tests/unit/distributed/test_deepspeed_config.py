@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jmvae_dist.config import DeepSpeedSection
 from jmvae_dist.distributed.deepspeed import make_plugin, prepare_process
 from jmvae_dist.distributed.deepspeed_config import build_config
 from jmvae_dist.errors import ConfigError
+from jmvae_dist.training_config import DeepSpeedSection
 
 
 def options_in(folder: Path, options: object) -> DeepSpeedSection:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from jmvae_dist.commands.bench import main
-from jmvae_dist.config import ModelSection, NetworksConfig, OptimizerSection, RunConfig, TrainingSection
+from jmvae_dist.config import ModelSection, NetworksConfig, OptimizerSection, RunConfig
 from jmvae_dist.data_config import DataSection
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.training.advice import RULES, StepFacts, advise
 from jmvae_dist.training.arithmetic import Matrix, Product, count_arithmetic, time_products
 from jmvae_dist.training.benchmark import PARTS, Stopwatch, split_steps
+from jmvae_dist.training_config import TrainingSection
 from tests.conftest import ROOT
 from tests.unit.model import user_networks
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from jmvae_dist.commands.train import main
-from jmvae_dist.config import ModelSection, NetworksConfig, RunConfig, TrainingSection
+from jmvae_dist.config import ModelSection, NetworksConfig, RunConfig
 from jmvae_dist.config_io import parse_run_config
 from jmvae_dist.data_config import DataSection
 from jmvae_dist.errors import ConfigError
@@ -18,6 +18,7 @@ from jmvae_dist.model import JMVAE
 from jmvae_dist.training.dry_run import estimate_run, render
 from jmvae_dist.training.memory import PassTheory, engine_memory
 from jmvae_dist.training.setup import resolve_run
+from jmvae_dist.training_config import TrainingSection
 from tests.conftest import ROOT
 from tests.unit.model import user_networks
 

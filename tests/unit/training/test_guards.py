@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmvae_dist.config import GuardsSection
 from jmvae_dist.training.guards import StepGuard, Verdict
 from jmvae_dist.training.optimizer import GuardedAdamW
+from jmvae_dist.training_config import GuardsSection
 
 NAN, INF = float("nan"), float("inf")
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from jmvae_dist.checkpoint.layout import MANIFEST_NAME, step_name
-from jmvae_dist.config import TrainingSection
 from jmvae_dist.config_io import parse_run_config
 from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.distributed.environment import detect_process
@@ -33,6 +32,7 @@ from jmvae_dist.training.micro_batches import (
 )
 from jmvae_dist.training.setup import make_deepspeed_config, num_micro_batches, resolve_run, summarize
 from jmvae_dist.training.state import MICRO_BATCH_NAME, write_json
+from jmvae_dist.training_config import TrainingSection
 from tests.conftest import ROOT
 from tests.unit.checkpoint.test_fragments import make_manifest
 from tests.unit.training.test_dry_run import SHAPES, make_config
