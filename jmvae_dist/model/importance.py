@@ -1,26 +1,29 @@
-"""Parts of Monte Carlo estimates of likelihoods: sums of weights that fit any cut of the draws, and that cut.
+"""Monte Carlo estimates of likelihoods: draws of a posterior, their weights, and sums that fit any cut of the draws.
 
-Shape suffixes: B batch, K draws of a chunk.
+`JMVAE.estimate_nlls` says what is estimated and whose posterior the draws come from; `decoding_chunks`, how many of
+them are decoded at once.
+
+Shape suffixes: B batch, D latent dimension, K draws of a chunk.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-# Latents of the first chunk, whose activations say how many fit in the budget.
-_FIRST_LATENTS = 8
-# What is decoded at once then stays in a core's cache, which halves the time of likelihoods (benchmarks/nll.py).
-_CPU_BUDGET_BYTES = 4 << 20
-_DEVICE_BUDGET_BYTES = 1 << 30
-_NOISE_ELEMENTS = 1 << 16
-# A likelihood holds its decoded values, the per-element log-probabilities and one intermediate at once.
-_LIKELIHOOD_COPIES = 3
+from jmvae_dist.kernels.noise import KeyedNoise
+from jmvae_dist.model.decoding_chunks import DecodingChunks
+from jmvae_dist.model.modules import GaussianParams
+from jmvae_dist.model.sampling import draw_noise, sample
+
+# Draws k (a range of length n) -> standard normal noise of these draws (n, B, D).
+DrawNoise = Callable[[range], Tensor]
+# Latents (k, b, D) of some draws of a block of the samples, and that block -> log p(x_m | z) by modality, (k, b).
+LogLikelihoods = Callable[[Tensor, slice], dict[str, Tensor]]
 
 
 class NLLEstimate(NamedTuple):
@@ -70,82 +73,69 @@ class LogWeightSums:
         )
 
 
-class DecodingChunks:
-    """How many latents are decoded at once: what fits in a memory budget, as the first chunk measures it.
-
-    What a decoder needs is known when it has run: convolutions hold far more than they return. Hooks add up what
-    goes into and comes out of each of its layers; without gradients, the largest of these is what is alive at once.
+def estimate_from_draws(
+    posterior: GaussianParams,
+    groups: dict[str, list[str]],
+    log_likelihoods: LogLikelihoods,
+    chunks: DecodingChunks,
+    *,
+    K: int,
+    conditional: bool,
+    noise: DrawNoise | KeyedNoise | None,
+    generator: torch.Generator | None,
+) -> dict[str, NLLEstimate]:
+    """Negative log-likelihoods of several groups of modalities from the same draws.
 
     Args:
-        decoders: By modality.
-        names: The modalities that are decoded, one after the other.
-        budget_bytes: None: a default by device.
-        max_draws: At most this many draws at once; None: no limit.
-        device: Where.
+        posterior: Whose draws z_1 ... z_K are weighted.
+        groups: Names of the modalities whose joint likelihood is wanted, by any key.
+        log_likelihoods: Of the modalities of all groups.
+        chunks: How many draws of how many samples `log_likelihoods` gets at once.
+        K: Draws per sample.
+        conditional: A weight is p(x_group | z_k), without the density ratio p(z_k) / q(z_k).
+        noise: Where standard normal noise comes from; see `JMVAE.estimate_nlls`.
+        generator: To draw it from, if `noise` is None; None: torch's own.
+
+    Raises:
+        DataError: The function `noise` returns something else than noise of these draws.
     """
-
-    def __init__(
-        self,
-        decoders: nn.ModuleDict,
-        names: list[str],
-        budget_bytes: int | None,
-        max_draws: int | None,
-        device: torch.device,
-    ) -> None:
-        default = _CPU_BUDGET_BYTES if device.type == "cpu" else _DEVICE_BUDGET_BYTES
-        self._budget_bytes = default if budget_bytes is None else budget_bytes
-        self._decoders = [decoders[name] for name in names]
-        self._max_draws = max_draws
-        self._latents = _FIRST_LATENTS
-        self._is_measured = False
-
-    def noise_draws(self, num_samples: int, latent_dim: int) -> int:
-        """Draws whose noise is made at once: more than are decoded at once, since few rows cost as much as many."""
-        return max(1, _NOISE_ELEMENTS // max(1, num_samples * latent_dim))
-
-    def cut(self, num_draws: int, num_samples: int) -> Iterator[tuple[slice, slice]]:
-        """Chunks (draws, samples) of a table of latents; their size may change after the first one.
-
-        An empty batch is one empty chunk.
-        """
-        start = 0
-        while start < num_draws:
-            draws = max(1, self._latents // max(1, num_samples))
-            draws = draws if self._max_draws is None else min(draws, self._max_draws)
-            stop = start + _share(num_draws - start, draws)
-            first = 0
-            while first < num_samples or first == 0:
-                last = first + _share(num_samples - first, self._latents)
-                yield slice(start, stop), slice(first, last)
-                first = max(last, 1)
-            start = stop
-
-    @contextmanager
-    def measured(self) -> Iterator[None]:
-        """Around the first chunk: sets the size of the others."""
-        if self._is_measured:
-            yield
-            return
-        largest_bytes = 1
-
-        def measure(module: nn.Module, arguments: Any, output: Any) -> None:
-            nonlocal largest_bytes
-            tensors = [value for value in (*arguments, output) if isinstance(value, Tensor) and value.ndim > 0]
-            per_latent = [value.numel() * value.element_size() / max(1, len(value)) for value in tensors]
-            copies = _LIKELIHOOD_COPIES * per_latent[-1] if module in self._decoders and per_latent else 0
-            largest_bytes = max(largest_bytes, math.ceil(sum(per_latent)), math.ceil(copies))
-
-        layers = [layer for decoder in self._decoders for layer in decoder.modules()]
-        hooks = [layer.register_forward_hook(measure) for layer in layers]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self._latents = max(1, self._budget_bytes // largest_bytes)
-        self._is_measured = True
+    sums = {key: LogWeightSums(posterior.mu) for key in groups}
+    (num_samples, latent_dim), start = posterior.mu.shape, 0
+    while start < K:
+        stop = min(K, start + chunks.noise_draws(num_samples, latent_dim))
+        noise_KBD = _noise_of(range(start, stop), posterior, noise, generator)
+        z_KBD = sample(posterior, noise_KBD)
+        ratios_KB = _log_density_ratios(posterior, noise_KBD, z_KBD, conditional)
+        log_weights_KB = {key: ratios_KB.clone() for key in groups}
+        for draws, block in chunks.cut(stop - start, num_samples):
+            with chunks.measured():
+                terms = log_likelihoods(z_KBD[draws, block], block)
+            for key, group in groups.items():
+                for name in group:
+                    log_weights_KB[key][draws, block] += terms[name]
+        for key, table_KB in log_weights_KB.items():
+            sums[key].add(table_KB)
+        start = stop
+    return {key: total.estimate() for key, total in sums.items()}
 
 
-def _share(remaining: int, limit: int) -> int:
-    """The next part of what remains, cut into parts of like size: a short last one is as slow as a long one."""
-    return math.ceil(remaining / max(1, math.ceil(remaining / limit)))
+def _noise_of(
+    draws: range,
+    posterior: GaussianParams,
+    noise: DrawNoise | KeyedNoise | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Noise of some draws, (n, B, D)."""
+    if isinstance(noise, KeyedNoise):
+        given: Tensor | None = noise.draw_steps(draws, posterior.mu.shape[1])
+    else:
+        given = None if noise is None else noise(draws)
+    return draw_noise(given, (len(draws), *posterior.mu.shape), posterior.mu, generator)
+
+
+def _log_density_ratios(posterior: GaussianParams, noise_KBD: Tensor, z_KBD: Tensor, conditional: bool) -> Tensor:
+    """log p(z_k) - log q(z_k), the part of a log-weight that belongs to no modality; or 0: float64 (K, B)."""
+    if conditional:
+        return z_KBD.new_zeros(z_KBD.shape[:2], dtype=torch.float64)
+    # (z - mu) / sigma is the noise.
+    return 0.5 * (noise_KBD.square() + posterior.logvar - z_KBD.square()).sum(-1).double()

@@ -6,7 +6,7 @@ Shape suffixes: B batch, D latent dimension, M modalities, N samples per data po
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,7 +18,8 @@ from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.kernels.gaussian import gaussian_kl_terms, product_of_experts
 from jmvae_dist.kernels.noise import KeyedNoise
 from jmvae_dist.kernels.reference import computation_dtype
-from jmvae_dist.model.importance import DecodingChunks, LogWeightSums, NLLEstimate
+from jmvae_dist.model.decoding_chunks import DecodingChunks
+from jmvae_dist.model.importance import DrawNoise, NLLEstimate, estimate_from_draws
 from jmvae_dist.model.inputs import check_structure, check_values, per_sample, require_tensor
 from jmvae_dist.model.joint import EncoderBranch
 from jmvae_dist.model.likelihoods import build_likelihood, log_prob
@@ -26,6 +27,7 @@ from jmvae_dist.model.modules import GaussianParams, module_dict
 from jmvae_dist.model.networks import build_networks
 from jmvae_dist.model.objective import ObjectiveTerms, combine, resolve_rescale_factors
 from jmvae_dist.model.recomputation import recompute
+from jmvae_dist.model.sampling import check_noise, draw_noise, sample
 
 # Log-variances of all posteriors are limited to this range (standard deviations from 4.5e-5 to 2.2e4).
 # Differences then stay below 40, so that neither exp(difference) nor its square, which Adam keeps, overflows
@@ -33,8 +35,6 @@ from jmvae_dist.model.recomputation import recompute
 LOGVAR_RANGE = (-20.0, 20.0)
 
 Modalities = str | Iterable[str]
-# Draws k (a range of length n) -> standard normal noise of these draws (n, B, D).
-DrawNoise = Callable[[range], Tensor]
 
 
 class JMVAEOutput(NamedTuple):
@@ -211,7 +211,7 @@ class JMVAE(nn.Module):
         if noise is None:
             noise = torch.randn_like(joint.mu)
         if not isinstance(noise, KeyedNoise):
-            _check_noise(noise, joint.mu.shape)
+            check_noise(noise, joint.mu.shape)
         z_BD, kl_prior_B, kl_unimodal_MB = gaussian_kl_terms(
             *joint,
             torch.stack([unimodal[name].mu for name in self.modalities]),
@@ -283,7 +283,7 @@ class JMVAE(nn.Module):
             if return_mean:
                 z = posterior.mu.expand(shape_NBD)
             else:
-                z = _sample(posterior, _draw(noise, shape_NBD, posterior.mu, generator))
+                z = sample(posterior, draw_noise(noise, shape_NBD, posterior.mu, generator))
             return LatentOutput(z.flatten(0, 1) if flatten else z, posterior.mu, posterior.logvar)
 
     def decode(
@@ -364,7 +364,7 @@ class JMVAE(nn.Module):
             )
         zeros = parameter.new_zeros((n, self.latent_dim))
         zeros = zeros.to(computation_dtype((zeros,)))
-        return LatentOutput(_draw(noise, (n, self.latent_dim), zeros, generator), zeros, zeros.clone())
+        return LatentOutput(draw_noise(noise, (n, self.latent_dim), zeros, generator), zeros, zeros.clone())
 
     def compute_joint_nll(
         self,
@@ -503,40 +503,20 @@ class JMVAE(nn.Module):
             if value is not None:
                 _check_count(key, value)
         posterior = self._posterior(inputs, given, prior_expert)
-        chunks = DecodingChunks(self.decoders, predicted, memory_budget_bytes, batch_size_K, posterior.mu.device)
-        sums = {key: LogWeightSums(posterior.mu) for key in groups}
-        num_samples, start = len(posterior.mu), 0
-        while start < K:
-            stop = min(K, start + chunks.noise_draws(num_samples, self.latent_dim))
-            noise_KBD = self._draws(range(start, stop), posterior, noise, generator)
-            z_KBD = _sample(posterior, noise_KBD)
-            ratios_KB = _log_density_ratios(posterior, noise_KBD, z_KBD, conditional)
-            log_weights_KB = {key: ratios_KB.clone() for key in groups}
-            for draws, block in chunks.cut(stop - start, num_samples):
-                targets = {name: inputs[name][block] for name in predicted}
-                with chunks.measured():
-                    terms = self._log_likelihoods(z_KBD[draws, block], targets, predicted)
-                for key, group in groups.items():
-                    for name in group:
-                        log_weights_KB[key][draws, block] += terms[name]
-            for key, table_KB in log_weights_KB.items():
-                sums[key].add(table_KB)
-            start = stop
-        return {key: total.estimate() for key, total in sums.items()}
 
-    def _draws(
-        self,
-        draws: range,
-        posterior: GaussianParams,
-        noise: DrawNoise | KeyedNoise | None,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """Noise of some draws, (n, B, D)."""
-        if isinstance(noise, KeyedNoise):
-            given: Tensor | None = noise.draw_steps(draws, self.latent_dim)
-        else:
-            given = None if noise is None else noise(draws)
-        return _draw(given, (len(draws), *posterior.mu.shape), posterior.mu, generator)
+        def log_likelihoods(z_KBD: Tensor, block: slice) -> dict[str, Tensor]:
+            return self._log_likelihoods(z_KBD, {name: inputs[name][block] for name in predicted}, predicted)
+
+        return estimate_from_draws(
+            posterior,
+            groups,
+            log_likelihoods,
+            DecodingChunks(self.decoders, predicted, memory_budget_bytes, batch_size_K, posterior.mu.device),
+            K=K,
+            conditional=conditional,
+            noise=noise,
+            generator=generator,
+        )
 
     def _nlls(
         self,
@@ -686,30 +666,3 @@ def _presence(name: str, mask: dict[str, Tensor], x: Tensor) -> Tensor:
 def _check_count(key: str, value: int) -> None:
     if not is_integer(value) or value < 1:
         raise ConfigError(f"{key}: {value!r} is not allowed; it must be an integer and at least 1")
-
-
-def _check_noise(noise: Tensor, shape: tuple[int, ...]) -> None:
-    require_tensor("noise", noise)
-    if tuple(noise.shape) != tuple(shape):
-        raise DataError(f"noise: shape {tuple(noise.shape)}, expected {tuple(shape)}")
-
-
-def _draw(noise: Tensor | None, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The given noise, checked, or noise drawn from the generator (torch's default one if None)."""
-    if noise is None:
-        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-    _check_noise(noise, shape)
-    return noise.to(like.device, like.dtype)
-
-
-def _log_density_ratios(posterior: GaussianParams, noise_KBD: Tensor, z_KBD: Tensor, conditional: bool) -> Tensor:
-    """log p(z_k) - log q(z_k), the part of a log-weight that belongs to no modality; or 0: float64 (K, B)."""
-    if conditional:
-        return z_KBD.new_zeros(z_KBD.shape[:2], dtype=torch.float64)
-    # (z - mu) / sigma is the noise.
-    return 0.5 * (noise_KBD.square() + posterior.logvar - z_KBD.square()).sum(-1).double()
-
-
-def _sample(posterior: GaussianParams, noise: Tensor) -> Tensor:
-    """z = mu + sigma * noise, for noise (..., B, D)."""
-    return posterior.mu + torch.exp(0.5 * posterior.logvar) * noise
