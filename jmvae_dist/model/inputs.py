@@ -102,6 +102,27 @@ def check_values(
             _raise_for_first(wrong, name, tensor, allowed)
 
 
+def presence(name: str, mask: dict[str, Tensor], x: Tensor) -> Tensor:
+    """bool (B,): which samples have the modality.
+
+    Args:
+        name: The modality.
+        mask: bool (B,) by modality; all samples have those that are not in it.
+        x: Values of the modality (B, *shape).
+
+    Raises:
+        DataError: The mask of this modality is not bool (B,).
+    """
+    if name not in mask:
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    present = mask[name]
+    require_tensor(f"mask.{name}", present)
+    if present.dtype != torch.bool or tuple(present.shape) != (len(x),):
+        got = f"{present.dtype} of shape {tuple(present.shape)}"
+        raise DataError(f"mask.{name}: {got}, expected torch.bool of shape ({len(x)},)")
+    return present
+
+
 def _is_plainly_finite(tensor: Tensor) -> bool:
     """True only if all values are finite, at a tenth of the time of looking at each: their sum is."""
     return bool(tensor.sum().isfinite())

@@ -14,25 +14,21 @@ from torch import Tensor, nn
 
 from jmvae_dist.checks import is_integer
 from jmvae_dist.config import JMVAEConfig, Kernels, NetworksConfig
-from jmvae_dist.errors import ConfigError, DataError
+from jmvae_dist.errors import ConfigError
 from jmvae_dist.kernels.gaussian import gaussian_kl_terms, product_of_experts
 from jmvae_dist.kernels.noise import KeyedNoise
 from jmvae_dist.kernels.reference import computation_dtype
 from jmvae_dist.model.decoding_chunks import DecodingChunks
 from jmvae_dist.model.importance import DrawNoise, NLLEstimate, estimate_from_draws
-from jmvae_dist.model.inputs import check_structure, check_values, per_sample, require_tensor
+from jmvae_dist.model.inputs import check_structure, check_values, per_sample, presence, require_tensor
 from jmvae_dist.model.joint import EncoderBranch
 from jmvae_dist.model.likelihoods import build_likelihood, log_prob
 from jmvae_dist.model.modules import GaussianParams, module_dict
+from jmvae_dist.model.network_calls import call_decoder, call_encoder, call_joint_encoder
 from jmvae_dist.model.networks import build_networks
 from jmvae_dist.model.objective import ObjectiveTerms, combine, resolve_rescale_factors
 from jmvae_dist.model.recomputation import recompute
 from jmvae_dist.model.sampling import check_noise, draw_noise, sample
-
-# Log-variances of all posteriors are limited to this range (standard deviations from 4.5e-5 to 2.2e4).
-# Differences then stay below 40, so that neither exp(difference) nor its square, which Adam keeps, overflows
-# float32.
-LOGVAR_RANGE = (-20.0, 20.0)
 
 Modalities = str | Iterable[str]
 
@@ -71,33 +67,6 @@ class LatentOutput(NamedTuple):
     mu: Tensor
     logvar: Tensor
     one_latent_space: bool = True
-
-
-class _RecoverableClamp(torch.autograd.Function):
-    """Clamp to `LOGVAR_RANGE`; outside, the gradient passes if descending along it leads back inside.
-
-    The gradient of torch.clamp is 0 outside: one large optimizer step would freeze a dimension for good.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logvar: Tensor) -> Tensor:
-        clamped = logvar.clamp(*LOGVAR_RANGE)
-        ctx.save_for_backward(logvar - clamped)
-        return clamped
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        (excess,), (grad,) = ctx.saved_tensors, grad_outputs
-        # An optimizer goes against the gradient: further out where the two have different signs.
-        return torch.where(excess * grad < 0, 0.0, grad)
-
-
-def _in_weights_dtype(module: nn.Module, tensor: Tensor) -> Tensor:
-    """`tensor` in the dtype of the module's weights: engines may hold 16-bit weights, data may be float64."""
-    parameter = next(module.parameters(), None)
-    if parameter is None or not parameter.is_floating_point():
-        return tensor
-    return tensor.to(parameter.dtype)
 
 
 class JMVAE(nn.Module):
@@ -553,25 +522,12 @@ class JMVAE(nn.Module):
             check_values({name: inputs[name] for name in required}, self.likelihoods)
         return batch_size
 
-    def _gaussian(self, key: str, output: Any, batch_size: int) -> GaussianParams:
-        """Check what an encoder returned; make it float32 (or float64), with its log-variance in range."""
-        shape = (batch_size, self.latent_dim)
-        if not (isinstance(output, (tuple, list)) and len(output) == 2):
-            raise ConfigError(f"{key}: returned a {type(output).__name__}, expected GaussianParams(mu, logvar)")
-        for name, tensor in zip(GaussianParams._fields, output, strict=True):
-            if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-                got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise ConfigError(f"{key}: returned {name} of shape {got}, expected (batch, latent_dim) = {shape}")
-        mu, logvar = (tensor.to(computation_dtype(output)) for tensor in output)
-        return GaussianParams(mu, _RecoverableClamp.apply(logvar))
-
     def _encode_unimodal(self, name: str, x: Tensor) -> GaussianParams:
-        encoder = self.encoders[name]
-        return self._gaussian(f"encoders.{name}", encoder(_in_weights_dtype(encoder, x)), len(x))
+        return call_encoder(f"encoders.{name}", self.encoders[name], x, self.latent_dim)
 
     def _encode_joint(self, inputs: dict[str, Tensor]) -> GaussianParams:
-        ordered = {name: _in_weights_dtype(self.joint_encoder, inputs[name]) for name in self.modalities}
-        return self._gaussian("joint_encoder", self.joint_encoder(ordered), len(ordered[self.modalities[0]]))
+        ordered = {name: inputs[name] for name in self.modalities}
+        return call_joint_encoder("joint_encoder", self.joint_encoder, ordered, self.latent_dim)
 
     def _posterior(self, inputs: dict[str, Tensor], names: list[str], prior_expert: bool) -> GaussianParams:
         """Posterior of complete samples given the modalities `names`."""
@@ -595,7 +551,7 @@ class JMVAE(nn.Module):
         """Posterior of every sample given those of the modalities `names` that it has."""
         batch_size = self._check(inputs, names, values=False)
         self._select("mask", mask)
-        present = {name: _presence(name, mask, inputs[name]) for name in names}
+        present = {name: presence(name, mask, inputs[name]) for name in names}
         if check_inputs:
             check_values({name: inputs[name] for name in names}, self.likelihoods, present)
         # Absent values become 0 before the networks: NaN there would spread through batch statistics.
@@ -615,14 +571,9 @@ class JMVAE(nn.Module):
         flat, leading = z.reshape(-1, self.latent_dim), z.shape[:-1]
         decoded = {}
         for name in names:
-            decoder = self.decoders[name]
-            output = decoder(_in_weights_dtype(decoder, flat))
-            shape = self.config.input_dims[name] if self.config.input_dims else tuple(output.shape[1:])
-            if tuple(output.shape) != (len(flat), *shape):
-                raise ConfigError(
-                    f"decoders.{name}: returned shape {tuple(output.shape)}, expected {(len(flat), *shape)}"
-                )
-            decoded[name] = output.reshape(*leading, *shape)
+            shape = self.config.input_dims[name] if self.config.input_dims else None
+            output = call_decoder(f"decoders.{name}", self.decoders[name], flat, shape)
+            decoded[name] = output.reshape(*leading, *output.shape[1:])
         return decoded
 
     def _log_likelihoods(self, z: Tensor, inputs: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
@@ -649,18 +600,6 @@ def _with_custom_architectures(config: JMVAEConfig, given: list[str]) -> JMVAECo
 def _gradient(is_wanted: bool) -> torch.set_grad_enabled:
     """Gradients as asked for, but never against the caller's torch.no_grad()."""
     return torch.set_grad_enabled(is_wanted and torch.is_grad_enabled())
-
-
-def _presence(name: str, mask: dict[str, Tensor], x: Tensor) -> Tensor:
-    """bool (B,): which samples have the modality."""
-    if name not in mask:
-        return torch.ones(len(x), dtype=torch.bool, device=x.device)
-    present = mask[name]
-    require_tensor(f"mask.{name}", present)
-    if present.dtype != torch.bool or tuple(present.shape) != (len(x),):
-        got = f"{present.dtype} of shape {tuple(present.shape)}"
-        raise DataError(f"mask.{name}: {got}, expected torch.bool of shape ({len(x)},)")
-    return present
 
 
 def _check_count(key: str, value: int) -> None:
