@@ -12,7 +12,8 @@ import torch
 
 import jmvae_dist
 from jmvae_dist.cluster.doctor.check import Check, Context, Gathered, Judgement, group_by_value
-from jmvae_dist.cluster.doctor.layout import format_ranks
+from jmvae_dist.cluster.doctor.job import count_parameters
+from jmvae_dist.cluster.doctor.layout import Layout, format_ranks
 from jmvae_dist.cluster.doctor.table import Row
 from jmvae_dist.cluster.provenance import describe_code
 from jmvae_dist.data.loader import count_shards_in_use
@@ -20,9 +21,12 @@ from jmvae_dist.data.shard_set import most_open_shards
 from jmvae_dist.progress import format_bytes
 from jmvae_dist.training.assembly import prefetched_bytes
 from jmvae_dist.training.cores import cpu_quota, usable_cores
+from jmvae_dist.training.memory import engine_memory
+from jmvae_dist.training.setup import ResolvedRun
 from jmvae_dist.training.state import software_versions
 
 _SHARED_MEMORY = Path("/dev/shm")
+_MORE_SHARED_MEMORY = "enlarge /dev/shm (docker run --shm-size, mount -o remount,size=)"
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 # Up to here each node has a row of its own with its ranks.
 _NODES_SHOWN = 16
@@ -314,31 +318,67 @@ def _name_limit(limit: int) -> str:
 
 def _gather_shared_memory(context: Context) -> dict[str, Any]:
     status = os.statvfs(_SHARED_MEMORY)
-    needed = None
-    if context.run is not None and context.run.config.data.workers > 0:
-        needed = sum(prefetched_bytes(context.run, *context.legal_place(rank)) for rank in context.local_ranks)
+    facts = {"size_bytes": status.f_blocks * status.f_frsize, "free_bytes": status.f_bavail * status.f_frsize}
+    run = context.run
+    if run is None:
+        return {**facts, "reader_bytes": None, "gradient_bytes": None, "gradient_reduction": ""}
+    places = [context.legal_place(rank) for rank in context.local_ranks] if run.config.data.workers > 0 else []
     return {
-        "size_bytes": status.f_blocks * status.f_frsize,
-        "free_bytes": status.f_bavail * status.f_frsize,
-        "needed_bytes": needed,
+        **facts,
+        "reader_bytes": sum(prefetched_bytes(run, *place) for place in places),
+        "gradient_bytes": _shared_gradient_bytes(run, context.layout, len(context.local_ranks)),
+        "gradient_reduction": run.config.training.gradient_reduction,
     }
 
 
+def _shared_gradient_bytes(run: ResolvedRun, layout: Layout, num_local_ranks: int) -> int:
+    """What the ranks of this node are to share; with `auto` only where all of them are on one node."""
+    training = run.config.training
+    is_local = len(layout.nodes) == 1 or training.gradient_reduction == "shared_memory"
+    if training.engine != "ddp" or not is_local:
+        return 0
+    on_gpu = training.device != "cpu" and torch.cuda.is_available()
+    memory = engine_memory(
+        training.engine,
+        count_parameters(run),
+        layout.world_size,
+        device_type="cuda" if on_gpu else "cpu",
+        gradient_reduction=training.gradient_reduction,
+    )
+    return num_local_ranks * memory.buffers
+
+
 def _judge_shared_memory(gathered: Gathered) -> list[Row]:
-    rows = []
-    for facts, ranks in group_by_value(gathered.facts):
-        found = f"{format_bytes(facts['free_bytes'])} of {format_bytes(facts['size_bytes'])} free"
-        needed = facts["needed_bytes"]
-        if needed is None:
-            rows.append(gathered.passed(f"{found}; reader processes (data.workers) would use it", ranks))
-            continue
-        found += f"; the reader processes of a node put up to {format_bytes(needed)} there"
-        if needed > facts["free_bytes"]:
-            advice = "lower data.workers, or enlarge it (docker run --shm-size, mount -o remount,size=)"
-            rows.append(gathered.fail(found, advice, ranks))
-        else:
-            rows.append(gathered.passed(found, ranks))
-    return rows
+    num_nodes = len(gathered.layout.nodes)
+    judgements = {rank: _judge_shared_memory_of_node(facts, num_nodes) for rank, facts in gathered.facts.items()}
+    return gathered.merge(judgements)
+
+
+def _judge_shared_memory_of_node(facts: dict[str, Any], num_nodes: int) -> Judgement:
+    """Free space against what training wants of it (distributed/shared_memory.py): readers first, then gradients."""
+    free, readers, gradients = facts["free_bytes"], facts["reader_bytes"], facts["gradient_bytes"]
+    found = f"{format_bytes(free)} of {format_bytes(facts['size_bytes'])} free"
+    if readers is None:
+        return "pass", f"{found}; reader processes (data.workers) and gradients of ddp on CPUs would use it", ""
+    if readers:
+        found += f"; the reader processes of a node put up to {format_bytes(readers)} there"
+    if gradients:
+        found += f"; its ranks share {format_bytes(gradients)} for gradients, and want twice that free besides"
+    if not readers and not gradients:
+        found += "; this run puts nothing there"
+    if readers > free:
+        return "fail", found, f"lower data.workers, or {_MORE_SHARED_MEMORY}"
+    is_required = facts["gradient_reduction"] == "shared_memory"
+    if is_required and num_nodes > 1:
+        found += f"; training.gradient_reduction: shared_memory is for one machine, and the ranks are on {num_nodes}"
+        # Not more than that: containers of one machine may differ in their names.
+        return "warn", found, "set training.gradient_reduction: auto, unless these are one machine"
+    if 2 * gradients <= free - readers:
+        return "pass", found, ""
+    if is_required:
+        return "fail", found, f"set training.gradient_reduction: auto, or {_MORE_SHARED_MEMORY}"
+    found += ": too little, they would go through the process group, which is slower"
+    return "warn", found, f"{_MORE_SHARED_MEMORY}; or training.gradient_reduction: process_group, if that is meant"
 
 
 CHECKS = (

@@ -12,6 +12,7 @@ import pytest
 
 from jmvae_dist.cluster.doctor import job, machine
 from jmvae_dist.cluster.doctor.check import Check, Context, Results, run_checks
+from jmvae_dist.cluster.doctor.layout import Layout, Place
 from jmvae_dist.cluster.doctor.meeting import Meeting
 from jmvae_dist.cluster.doctor.shard_cache import SHARD_CACHE, file_system_of
 from jmvae_dist.commands.doctor import main
@@ -160,8 +161,32 @@ def test_too_many_ranks_for_the_lanes_leave_the_other_checks_alone(make_context:
 def test_shared_memory_counts_the_batches_of_all_workers(make_context: Callable[..., Context]) -> None:
     context = make_context("--data.workers", "3")
     facts = gather(context, "/dev/shm")["/dev/shm"]["facts"]
-    assert facts["needed_bytes"] == (3 * 2 + 1) * 64 * (64 + 10) * 4
-    assert gather(make_context(), "/dev/shm")["/dev/shm"]["facts"]["needed_bytes"] is None
+    assert facts["reader_bytes"] == (3 * 2 + 1) * 64 * (64 + 10) * 4
+    facts = gather(make_context(), "/dev/shm")["/dev/shm"]["facts"]
+    assert (facts["reader_bytes"], facts["gradient_bytes"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "settings", "num_shared"),
+    [
+        (("a", "a", "a"), (), 3),
+        (("a", "a", "a"), ("--training.gradient_reduction", "process_group"), 0),
+        (("a", "a", "a"), ("--training.engine", "zero2"), 0),
+        (("a", "a", "b"), (), 0),
+        (("a", "a", "b"), ("--training.gradient_reduction", "shared_memory"), 2),
+    ],
+)
+def test_shared_memory_counts_the_gradients_of_the_ranks_of_the_node(
+    make_context: Callable[..., Context], hosts: tuple[str, ...], settings: tuple[str, ...], num_shared: int
+) -> None:
+    context = make_context("--training.device", "cpu", *settings)
+    context.meeting.process = ProcessInfo(rank=0, world_size=3, local_rank=0, launcher="torchrun")
+    places = {rank: Place(rank, rank, 3, "torchrun", host) for rank, host in enumerate(hosts)}
+    context.meeting.layout = Layout(3, places)
+    facts = gather(context, "/dev/shm")["/dev/shm"]["facts"]
+    assert context.run is not None
+    model = JMVAE(context.run.model_config, networks=context.run.config.model.networks)
+    assert facts["gradient_bytes"] == num_shared * sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_wandb_server_is_reached_or_not(

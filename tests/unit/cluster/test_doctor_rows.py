@@ -229,9 +229,46 @@ def test_limits() -> None:
     row = the_problem(judge("open files", {rank: {**few, "wanted": 900} for rank in range(2)}, layout))
     assert row.status == "warn"
     assert "ulimit -n 1800" in row.advice
-    roomy = {"size_bytes": 2**30, "free_bytes": 2**30, "needed_bytes": 2**20}
-    row = the_problem(judge("/dev/shm", {0: roomy, 1: {**roomy, "free_bytes": 2**19}}, layout))
+
+
+def judge_shared_memory(layout: Layout, **changes: Any) -> Row:
+    """The row of nodes that are alike."""
+    facts = {"size_bytes": 100, "free_bytes": 100, "reader_bytes": 0, "gradient_bytes": 0}
+    alike = {**facts, "gradient_reduction": "auto", **changes}
+    (row,) = judge("/dev/shm", dict.fromkeys(layout.leaders, alike), layout)
+    return row
+
+
+def test_shared_memory_against_readers() -> None:
+    roomy = {"size_bytes": 2**30, "free_bytes": 2**30, "reader_bytes": 2**20, "gradient_bytes": 0}
+    roomy["gradient_reduction"] = "auto"
+    row = the_problem(judge("/dev/shm", {0: roomy, 1: {**roomy, "free_bytes": 2**19}}, make_layout(1, 1)))
     assert (row.status, row.where) == ("fail", "node2")
+    assert "this run puts nothing there" in judge_shared_memory(make_layout(2)).found
+    assert "gradients of ddp" in judge_shared_memory(make_layout(2), reader_bytes=None, gradient_bytes=None).found
+
+
+@pytest.mark.parametrize(
+    ("gradients", "setting", "status"),
+    [
+        (40, "auto", "pass"),
+        (41, "auto", "warn"),
+        (40, "shared_memory", "pass"),
+        (41, "shared_memory", "fail"),
+    ],
+)
+def test_shared_memory_against_gradients(gradients: int, setting: str, status: str) -> None:
+    """Twice their size has to be free after what readers need, as in training."""
+    row = judge_shared_memory(make_layout(2), reader_bytes=20, gradient_bytes=gradients, gradient_reduction=setting)
+    assert row.status == status
+    assert f"its ranks share {gradients} B for gradients" in row.found
+    assert (row.advice != "") == (status != "pass")
+
+
+def test_shared_memory_of_several_nodes_is_none() -> None:
+    row = judge_shared_memory(make_layout(2, 2), gradient_bytes=10, gradient_reduction="shared_memory")
+    assert (row.status, row.where) == ("warn", "all")
+    assert "the ranks are on 2" in row.found
 
 
 # Network
