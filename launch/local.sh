@@ -114,15 +114,11 @@ run_once() {
     code=${shared:-$code}
 }
 
-# Global step of the newest committed checkpoint of the run; 0 without one.
-newest_step() {
-    local name=
-    [ -z "$checkpoints" ] || read -r name 2>/dev/null <"$checkpoints/LATEST"
-    if [[ $name =~ ^step-([0-9]+)$ ]]; then
-        printf '%s' "$((10#${BASH_REMATCH[1]}))"
-    else
-        printf 0
-    fi
+# Rewinds and global step of the newest checkpoint: after a rewind new checkpoints begin at a lower step.
+measure_progress() {
+    [ -n "$checkpoints" ] && "$PYTHON" -c 'import pathlib, sys; from jmvae_dist.checkpoint.layout import measure_progress
+rewinds, step = measure_progress(pathlib.Path(sys.argv[1]))
+print(rewinds, max(0, step))' "$checkpoints" 2>/dev/null || printf '0 0\n'
 }
 
 checkpoints=
@@ -130,15 +126,16 @@ if [ "$verb" = train ] && [ "$restarts" -gt 0 ]; then
     checkpoints=$("$PYTHON" -c 'import pathlib, sys; from jmvae_dist.config_io import parse_run_config
 print(pathlib.Path(parse_run_config(sys.argv[1:]).output_dir).expanduser() / "checkpoints")' "$@") || exit
 fi
-best_step=$(newest_step)
+read -r best_rewinds best_step < <(measure_progress)
 num_failures=0 # since the last new checkpoint
 code=1
 while [ -z "$stop_requested" ]; do
     run_once "$@"
     case $code in 0 | 2 | 75) exit "$code" ;; esac
     [ -z "$stop_requested" ] || break
-    step=$(newest_step)
-    if [ "$step" -gt "$best_step" ]; then
+    read -r rewinds step < <(measure_progress)
+    if [ "$rewinds" -gt "$best_rewinds" ] || { [ "$rewinds" -eq "$best_rewinds" ] && [ "$step" -gt "$best_step" ]; }; then
+        best_rewinds=$rewinds
         best_step=$step
         num_failures=0
     fi

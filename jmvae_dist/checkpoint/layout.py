@@ -243,6 +243,21 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
     return CheckpointManifest.from_json(text, path)
 
 
+def measure_progress(root: Path) -> tuple[int, int]:
+    """How far a run has come: (rewinds, global step) of its newest readable checkpoint; (0, -1) without one.
+
+    Pairs compare as the run goes on: a checkpoint that is written after a rewind is further than all before it,
+    whatever its step; one that is written again after it was lost or damaged is not.
+    """
+    for checkpoint in reversed(list_checkpoints(root)):
+        try:
+            manifest = read_manifest(checkpoint)
+        except CheckpointError:
+            continue
+        return len(manifest.passed_over), manifest.global_step
+    return 0, -1
+
+
 def find_damage(checkpoint: Path, manifest: CheckpointManifest, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with the files of a checkpoint, or None.
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from jmvae_dist.checkpoint.layout import list_checkpoints, step_of
+from jmvae_dist.checkpoint.layout import list_checkpoints, measure_progress, step_of
 from jmvae_dist.cluster.provenance import write_provenance
 from jmvae_dist.cluster.scheduler import find_failed_nodes, job_fields, parse_time_s
 from jmvae_dist.errors import EXIT_STOPPED, LaunchError
@@ -45,6 +45,7 @@ class Attempt:
         requeued: Whether the job was put back because of this attempt's end, by its own script.
         reason: Why it ended as it did, for people.
         failed_nodes: Those of its hosts that failed meanwhile, as far as Slurm knows.
+        begin_rewinds, end_rewinds: Rewinds that those checkpoints have behind them.
     """
 
     job_id: str
@@ -58,6 +59,8 @@ class Attempt:
     requeued: bool = False
     reason: str = ""
     failed_nodes: tuple[str, ...] = ()
+    begin_rewinds: int = 0
+    end_rewinds: int = 0
 
     @property
     def has_ended(self) -> bool:
@@ -66,8 +69,9 @@ class Attempt:
 
     @property
     def has_progressed(self) -> bool:
-        """Whether it left a checkpoint that was not there before."""
-        return self.end_step is not None and self.end_step > self.begin_step
+        """Whether it left a new checkpoint; after a rewind those begin at a lower step."""
+        before = (self.begin_rewinds, self.begin_step)
+        return self.end_step is not None and (self.end_rewinds, self.end_step) > before
 
 
 def begin_attempt(run_dir: Path, *, max_attempts: int, environment: Mapping[str, str] | None = None) -> Attempt:
@@ -84,12 +88,12 @@ def begin_attempt(run_dir: Path, *, max_attempts: int, environment: Mapping[str,
     """
     variables = os.environ if environment is None else environment
     attempts = read_attempts(run_dir)
-    step = newest_step(run_dir)
+    step, rewinds = newest_step(run_dir), _count_rewinds(run_dir)
     job_id = current_job_id(variables)
     for place, former in enumerate(attempts):
         if not former.has_ended:
             _check_not_running(run_dir, former, job_id)
-            attempts[place] = _close_lost(former, step)
+            attempts[place] = _close_lost(former, step, rewinds)
             _append(run_dir, "end", attempts[place])
     restart = _restart(variables)
     fruitless = _fruitless(attempts, job_id, before=restart)
@@ -105,6 +109,7 @@ def begin_attempt(run_dir: Path, *, max_attempts: int, environment: Mapping[str,
         begin_s=time.time(),
         nodes=_hosts(variables),
         begin_step=step,
+        begin_rewinds=rewinds,
     )
     folder = run_dir / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,6 +157,7 @@ def end_attempt(
         attempt,
         end_s=time.time(),
         end_step=newest_step(run_dir),
+        end_rewinds=_count_rewinds(run_dir),
         exit_code=exit_code,
         # A service that was merely started anew has failed nobody.
         failed_nodes=() if is_fine else find_failed_nodes(attempt.nodes, attempt.begin_s),
@@ -237,10 +243,15 @@ def newest_step(run_dir: Path) -> int:
     return step_of(checkpoints[-1].name) if checkpoints else -1
 
 
-def _close_lost(attempt: Attempt, step: int) -> Attempt:
+def _count_rewinds(run_dir: Path) -> int:
+    rewinds, _ = measure_progress(run_dir / "checkpoints")
+    return rewinds
+
+
+def _close_lost(attempt: Attempt, step: int, rewinds: int) -> Attempt:
     failed = find_failed_nodes(attempt.nodes, attempt.begin_s)
     reason = f"lost{'; failed nodes: ' + ', '.join(failed) if failed else ', killed or its first node failed'}"
-    return replace(attempt, end_s=time.time(), end_step=step, reason=reason, failed_nodes=failed)
+    return replace(attempt, end_s=time.time(), end_step=step, end_rewinds=rewinds, reason=reason, failed_nodes=failed)
 
 
 def _fruitless(attempts: list[Attempt], job_id: str, before: float = math.inf) -> list[Attempt]:

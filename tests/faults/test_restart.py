@@ -17,6 +17,7 @@ import pytest
 
 from tests.conftest import ROOT, Run, assert_same_tensors, launch_environment
 from tests.faults.test_kill import kill_everything, last_step
+from tests.unit.checkpoint.test_fragments import make_manifest
 
 MakeRun = Callable[..., Run]
 ENDLESS = ("--training.steps", "1000000", "--training.log_every_steps", "5")
@@ -88,14 +89,14 @@ def test_a_killed_rank_fails_the_run_without_restarts(make_run: MakeRun) -> None
 
 @pytest.fixture
 def start_with_fake_torchrun(make_run: MakeRun, tmp_path: Path) -> Callable[[str], subprocess.Popen[str]]:
-    """Starts local.sh with `--restarts 2` and a shell script in the place of torchrun; $LATEST is the run's."""
+    """Starts local.sh with `--restarts 2` and a shell script in the place of torchrun; $RUN is the run directory."""
     run = make_run("run", "--training.steps", "9")
-    (run.output_dir / "checkpoints").mkdir(parents=True)
+    folder = run.output_dir
+    (folder / "checkpoints").mkdir(parents=True)
     python = tmp_path / "python"
 
     def start(torchrun: str) -> subprocess.Popen[str]:
-        latest = run.output_dir / "checkpoints" / "LATEST"
-        choose = f'case "$*" in *torch.distributed.run*) LATEST={latest}; {torchrun};; *--check\\ *) exit 0;; esac'
+        choose = f'case "$*" in *torch.distributed.run*) RUN={folder}; {torchrun};; *--check\\ *) exit 0;; esac'
         python.write_text(f'#!/bin/sh\n{choose}\nexec {sys.executable} "$@"\n')
         python.chmod(0o755)
         command = ["bash", str(ROOT / "launch" / "local.sh"), "2", "--restarts", "2", "train", *run.arguments()]
@@ -108,15 +109,21 @@ def start_with_fake_torchrun(make_run: MakeRun, tmp_path: Path) -> Callable[[str
 FakeTorchrun = Callable[[str], subprocess.Popen[str]]
 
 
-def test_a_run_that_always_fails_is_given_up(start_with_fake_torchrun: FakeTorchrun) -> None:
-    """Two attempts get to the checkpoint of step 8, all others to that of step 10: twice there is progress."""
-    attempt = "echo >>$LATEST.attempts; case $(wc -l <$LATEST.attempts) in 1|2) step=08;; *) step=10;; esac"
-    process = start_with_fake_torchrun(f"{attempt}; echo step-000000$step >$LATEST; exit 3")
+def test_a_run_that_always_fails_is_given_up(start_with_fake_torchrun: FakeTorchrun, tmp_path: Path) -> None:
+    """One attempt gets to step 8, one to step 10, and the others, after a rewind, to step 9: three times progress."""
+    for step, rewinds in ((8, 0), (10, 0), (9, 1)):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        manifest = make_manifest(global_step=step, passed_over=[[8, 10]] * rewinds)
+        (folder / "manifest.json").write_text(manifest.to_json())
+    attempt = "echo >>$RUN.attempts; case $(wc -l <$RUN.attempts) in 1) step=08;; 2) step=10;; *) step=09;; esac"
+    replaced = f"rm -rf $RUN/checkpoints/*; cp -r {tmp_path}/checkpoints/step-000000$step $RUN/checkpoints"
+    process = start_with_fake_torchrun(f"{attempt}; {replaced}; exit 3")
     assert process.communicate(timeout=300)[0].splitlines() == [
         "launch/local.sh: exit code 3; restart 1 of 2 from step 8 in 1 s",
-        "launch/local.sh: exit code 3; restart 2 of 2 from step 8 in 2 s",
         "launch/local.sh: exit code 3; restart 1 of 2 from step 10 in 1 s",
-        "launch/local.sh: exit code 3; restart 2 of 2 from step 10 in 2 s",
+        "launch/local.sh: exit code 3; restart 1 of 2 from step 9 in 1 s",
+        "launch/local.sh: exit code 3; restart 2 of 2 from step 9 in 2 s",
         "launch/local.sh: exit code 3 again, no new checkpoint in 2 restarts: giving up",
     ]
     assert process.returncode == 3

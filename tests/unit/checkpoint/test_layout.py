@@ -18,6 +18,7 @@ from jmvae_dist.checkpoint.layout import (
     find_damage,
     find_intact,
     list_checkpoints,
+    measure_progress,
     read_manifest,
     remove_checkpoint,
     seal_file,
@@ -28,12 +29,12 @@ from jmvae_dist.errors import CheckpointError
 from tests.unit.checkpoint.test_fragments import make_manifest
 
 
-def write_checkpoint(root: Path, global_step: int, content: bytes = b"weights") -> Path:
+def write_checkpoint(root: Path, global_step: int, content: bytes = b"weights", **changes: object) -> Path:
     temporary = temporary_directory(root, global_step)
     temporary.mkdir(parents=True)
     (temporary / "rank-00000.safetensors").write_bytes(content)
     record = seal_file(temporary / "rank-00000.safetensors")
-    return commit(root, make_manifest(global_step=global_step, files={"rank-00000.safetensors": record}))
+    return commit(root, make_manifest(global_step=global_step, files={"rank-00000.safetensors": record}, **changes))
 
 
 def test_commit_publishes_and_names_the_latest(tmp_path: Path) -> None:
@@ -49,6 +50,21 @@ def test_order_is_that_of_the_steps_not_of_the_names(tmp_path: Path) -> None:
         write_checkpoint(tmp_path, global_step)
     names = [path.name for path in list_checkpoints(tmp_path)]
     assert names == ["step-00000005", "step-99999999", "step-100000000"]
+
+
+def test_progress_is_made_by_checkpoints_after_a_rewind_and_not_by_the_same_ones_again(tmp_path: Path) -> None:
+    found = [measure_progress(tmp_path)]
+    for step, passed_over in ((20, []), (40, []), (30, [[35, 41]])):
+        newest = write_checkpoint(tmp_path, step, passed_over=passed_over)
+        for other in list_checkpoints(tmp_path):
+            if other.name > newest.name:
+                other.rename(tmp_path / f"rewound-{other.name}")
+        found.append(measure_progress(tmp_path))
+    assert found == sorted(set(found))
+    (newest / "manifest.json").write_text("{")  # as a resume passes over it
+    assert measure_progress(tmp_path) == found[1]
+    (tmp_path / "step-00000020" / "manifest.json").unlink()
+    assert measure_progress(tmp_path) == found[0]
 
 
 def test_only_complete_directories_count_and_the_rest_is_swept(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from jmvae_dist.cluster.attempts import Attempt, begin_attempt, current_job_id, end_attempt, read_attempts
 from jmvae_dist.errors import LaunchError
+from tests.unit.checkpoint.test_fragments import make_manifest
 
 NODES = (
     "NodeName=node1 State=IDLE SlurmdStartTime=2020-01-01T00:00:00\n"
@@ -160,6 +162,22 @@ def test_a_new_checkpoint_starts_the_count_anew(tmp_path: Path) -> None:
         assert end(tmp_path, 75, usr1=True, max_attempts=2).requeued
     steps = [(attempt.begin_step, attempt.end_step) for attempt in read_attempts(tmp_path)]
     assert steps == [(-1, 10), (10, 10), (10, 20), (20, 20), (20, 30), (30, 30)]
+
+
+def test_a_checkpoint_after_a_rewind_is_progress_at_a_lower_step(tmp_path: Path) -> None:
+    """Whether the attempt that went back noted its own end, or was lost."""
+    cases = [(60, 0, False), (50, 1, False), (40, 2, True), (30, 3, False)]
+    for restart, (step, rewinds, is_lost) in enumerate(cases):
+        begin(tmp_path, restart=restart, max_attempts=1)
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        checkpoint(tmp_path, step)
+        manifest = make_manifest(global_step=step, passed_over=[[70, 80]] * rewinds)
+        (tmp_path / "checkpoints" / f"step-{step:08d}" / "manifest.json").write_text(manifest.to_json())
+        if not is_lost:
+            assert end(tmp_path, 75, usr1=True, max_attempts=1).requeued
+    assert all(attempt.has_progressed for attempt in read_attempts(tmp_path))
+    begin(tmp_path, restart=4, max_attempts=1)
+    assert not end(tmp_path, 75, usr1=True, max_attempts=1).has_progressed
 
 
 def test_a_lost_attempt_is_closed_by_the_next(tmp_path: Path, fake_command: Callable[..., Path]) -> None:
