@@ -87,6 +87,9 @@ class Trainer:
             runtime.collectives,
             on_commit=self._checkpoint_committed,
         )
+        self.requests = Requests(
+            runtime.collectives, signals, run.config.checkpoint.every_s, run.output_dir / "CHECKPOINT"
+        )
 
     def train(self) -> int:
         """Train to the last step, evaluate, report.
@@ -142,12 +145,11 @@ class Trainer:
         config, total_steps = self.run.config, self.run.total_steps
         take_step = TrainStep(self.run, self.runtime, self.engine, self.guard)
         meter = Meter(config.training.global_batch_size)
-        request_file = self.run.output_dir / "CHECKPOINT"
         profiles = self.run.output_dir / "profiles"
         remaining = range(self.global_step, total_steps)
         with (
             closing(open_batches(self.run, self.runtime, self.model, remaining)) as batches,
-            Requests(self.runtime.collectives, self.signals, config.checkpoint.every_s, request_file) as requests,
+            self.requests as requests,
             self.checkpoints,
             self._steps_watched(),
             StepProfiler(config.training.profile_steps, profiles, self.runtime, self._enter_profiling) as profiler,

@@ -34,7 +34,8 @@ class Requests:
     """What all ranks agreed to do after a step: the union of what each one asked for a step earlier.
 
     It is found asynchronously, over one step, so that no step waits for it. Every rank calls `poll` once per step
-    and thus learns of a request at the same step.
+    and thus learns of a request at the same step. It is entered while steps are taken, and again after a rewind,
+    which a request for a checkpoint outlives.
 
     Args:
         collectives: Agreement between ranks.
@@ -57,10 +58,16 @@ class Requests:
         self._looked_s = -_LOOK_INTERVAL_S
         self._flags = torch.zeros(4, dtype=torch.int32)
         self._pending: dist.Work | None = None
-        self._last_checkpoint_s = time.monotonic()
+        self._last_checkpoint_s = 0.0  # until it is entered
         self._is_outdated = False
 
     def __enter__(self) -> Requests:
+        self._last_checkpoint_s = time.monotonic()
+        # The file is gone already, and a rewind may have set aside the checkpoint that was begun since. All else
+        # was about batches and files before the rewind, or is said again.
+        _, checkpoint, _, _ = self._flags.tolist()
+        self._flags = torch.tensor((0, checkpoint, 0, 0)).int()
+        self._is_outdated = False
         return self
 
     def __exit__(
@@ -69,6 +76,7 @@ class Requests:
         # An exchange is still under way: finish it if the others do, so that nobody ends in the middle of it.
         if self._pending is not None and (error is None or is_on_all_ranks(error)):
             self._pending.wait()
+            self._pending = None
 
     def poll(self, failure: bool, is_writing: bool) -> Agreement:
         """The agreement on what was asked for at the previous call; equal on all ranks.

@@ -13,9 +13,11 @@ from sklearn.datasets import load_digits
 from jmvae_dist.checkpoint.layout import read_manifest
 from jmvae_dist.commands.shards import main as shards
 from jmvae_dist.tracking.ledger import read_attempts
-from tests.conftest import Run, assert_same_tensors
+from tests.conftest import Run, assert_same_tensors, run_verb
 
 NUM_SAMPLES, BATCH = 640, 64
+# Where the sample with the outlier comes in the second epoch: the first time there is nothing to go back to.
+SPIKE_STEP = 14
 SETTINGS = (
     *("--model.decoders_dist", "{image: normal, label: categorical}", "--model.decoder_dist_params", "null"),
     *("--training.global_batch_size", str(BATCH), "--training.log_every_steps", "1"),
@@ -94,6 +96,34 @@ def test_a_spike_rewinds_and_its_batches_are_passed_over(tmp_path: Path, engine:
     again.train(num_processes)
     assert read_manifest(again.checkpoint(40)).passed_over == passed_over
     assert_same_tensors(run.tensors(40), again.tensors(40))
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_request_for_a_checkpoint_outlives_a_rewind(tmp_path: Path, num_processes: int) -> None:
+    """It is found after the last step before the spike, of which no record could begin the checkpoint any more."""
+    data = write_outlier(tmp_path, 1000.0)
+    guards = (
+        *("--training.guards.spike_threshold", "20", "--training.guards.spike_window_steps", "4"),
+        *("--training.guards.spike_action", "rewind", "--training.guards.rewind_skip_steps", "2"),
+    )
+    run = Run(tmp_path / "run", data, [*SETTINGS, "--training.steps", "20", *guards])
+    put_request = f"""
+from pathlib import Path
+from jmvae_dist.training.requests import Requests
+poll, number, request = Requests.poll, 0, Path({str(run.output_dir / "CHECKPOINT")!r})
+def poll_with_request(requests, **said):
+    global number
+    number += 1
+    if number == {SPIKE_STEP - 1} and requests._collectives.rank == 0:
+        request.touch()
+        requests._looked_s = float("-inf")
+    return poll(requests, **said)
+Requests.poll = poll_with_request
+"""
+    output = run_verb("train", *run.arguments(), num_processes=num_processes, patch=put_request)
+    assert f"back from step {SPIKE_STEP} to the checkpoint at step 10" in output
+    assert not (run.output_dir / "CHECKPOINT").exists()
+    assert [step for step in range(21) if run.checkpoint(step).is_dir()] == [5, 10, 11, 15, 20]
 
 
 def test_the_checkpoint_to_go_back_to_outlives_the_one_being_written(tmp_path: Path) -> None:
