@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
@@ -28,6 +29,8 @@ _PARSER_MODE = "strict_yaml"
 _MAX_SHOWN_CHARACTERS = 60
 # Numbers to jsonargparse, but text to PyYAML, which follows YAML 1.1: there an exponent needs a point and a sign.
 _MORE_FLOATS = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+# Stands before text that jsonargparse would take for YAML once more, and read as null. Of Unicode's private use area.
+_TEXT_MARK = "\ue000"
 
 
 def make_parser(prog: str = "jmvae-dist train") -> jsonargparse.ArgumentParser:
@@ -37,7 +40,7 @@ def make_parser(prog: str = "jmvae-dist train") -> jsonargparse.ArgumentParser:
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise ConfigError(_one_line(message))
+            raise ConfigError(_one_line(message).replace(_TEXT_MARK, ""))
 
         def parse_path(self, cfg_path: Any, *arguments: Any, **options: Any) -> jsonargparse.Namespace:
             try:
@@ -69,6 +72,7 @@ def parse_run_config(arguments: list[str], prog: str = "jmvae-dist train") -> Ru
         ConfigError: One line that names the key, the value and what is allowed.
     """
     parser = make_parser(prog)
+    arguments = _mark_arguments(arguments)
     try:
         return _parse(parser, arguments)
     except UnicodeDecodeError as error:
@@ -126,7 +130,9 @@ def _load_yaml(text: str) -> Any:
             _refuse_repeated_keys(node, {})
     except RecursionError:
         raise yaml.YAMLError("lists and mappings are nested too deeply") from None
-    return jsonargparse.get_loader("yaml")(text)
+    values = jsonargparse.get_loader("yaml")(text)
+    _mark_texts(values)
+    return values
 
 
 def _refuse_repeated_keys(node: yaml.Node, is_checked: dict[int, bool]) -> None:
@@ -157,6 +163,76 @@ def _refuse_repeated_keys(node: yaml.Node, is_checked: dict[int, bool]) -> None:
     is_checked[id(node)] = True
 
 
+@functools.cache
+def _optional_texts(section: str = "") -> tuple[str, ...]:
+    """The keys that take text or null, such as ``tracking.wandb.name``."""
+    keys: list[str] = []
+    for name in _section_keys(section):
+        key = f"{section}.{name}" if section else name
+        keys += [key] if _declared_type(key) == (str | None) else _optional_texts(key)
+    return tuple(keys)
+
+
+def _mark(text: str) -> str:
+    """Text of an optional key in the form in which it stays text."""
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError):
+        return text
+    is_null = node is None or node.tag == "tag:yaml.org,2002:null"
+    return _TEXT_MARK + text if is_null and text.strip() else text
+
+
+def _mark_arguments(arguments: list[str]) -> list[str]:
+    """Arguments in which only ``null`` is null where a key takes text.
+
+    Raises:
+        ConfigError: A key that takes text has another of YAML's words for null.
+    """
+    marked = list(arguments)
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        key = option.removeprefix("--")
+        if key == option or key not in _optional_texts():
+            continue
+        if not equals and place + 1 < len(arguments):
+            value = arguments[place + 1]
+        if value.strip() in ("~", "Null", "NULL"):
+            raise ConfigError(f"{key}: {value} could mean null or text; write null, or {value!r} in a --config file")
+        text = value if value.strip() == "null" else _mark(value)
+        if equals:
+            marked[place] = f"{option}={text}"
+        elif place + 1 < len(arguments):
+            marked[place + 1] = text
+    return marked
+
+
+def _mark_texts(values: Any) -> None:
+    """Mark the texts of optional keys in the content of a file, which can be that of a single section."""
+    for key in _optional_texts():
+        parts = key.split(".")
+        for start in range(len(parts)):
+            _mark_at(values, parts[start:])
+
+
+def _mark_at(values: Any, parts: list[str]) -> None:
+    """Mark the text of one key; also a file's keys may be names that are joined by dots."""
+    for stop in range(1, len(parts) + 1) if isinstance(values, dict) else ():
+        name = ".".join(parts[:stop])
+        if stop < len(parts):
+            _mark_at(values.get(name), parts[stop:])
+        elif isinstance(values.get(name), str):
+            values[name] = _mark(values[name])
+
+
+def _unmark_texts(namespace: jsonargparse.Namespace) -> None:
+    for key in _optional_texts():
+        if isinstance(namespace[key], str):
+            namespace[key] = namespace[key].removeprefix(_TEXT_MARK)
+
+
 def _refuse_empty_sections(values: Any, section: str = "") -> None:
     """Raise a ConfigError for a section without any key, which YAML reads as null."""
     for name in _section_keys(section):
@@ -169,6 +245,7 @@ def _refuse_empty_sections(values: Any, section: str = "") -> None:
 
 def _instantiate(parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace) -> RunConfig:
     _refuse_empty_sections(namespace)
+    _unmark_texts(namespace)
     sections = parser.instantiate(namespace)
     values = {item.name: sections[item.name] for item in dataclasses.fields(RunConfig)}
     return RunConfig(**values)

@@ -32,6 +32,8 @@ MISTAKES = [
     (["--model.foo", "3"], ["model.foo", "unknown key"]),
     (["training.steps=3"], ["unexpected argument", "--section.key value"]),
     (["--training.epochs", "many"], ["training.epochs", "many", "float or null"]),
+    (["--tracking.wandb.name", "~"], ["tracking.wandb.name", "write null, or '~' in a --config file"]),
+    (["--data.cache.dir=NULL"], ["data.cache.dir", "write null"]),
     (["--checkpoint.every_steps", "1.5"], ["checkpoint.every_steps", "1.5", "int or null"]),
     (["--training.precision", "fp7"], ["training.precision", "fp7", "'fp32', 'bf16'"]),
     (["--training.compile", "model", "--training.engine", "zero3"], ["training.compile", "zero3"]),
@@ -199,18 +201,42 @@ def test_printed_configuration_reproduces_itself(tmp_path: Path, capsys: pytest.
     assert yaml.safe_load(printed)["checkpoint"]["every_s"] is None
 
 
-# In YAML 1.1, which PyYAML writes, 1e3 is text; to jsonargparse, which reads it, it is a number.
-@settings(max_examples=30)
-@given(text=st.sampled_from(["1e3", "12e5678", "1.5E3", "+1_0e-2"]) | st.text("0123456789eE+-._:#~{nylor "))
+# In YAML 1.1, which PyYAML writes, 1e3 is text; to jsonargparse, which reads it, it is a number. It reads text twice,
+# and what is null the second time must still be text.
+TEXTS = st.sampled_from(["1e3", "12e5678", "1.5E3", "+1_0e-2", "null", "Null", "~", "#5", "&a", "---", "!!null"])
+TEXTS |= st.text("0123456789eE+-._:#~{&nylor ")
+
+
+@settings(max_examples=40)
+@given(text=TEXTS)
 def test_any_text_is_printed_so_that_it_is_read_back_as_that_text(
     tmp_path_factory: pytest.TempPathFactory, text: str
 ) -> None:
     config = parse()
     config.tracking.wandb.project = text
+    config.tracking.wandb.name = text
     config.tracking.wandb.tags = [text]
     path = tmp_path_factory.mktemp("printed") / "config.yaml"
     save_run_config(config, path)
     assert parse_run_config(["--config", str(path)]) == config
+
+
+@settings(max_examples=40)
+@given(text=TEXTS.filter(lambda text: text.strip() not in ("null", "Null", "NULL", "~")))
+def test_any_text_but_null_is_text_on_the_command_line(text: str) -> None:
+    assert parse(f"--tracking.wandb.name={text}").tracking.wandb.name == text
+
+
+def test_null_is_null_where_a_key_takes_text(tmp_path: Path) -> None:
+    named = ["--tracking.wandb.name", "#5", "--tracking.wandb.group", "&b"]
+    assert parse(*named).tracking.wandb.name == "#5"
+    assert parse(*named, "--tracking.wandb.name", "null").tracking.wandb.name is None
+    for content in ("tracking: {wandb: {name: null, group: 'null'}}", "tracking.wandb: {name: ~, group: 'null'}"):
+        path = tmp_path / "named.yaml"
+        path.write_text(content)
+        config = parse(*named, "--config", str(path))
+        assert (config.tracking.wandb.name, config.tracking.wandb.group) == (None, "null")
+    assert parse("--tracking.wandb", "{group: 'null'}").tracking.wandb.group == "null"
 
 
 def test_saved_configuration_reproduces_itself(tmp_path: Path) -> None:
