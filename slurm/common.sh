@@ -45,6 +45,8 @@ read_site() {
         source "$site"
         trap - ERR
         set -u +e
+        # The preflight tells ranks that start with these settings from others.
+        export JMVAE_DIST_SITE_READ=$site
     elif [ -n "${JMVAE_DIST_SITE:-}" ]; then
         fail "JMVAE_DIST_SITE: there is no $site"
     fi

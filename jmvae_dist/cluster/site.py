@@ -13,6 +13,8 @@ from jmvae_dist.cluster.resources import Resources
 from jmvae_dist.errors import ConfigError
 
 SITE_VARIABLE = "JMVAE_DIST_SITE"
+# Names the file whose settings this process was started with: set by slurm/common.sh.
+SITE_READ_VARIABLE = "JMVAE_DIST_SITE_READ"
 _TIMEOUT_S = 120.0  # modules on a busy file system take their time
 _MANY_CPUS = "1000000"
 
@@ -46,6 +48,16 @@ def repository() -> Path:
     return root
 
 
+def find_site_file() -> Path | None:
+    """The file of the site's settings; None without one.
+
+    Raises:
+        ConfigError: The package was installed without the batch scripts, and nothing names a file.
+    """
+    file = Path(os.environ.get(SITE_VARIABLE) or repository() / "slurm" / "site.env")
+    return file.absolute() if file.exists() else None
+
+
 def read_site() -> Site:
     """Read the site's settings.
 
@@ -54,11 +66,10 @@ def read_site() -> Site:
     """
     output = _source("print_site")
     values = dict(item.split("=", 1) for item in output.split("\0") if item)
-    file = Path(os.environ.get(SITE_VARIABLE) or repository() / "slurm" / "site.env")
     return Site(
         settings={name: value for name, value in values.items() if not name.startswith("SBATCH_")},
         sbatch={name: value for name, value in values.items() if name.startswith("SBATCH_")},
-        file=file.absolute() if file.exists() else None,
+        file=find_site_file(),
     )
 
 

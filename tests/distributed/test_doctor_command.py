@@ -52,11 +52,15 @@ def test_two_processes_of_one_machine(run_arguments: list[str], tmp_path: Path) 
     assert not (tmp_path / "runs").exists()
 
 
-def test_tasks_of_srun_without_a_configuration() -> None:
+def test_tasks_of_srun_without_a_configuration(tmp_path: Path) -> None:
     """Rank 0 holds the port where the ranks meet when the process group starts there too."""
     job_id = str(random.SystemRandom().randrange(2**20))
-    outputs = finish(*(start(DOCTOR, srun_variables(rank, "localhost", job_id)) for rank in range(2)))
+    site = tmp_path / "site.env"
+    site.write_text("INTERFACE=ib0\n")
+    variables = [{**srun_variables(rank, "localhost", job_id), "JMVAE_DIST_SITE": str(site)} for rank in range(2)]
+    outputs = finish(*(start(DOCTOR, of_rank) for of_rank in variables))
     assert "2 process(es) started by srun" in outputs[0]
+    assert "site.env was not read: srun alone" in " ".join(outputs[0].split())
     assert outputs[0].splitlines()[-1].endswith(" 0 fail")
     assert outputs[1] == ""
 

@@ -112,6 +112,8 @@ def test_the_doctor_sees_every_rank_of_an_allocation(cluster: Cluster, make_slur
     words = [*run.sbatch_arguments(), "--json", f"{run.audit_dir}/doctor.json"]
     options = ("--nodes=2", "--ntasks-per-node=2")
     cluster.finish(run.submit(*options, script="doctor.sbatch", arguments=words))
-    assert "GLOO_SOCKET_IFNAME eth0" in " ".join(run.log.read_text().split())
+    said = " ".join(run.log.read_text().split())
+    assert "GLOO_SOCKET_IFNAME eth0" in said
+    assert "started with the settings of" in said
     examined = json.loads((run.audit_dir / "doctor.json").read_text())
     assert (examined["world_size"], examined["counts"]["fail"]) == (4, 0)

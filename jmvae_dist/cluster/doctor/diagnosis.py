@@ -32,7 +32,8 @@ _ALONE: tuple[Check, ...] = (
 _TOGETHER: tuple[Check, ...] = (job.SHARED_DIRECTORY, network.CLOCKS, network.PROCESS_GROUP)
 # Order of the table.
 _ORDER = (
-    *("ranks", "versions", "code", "device", "threads", "open files", "/dev/shm", "network", "clock", "collectives"),
+    *("ranks", "site", "versions", "code", "device", "threads", "open files", "/dev/shm"),
+    *("network", "clock", "collectives"),
     *("configuration", "world size", "engine", "shards", "shard cache", "read speed"),
     *("output_dir", "disk space", "checkpoints", "W&B"),
 )

@@ -16,8 +16,10 @@ from jmvae_dist.cluster.doctor.job import count_parameters
 from jmvae_dist.cluster.doctor.layout import Layout, format_ranks
 from jmvae_dist.cluster.doctor.table import Row
 from jmvae_dist.cluster.provenance import describe_code
+from jmvae_dist.cluster.site import SITE_READ_VARIABLE, find_site_file
 from jmvae_dist.data.loader import count_shards_in_use
 from jmvae_dist.data.shard_set import most_open_shards
+from jmvae_dist.errors import ConfigError
 from jmvae_dist.progress import format_bytes
 from jmvae_dist.training.assembly import prefetched_bytes
 from jmvae_dist.training.cores import cpu_quota, usable_cores
@@ -88,6 +90,27 @@ def _judge_nodes(gathered: Gathered) -> list[Row]:
         members = {rank for ranks in layout.nodes.values() if len(ranks) == usual_size for rank in ranks}
         usual = [gathered.passed(f"{usual_size} process(es) on each of {len(usual)} nodes", members)]
     return rows + usual
+
+
+def _gather_site(context: Context) -> dict[str, Any]:
+    try:
+        file = find_site_file()
+    except ConfigError:  # without batch scripts there is no such file
+        file = None
+    return {"file": None if file is None else str(file), "read": os.environ.get(SITE_READ_VARIABLE)}
+
+
+def _judge_site(gathered: Gathered) -> list[Row]:
+    """Whether ranks of srun have the settings that those of batch jobs have."""
+    facts = gathered.facts[0]
+    if gathered.layout.places[0].launcher != "srun" or (facts["file"] is None and facts["read"] is None):
+        return []
+    everyone = gathered.layout.places
+    if facts["read"] is not None:
+        return [gathered.passed(f"started with the settings of {facts['read']}", everyone)]
+    found = f"{facts['file']} was not read: srun alone does not start ranks with the interpreter, modules, interface "
+    found += "and variables that batch jobs have from it"
+    return [gathered.warn(found, "sbatch slurm/doctor.sbatch, if the run is to be a batch job", everyone)]
 
 
 # Software
@@ -383,6 +406,7 @@ def _judge_shared_memory_of_node(facts: dict[str, Any], num_nodes: int) -> Judge
 
 CHECKS = (
     Check("ranks", "rank", "nothing", _gather_ranks, _judge_ranks, "see the launcher's documentation"),
+    Check("site", "main", "nothing", _gather_site, _judge_site, "look at slurm/site.env"),
     Check("versions", "rank", "nothing", _gather_versions, _judge_versions, "install the package again"),
     Check("code", "rank", "nothing", _gather_code, _judge_code, "install the package again"),
     Check("device", "rank", "nothing", _gather_devices, _judge_devices, "look at nvidia-smi on that node"),

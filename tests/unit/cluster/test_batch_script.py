@@ -89,6 +89,21 @@ def test_usr1_before_srun_does_not_end_the_ranks(tmp_path: Path) -> None:
     assert said == "75\n"
 
 
+def test_ranks_are_told_which_settings_they_start_with(tmp_path: Path) -> None:
+    """For the preflight, which shall know ranks that srun alone has started."""
+    write_command(tmp_path / "bin", "scontrol")
+    write_command(tmp_path / "bin", "srun", 'printf "%s\\n" "${JMVAE_DIST_SITE_READ:-none}"')
+    (tmp_path / "site.env").write_text("INTERFACE=ib0\n")
+    said = run_bash(
+        tmp_path,
+        f"set -u; root={shlex.quote(str(ROOT))}; source $root/slurm/common.sh",
+        "num_ranks=1 ranks_per_node=1 SLURM_CPUS_ON_NODE=1",
+        "(start_ranks doctor)",
+        "JMVAE_DIST_SITE=site.env; read_site; (start_ranks doctor)",
+    )
+    assert said == "none\nsite.env\n"
+
+
 def test_signals_are_heeded_from_the_first_line(tmp_path: Path) -> None:
     """They come while the script asks where the repository is; it goes on, here to say that it was not told."""
     script = "$(sed -n 's/^PPid:\\t//p' /proc/$PPID/status)"  # the parent is its command substitution

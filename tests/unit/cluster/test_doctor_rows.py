@@ -48,6 +48,24 @@ def summarize(rows: list[Row]) -> list[tuple[str, str]]:
     return [(row.status, row.where) for row in rows]
 
 
+@pytest.mark.parametrize(
+    ("launcher", "file", "read", "statuses"),
+    [
+        ("srun", "/site.env", None, ["warn"]),
+        ("srun", "/site.env", "/site.env", ["pass"]),
+        ("srun", None, None, []),
+        ("torchrun", "/site.env", None, []),
+    ],
+)
+def test_settings_of_the_site_that_were_not_read(
+    launcher: str, file: str | None, read: str | None, statuses: list[str]
+) -> None:
+    places = {rank: Place(rank, rank, 2, launcher, "node1") for rank in range(2)}
+    rows = judge("site", {0: {"file": file, "read": read}}, Layout(2, places))
+    assert summarize(rows) == [(status, "all") for status in statuses]
+    assert all("/site.env" in row.found for row in rows)
+
+
 # Names of ranks and nodes
 
 
