@@ -46,7 +46,7 @@ class ForwardPass(nn.Module):
         self._compute: Callable[..., tuple[Tensor, dict[str, Tensor]]] = self._compute_eagerly
         if is_compiled:
             options = compiler_options(device_type)
-            self._compute = torch.compile(self._compute_eagerly, dynamic=False, options=options)
+            self._compute = torch.compile(self._compute_eagerly, dynamic=False, options={**options})
 
     def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """`loss_sum` and `metrics` of the model's output: a plain tuple, which every wrapper can take apart."""
