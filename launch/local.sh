@@ -116,9 +116,9 @@ run_once() {
 
 # Rewinds and global step of the newest checkpoint: after a rewind new checkpoints begin at a lower step.
 measure_progress() {
-    [ -n "$checkpoints" ] && "$PYTHON" -c 'import pathlib, sys; from jmvae_dist.checkpoint.layout import measure_progress
+    [ -z "$checkpoints" ] || "$PYTHON" -c 'import pathlib, sys; from jmvae_dist.checkpoint.layout import measure_progress
 rewinds, step = measure_progress(pathlib.Path(sys.argv[1]))
-print(rewinds, max(0, step))' "$checkpoints" 2>/dev/null || printf '0 0\n'
+print(rewinds, max(0, step))' "$checkpoints" 2>/dev/null
 }
 
 checkpoints=
@@ -126,14 +126,15 @@ if [ "$verb" = train ] && [ "$restarts" -gt 0 ]; then
     checkpoints=$("$PYTHON" -c 'import pathlib, sys; from jmvae_dist.config_io import parse_run_config
 print(pathlib.Path(parse_run_config(sys.argv[1:]).output_dir).expanduser() / "checkpoints")' "$@") || exit
 fi
-read -r best_rewinds best_step < <(measure_progress)
+read -r best_rewinds best_step < <(measure_progress) || best_rewinds=0 best_step=0
 num_failures=0 # since the last new checkpoint
 code=1
 while [ -z "$stop_requested" ]; do
     run_once "$@"
     case $code in 0 | 2 | 75) exit "$code" ;; esac
+    # Ctrl-C ends the measurement as well, and so may a lack of memory: then nothing is known to be new.
+    read -r rewinds step < <(measure_progress) || rewinds=$best_rewinds step=$best_step
     [ -z "$stop_requested" ] || break
-    read -r rewinds step < <(measure_progress)
     if [ "$rewinds" -gt "$best_rewinds" ] || { [ "$rewinds" -eq "$best_rewinds" ] && [ "$step" -gt "$best_step" ]; }; then
         best_rewinds=$rewinds
         best_step=$step

@@ -20,6 +20,7 @@ from tests.faults.test_kill import kill_everything, last_step
 from tests.unit.checkpoint.test_fragments import make_manifest
 
 MakeRun = Callable[..., Run]
+FakeTorchrun = Callable[..., subprocess.Popen[str]]
 ENDLESS = ("--training.steps", "1000000", "--training.log_every_steps", "5")
 
 
@@ -88,25 +89,26 @@ def test_a_killed_rank_fails_the_run_without_restarts(make_run: MakeRun) -> None
 
 
 @pytest.fixture
-def start_with_fake_torchrun(make_run: MakeRun, tmp_path: Path) -> Callable[[str], subprocess.Popen[str]]:
-    """Starts local.sh with `--restarts 2` and a shell script in the place of torchrun; $RUN is the run directory."""
+def start_with_fake_torchrun(make_run: MakeRun, tmp_path: Path) -> FakeTorchrun:
+    """Starts local.sh with `--restarts 2` and a shell script in the place of torchrun; $RUN is the run directory.
+
+    A second script may run where local.sh looks for new checkpoints. All are in a process group of their own.
+    """
     run = make_run("run", "--training.steps", "9")
     folder = run.output_dir
     (folder / "checkpoints").mkdir(parents=True)
     python = tmp_path / "python"
 
-    def start(torchrun: str) -> subprocess.Popen[str]:
-        choose = f'case "$*" in *torch.distributed.run*) RUN={folder}; {torchrun};; *--check\\ *) exit 0;; esac'
-        python.write_text(f'#!/bin/sh\n{choose}\nexec {sys.executable} "$@"\n')
+    def start(torchrun: str, measurement: str = ":") -> subprocess.Popen[str]:
+        choose = f'*torch.distributed.run*) {torchrun};; *--check\\ *) exit 0;; *measure_progress*) {measurement};;'
+        python.write_text(f'#!/bin/sh\nRUN={folder}; case "$*" in {choose} esac\nexec {sys.executable} "$@"\n')
         python.chmod(0o755)
         command = ["bash", str(ROOT / "launch" / "local.sh"), "2", "--restarts", "2", "train", *run.arguments()]
         environment = {**launch_environment(), "PYTHON": str(python)}
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
 
     return start
-
-
-FakeTorchrun = Callable[[str], subprocess.Popen[str]]
 
 
 def test_a_run_that_always_fails_is_given_up(start_with_fake_torchrun: FakeTorchrun, tmp_path: Path) -> None:
@@ -146,6 +148,13 @@ def test_a_signal_ends_the_pause_at_once(start_with_fake_torchrun: FakeTorchrun,
     process.send_signal(number)
     output, _ = process.communicate(timeout=300)
     assert time.monotonic() - begin_s < 1
+    assert output == "launch/local.sh: stopped on request; exit code 3 is that of the last attempt\n"
+    assert process.returncode == 3
+
+
+def test_ctrl_c_may_come_while_checkpoints_are_looked_for(start_with_fake_torchrun: FakeTorchrun) -> None:
+    process = start_with_fake_torchrun("touch $RUN.failed; exit 3", "[ ! -e $RUN.failed ] || kill -INT 0")
+    output = process.communicate(timeout=300)[0]
     assert output == "launch/local.sh: stopped on request; exit code 3 is that of the last attempt\n"
     assert process.returncode == 3
 
