@@ -29,8 +29,9 @@ _PARSER_MODE = "strict_yaml"
 _MAX_SHOWN_CHARACTERS = 60
 # Numbers to jsonargparse, but text to PyYAML, which follows YAML 1.1: there an exponent needs a point and a sign.
 _MORE_FLOATS = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-# Stands before text that jsonargparse would take for YAML once more, and read as null. Of Unicode's private use area.
-_TEXT_MARK = "\ue000"
+# Stands before text that jsonargparse would take for YAML once more, and read as null. YAML allows this character,
+# and no text has it: Unicode reserves it for such uses (fonts have icons at the private ones).
+_TEXT_MARK = "\ufdd0"
 
 
 def make_parser(prog: str = "jmvae-dist train") -> jsonargparse.ArgumentParser:
@@ -40,7 +41,8 @@ def make_parser(prog: str = "jmvae-dist train") -> jsonargparse.ArgumentParser:
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise ConfigError(_one_line(message).replace(_TEXT_MARK, ""))
+            # It quotes values as they are, or as Python writes them.
+            raise ConfigError(_one_line(message).replace(_TEXT_MARK, "").replace(repr(_TEXT_MARK)[1:-1], ""))
 
         def parse_path(self, cfg_path: Any, *arguments: Any, **options: Any) -> jsonargparse.Namespace:
             try:
@@ -227,10 +229,19 @@ def _mark_at(values: Any, parts: list[str]) -> None:
             values[name] = _mark(values[name])
 
 
-def _unmark_texts(namespace: jsonargparse.Namespace) -> None:
-    for key in _optional_texts():
-        if isinstance(namespace[key], str):
-            namespace[key] = namespace[key].removeprefix(_TEXT_MARK)
+def _unmark_texts(values: jsonargparse.Namespace | dict[Any, Any], seen: set[int]) -> None:
+    """Remove all marks: a mapping of the user's may have keys with the names of ours.
+
+    Args:
+        values: What has been read.
+        seen: Mappings in it that are done, by id: aliases can put one in many places.
+    """
+    for key, value in list(values.items()):
+        if isinstance(value, str):
+            values[key] = value.removeprefix(_TEXT_MARK)
+        elif isinstance(value, dict) and id(value) not in seen:
+            seen.add(id(value))
+            _unmark_texts(value, seen)
 
 
 def _refuse_empty_sections(values: Any, section: str = "") -> None:
@@ -245,7 +256,7 @@ def _refuse_empty_sections(values: Any, section: str = "") -> None:
 
 def _instantiate(parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace) -> RunConfig:
     _refuse_empty_sections(namespace)
-    _unmark_texts(namespace)
+    _unmark_texts(namespace, set())
     sections = parser.instantiate(namespace)
     values = {item.name: sections[item.name] for item in dataclasses.fields(RunConfig)}
     return RunConfig(**values)

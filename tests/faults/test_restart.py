@@ -100,7 +100,7 @@ def start_with_fake_torchrun(make_run: MakeRun, tmp_path: Path) -> FakeTorchrun:
     python = tmp_path / "python"
 
     def start(torchrun: str, measurement: str = ":") -> subprocess.Popen[str]:
-        choose = f'*torch.distributed.run*) {torchrun};; *--check\\ *) exit 0;; *measure_progress*) {measurement};;'
+        choose = f"*torch.distributed.run*) {torchrun};; *--check\\ *) exit 0;; *measure_progress*) {measurement};;"
         python.write_text(f'#!/bin/sh\nRUN={folder}; case "$*" in {choose} esac\nexec {sys.executable} "$@"\n')
         python.chmod(0o755)
         command = ["bash", str(ROOT / "launch" / "local.sh"), "2", "--restarts", "2", "train", *run.arguments()]

@@ -34,6 +34,8 @@ MISTAKES = [
     (["--training.epochs", "many"], ["training.epochs", "many", "float or null"]),
     (["--tracking.wandb.name", "~"], ["tracking.wandb.name", "write null, or '~' in a --config file"]),
     (["--data.cache.dir=NULL"], ["data.cache.dir", "write null"]),
+    (["--data.tokenizers.text", "{dir: '~'}"], ["data.tokenizers.text", "a section with a class_path"]),
+    (["--tracking.wandb.tags", "{name: '#1'}"], ["tracking.wandb.tags", "{'name': '#1'} is not allowed"]),
     (["--checkpoint.every_steps", "1.5"], ["checkpoint.every_steps", "1.5", "int or null"]),
     (["--training.precision", "fp7"], ["training.precision", "fp7", "'fp32', 'bf16'"]),
     (["--training.compile", "model", "--training.engine", "zero3"], ["training.compile", "zero3"]),
@@ -97,6 +99,7 @@ def test_mistakes_are_one_clear_line(arguments: list[str], expected: list[str]) 
         parse(*arguments)
     message = str(caught.value)
     assert "\n" not in message
+    assert "ufdd0" not in ascii(message)  # with which text is marked while it is read
     for part in expected:
         assert part in message
 
@@ -203,7 +206,9 @@ def test_printed_configuration_reproduces_itself(tmp_path: Path, capsys: pytest.
 
 # In YAML 1.1, which PyYAML writes, 1e3 is text; to jsonargparse, which reads it, it is a number. It reads text twice,
 # and what is null the second time must still be text.
-TEXTS = st.sampled_from(["1e3", "12e5678", "1.5E3", "+1_0e-2", "null", "Null", "~", "#5", "&a", "---", "!!null"])
+TEXTS = st.sampled_from(
+    ["1e3", "12e5678", "1.5E3", "+1_0e-2", "null", "Null", "~", "#5", "&a", "---", "!!null", "\ue000#"]
+)
 TEXTS |= st.text("0123456789eE+-._:#~{&nylor ")
 
 
