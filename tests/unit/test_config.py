@@ -244,6 +244,12 @@ def test_null_is_null_where_a_key_takes_text(tmp_path: Path) -> None:
     assert parse("--tracking.wandb", "{group: 'null'}").tracking.wandb.group == "null"
 
 
+def test_arguments_of_a_users_class_may_have_names_of_keys_that_take_text() -> None:
+    key = "--model.networks.joint_encoder"
+    config = parse(key, "{class_path: my.Encoder}", f"{key}.init_args", "{name: '#5', dir: '~'}")
+    assert config.model.networks.joint_encoder["init_args"] == {"name": "#5", "dir": "~"}
+
+
 def test_saved_configuration_reproduces_itself(tmp_path: Path) -> None:
     config = parse("--model.input_dims", "{label: [10], image: [1, 8, 8]}")
     save_run_config(config, tmp_path / "config.yaml")
