@@ -32,6 +32,11 @@ class GuardedAdamW(torch.optim.AdamW):
         super().__init__(*arguments, **options)
         self._pieces: dict[int, _Pieces] = {}  # by number of the group
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Of a copy, or of a state that is loaded: its tensors are others.
+        super().__setstate__(state)
+        self._pieces = {}
+
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the weights if the step is sound."""
         assert self.is_sound is not None, "`is_sound` was not set for this step"

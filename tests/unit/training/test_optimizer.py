@@ -84,3 +84,19 @@ def test_what_was_replaced_between_steps_is_what_is_updated(weights: Tensor, siz
 
     assert torch.equal(run(with_new_tensors), run(in_place))
     assert not torch.equal(run(in_place), run(lambda parameter, optimizer: None))
+
+
+def test_a_copy_goes_on_like_the_original(weights: Tensor) -> None:
+    optimizer = GuardedAdamW([nn.Parameter(weights.clone())], lr=1e-2, fused=True)
+    optimizer.is_sound = torch.tensor(True)
+
+    def step(one: GuardedAdamW) -> Tensor:
+        (parameter,) = one.param_groups[0]["params"]
+        parameter.grad = torch.ones_like(parameter)
+        one.step()
+        return parameter.detach()
+
+    step(optimizer)
+    copied = copy.deepcopy(optimizer)
+    copied.is_sound = optimizer.is_sound
+    assert torch.equal(step(optimizer), step(copied))
