@@ -20,6 +20,7 @@ from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.distributed.engine import Engine, ReplicatedEngine
 from jmvae_dist.distributed.environment import ProcessInfo, join_launch
 from jmvae_dist.distributed.shared_memory import share_gradients
+from jmvae_dist.distributed.single_thread import settle_number_of_threads
 from jmvae_dist.errors import ConfigError, LaunchError, is_on_all_ranks
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ def start_runtime(
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if on_cpu:
         keep_freed_memory()
+        settle_number_of_threads()
     backend = "gloo" if on_cpu else "nccl"
     timeout = timedelta(seconds=timeout_s)
     handlers: list[Any] = []

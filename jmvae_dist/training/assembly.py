@@ -140,8 +140,8 @@ def open_batches(run: ResolvedRun, runtime: Runtime, model: JMVAE, steps: range)
 def _has_room_for_a_thread(runtime: Runtime) -> bool:
     """Whether batches are to be made ready in a thread; called by all ranks.
 
-    Threads of one operation wait for each other by spinning. Where one of them has to share its core, the others burn
-    theirs meanwhile: with two threads on two cores a step took half as long again.
+    Where the threads of operations have all cores, it gains nothing: they spin while they wait for each other, and
+    what it computes is taken from one of them.
     """
     if runtime.device.type != "cpu":
         return True

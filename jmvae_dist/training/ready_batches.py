@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from jmvae_dist.data.loader import Batch
+from jmvae_dist.distributed.single_thread import start_single_thread
 from jmvae_dist.errors import DataError
 from jmvae_dist.kernels.noise import normal_noise_of_steps
 from jmvae_dist.training.batches import CheckedBatches
@@ -157,8 +158,7 @@ class ReadyBatches:
         self._has_ended = False
         if interrupt is not None:
             # A daemon, for the case in which `close` leaves it behind.
-            self._thread = threading.Thread(target=self._work, name="jmvae-batches", daemon=True)
-            self._thread.start()
+            self._thread = start_single_thread(self._work, "jmvae-batches")
             self._orders.put(True)
 
     def __iter__(self) -> Iterator[ReadyBatch]:

@@ -18,7 +18,7 @@ from jmvae_dist.kernels.noise import KeyedNoise
 from jmvae_dist.model.likelihoods import build_likelihood
 from jmvae_dist.training import ready_batches
 from jmvae_dist.training.batches import CheckedBatches
-from jmvae_dist.training.ready_batches import Preparation, ReadyBatches
+from jmvae_dist.training.ready_batches import Preparation, ReadyBatch, ReadyBatches
 from jmvae_dist.training.setup import ResolvedRun
 from tests.faulty_server import Fault, FaultyServer, serving
 from tests.unit.training.test_setup import resolve
@@ -186,3 +186,32 @@ def test_a_loop_that_ends_early_ends_the_thread(digits: Path) -> None:
     with contextlib.closing(make_ready(run, loader.iterate(0, 20), loader.cancel)) as batches:
         next(iter(batches))
     assert threads() == []
+
+
+def test_the_thread_computes_by_itself_and_leaves_other_threads_as_they_were(digits: Path) -> None:
+    """Beside a second team of threads, a step takes twice as long."""
+    run = resolve(digits)
+    numbers: list[int] = []
+
+    class Noting(Preparation):
+        def __call__(self, batch: Batch) -> ReadyBatch:
+            numbers.append(torch.get_num_threads())
+            return super().__call__(batch)
+
+    def threads_of_a_new_thread() -> int:
+        found: list[int] = []
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        checked = CheckedBatches(loader_of(run).iterate(0, 2), run, LIKELIHOODS, range(64))
+        with contextlib.closing(ReadyBatches(checked, Noting(run, torch.device("cpu")), lambda: None)) as batches:
+            assert len(list(batches)) == 2
+            assert (torch.get_num_threads(), threads_of_a_new_thread()) == (3, 3)
+    finally:
+        torch.set_num_threads(before)
+    assert numbers == [1, 1]
