@@ -8,7 +8,6 @@ the gradients that `Engine.gradients` exposes. Engines differ only in which rank
 from __future__ import annotations
 
 import contextlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -22,7 +21,6 @@ from jmvae_dist.distributed.shared_memory import SharedMemoryMean
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_WRAPPER_VARIABLE = "TORCHINDUCTOR_CPP_WRAPPER"
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,10 +41,9 @@ class ForwardPass(nn.Module):
         self._dtype = AUTOCAST_DTYPES.get(precision)
         self._device_type = device_type
         # The method, not the module: wrapped as a module, the model would be registered twice.
-        self._compute: Callable[..., tuple[Tensor, dict[str, Tensor]]] = self._compute_eagerly
-        if is_compiled:
-            options = compiler_options(device_type)
-            self._compute = torch.compile(self._compute_eagerly, dynamic=False, options={**options})
+        self._compute: Callable[..., tuple[Tensor, dict[str, Tensor]]] = (
+            torch.compile(self._compute_eagerly, dynamic=False) if is_compiled else self._compute_eagerly
+        )
 
     def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """`loss_sum` and `metrics` of the model's output: a plain tuple, which every wrapper can take apart."""
@@ -57,17 +54,6 @@ class ForwardPass(nn.Module):
         with torch.autocast(self._device_type, dtype=self._dtype, enabled=self._dtype is not None):
             output = self.model(*arguments, **options)
         return output.loss_sum, output.metrics
-
-
-def compiler_options(device_type: str) -> dict[str, bool]:
-    """Inductor's options for the training pass, where its own defaults are not the best ones.
-
-    On CPUs the program calls its kernels from C++: from Python that takes some 2 % of a small model's step, which
-    more threads do not make shorter. A setting of the user's, in the variable that Inductor reads, is left alone.
-    """
-    if device_type != "cpu" or _WRAPPER_VARIABLE in os.environ:
-        return {}
-    return {"cpp_wrapper": True}
 
 
 class Engine(ABC):
