@@ -246,7 +246,7 @@ def _sum_of_squares(gradients: list[Tensor], device: torch.device, is_exact: boo
     """
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
-    if not is_exact and all(gradient.device.type == "cpu" for gradient in gradients):
+    if not is_exact and all(gradient.is_cpu for gradient in gradients):
         # By all threads, which `vector_norm` does not use.
         flat = [gradient.reshape(-1) for gradient in gradients]
         return torch.stack([torch.dot(values, values) for values in flat]).double().sum().to(device)

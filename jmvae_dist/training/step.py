@@ -65,6 +65,7 @@ class TrainStep:
         self._engine = engine
         self._guard = guard
         self._num_micro_batches = num_micro_batches(run, runtime.process.world_size)
+        self._known_bounds: dict[int, list[int]] = {}  # by number of rows
         self._is_compiled = run.config.training.compile != "off"
         self._loss_scale = runtime.process.world_size / run.config.training.global_batch_size
 
@@ -119,8 +120,7 @@ class TrainStep:
     def _accumulate_gradients(self, batch: ReadyBatch, annealing: float) -> dict[str, Tensor]:
         scale = self._guard.loss_scale * self._loss_scale
         sums: dict[str, Tensor] = {}
-        bounds = np.linspace(0, len(batch.rows), self._num_micro_batches + 1).astype(int).tolist()
-        for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        for number, (start, stop) in enumerate(itertools.pairwise(self._bounds(len(batch)))):
             metrics = self._engine.forward_backward(
                 scale,
                 is_last=number == self._num_micro_batches - 1,
@@ -132,6 +132,13 @@ class TrainStep:
             for key, value in metrics.items():
                 sums[key] = sums[key] + value if key in sums else value
         return sums
+
+    def _bounds(self, num_rows: int) -> list[int]:
+        """Where micro-batches begin and end; remembered, as to find them takes longer than some operations."""
+        if num_rows not in self._known_bounds:
+            bounds = np.linspace(0, num_rows, self._num_micro_batches + 1).astype(int).tolist()
+            self._known_bounds[num_rows] = bounds
+        return self._known_bounds[num_rows]
 
     def _noise(self, batch: ReadyBatch, part: slice) -> Tensor | KeyedNoise:
         if batch.noise is not None:
