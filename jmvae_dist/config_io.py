@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
@@ -32,6 +33,9 @@ _MORE_FLOATS = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 # Stands before text that jsonargparse would take for YAML once more, and read as null. YAML allows this character,
 # and no text has it: Unicode reserves it for such uses (fonts have icons at the private ones).
 _TEXT_MARK = "\ufdd0"
+# Marked too while jsonargparse reads: it would import the class when a later source changes its section, and fail
+# with a traceback since the section is declared as a mapping. As one like others, it is replaced by a later one.
+_CLASS_KEY = re.compile(r"(?<![^.])(?=(class_path|init_args)(\.|$))")
 
 
 def make_parser(prog: str = "jmvae-dist train") -> jsonargparse.ArgumentParser:
@@ -42,7 +46,7 @@ def make_parser(prog: str = "jmvae-dist train") -> jsonargparse.ArgumentParser:
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             # It quotes values as they are, or as Python writes them.
-            raise ConfigError(_one_line(message).replace(_TEXT_MARK, "").replace(repr(_TEXT_MARK)[1:-1], ""))
+            raise ConfigError(_one_line(message.replace(_TEXT_MARK, "").replace(repr(_TEXT_MARK)[1:-1], "")))
 
         def parse_path(self, cfg_path: Any, *arguments: Any, **options: Any) -> jsonargparse.Namespace:
             try:
@@ -134,6 +138,7 @@ def _load_yaml(text: str) -> Any:
         raise yaml.YAMLError("lists and mappings are nested too deeply") from None
     values = jsonargparse.get_loader("yaml")(text)
     _mark_texts(values)
+    _mark_class_keys(values, set())
     return values
 
 
@@ -188,16 +193,24 @@ def _mark(text: str) -> str:
 
 
 def _mark_arguments(arguments: list[str]) -> list[str]:
-    """Arguments in which only ``null`` is null where a key takes text.
+    """Arguments in which only ``null`` is null where a key takes text, and with marks on the keys of a class.
 
     Raises:
-        ConfigError: A key that takes text has another of YAML's words for null.
+        ConfigError: A key that takes text has another of YAML's words for null; a single argument of a class is set.
     """
     marked = list(arguments)
     for place, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
         key = option.removeprefix("--")
-        if key == option or key not in _optional_texts():
+        if key == option:
+            continue
+        section, of_class, name = key.partition(".init_args.")
+        if of_class and _declared_type(section.partition(".")[0]):
+            # jsonargparse would take any value of it for text.
+            whole = f"--{section} '{{class_path: module.Class, init_args: {{{name}: ...}}}}'"
+            raise ConfigError(f"{key}: one argument of a class cannot be set alone; write all of it: {whole}")
+        marked[place] = f"{_CLASS_KEY.sub(_TEXT_MARK, option)}{equals}{value}"
+        if key not in _optional_texts():
             continue
         if not equals and place + 1 < len(arguments):
             value = arguments[place + 1]
@@ -229,8 +242,40 @@ def _mark_at(values: Any, parts: list[str]) -> None:
             values[name] = _mark(values[name])
 
 
+def _mark_class_keys(values: Any, seen: set[int]) -> None:
+    """Mark ``class_path`` and ``init_args`` wherever they are keys, also among names that are joined by dots."""
+    _rename_keys(values, lambda key: _CLASS_KEY.sub(_TEXT_MARK, key), seen)
+
+
+def _rename_keys(values: Any, rename: Callable[[str], str], seen: set[int]) -> None:
+    """Rename the keys of mappings in place, which keep their order.
+
+    Args:
+        values: What has been read.
+        rename: From the old key to the new one.
+        seen: Mappings and lists in it that are done, by id: aliases can put one in many places.
+    """
+    if not isinstance(values, (dict, list)) or id(values) in seen:
+        return
+    seen.add(id(values))
+    if isinstance(values, dict):
+        renamed = {rename(key) if isinstance(key, str) else key: value for key, value in values.items()}
+        values.clear()
+        values.update(renamed)
+    for value in values.values() if isinstance(values, dict) else values:
+        _rename_keys(value, rename, seen)
+
+
+def _unmark(values: jsonargparse.Namespace) -> None:
+    """Remove all marks: a mapping of the user's may have keys with the names of ours."""
+    seen: set[int] = set()
+    for value in values.values():
+        _rename_keys(value, lambda key: key.replace(_TEXT_MARK, ""), seen)
+    _unmark_texts(values, set())
+
+
 def _unmark_texts(values: jsonargparse.Namespace | dict[Any, Any], seen: set[int]) -> None:
-    """Remove all marks: a mapping of the user's may have keys with the names of ours.
+    """Remove the marks of texts.
 
     Args:
         values: What has been read.
@@ -256,7 +301,7 @@ def _refuse_empty_sections(values: Any, section: str = "") -> None:
 
 def _instantiate(parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Namespace) -> RunConfig:
     _refuse_empty_sections(namespace)
-    _unmark_texts(namespace, set())
+    _unmark(namespace)
     sections = parser.instantiate(namespace)
     values = {item.name: sections[item.name] for item in dataclasses.fields(RunConfig)}
     return RunConfig(**values)

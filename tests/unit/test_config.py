@@ -81,6 +81,12 @@ MISTAKES = [
     (["--model.decoders_dist", "{image: poisson, label: categorical}"], ["model.decoders_dist", "poisson", "normal"]),
     (["--model.decoder_dist_params", "{image: {scale: 1}}"], ["image.scale", "soft_targets", "bernoulli"]),
     (["--model.networks.encoder_hidden_dims", "[]"], ["model.networks.encoder_hidden_dims", "non-empty"]),
+    (
+        ["--model.networks.joint_encoder", "{class_path: a.B}", "--model.networks.joint_encoder.init_args.size", "3"],
+        ["joint_encoder.init_args.size: one argument", "joint_encoder '{class_path: module.Class, init_args: {size:"],
+    ),
+    (["--modle.networks.joint_encoder.init_args.size", "3"], ["modle", "did you mean model"]),
+    (["--model.networks.joint_encoder.init_args", "{size: 3}"], ["model.networks.joint_encoder.kind", "'fusion'"]),
     (["--schedule.learning_rate.peak", "0"], ["schedule.learning_rate.peak", "greater than 0"]),
     (["--schedule.learning_rate.warmup_steps", "3"], ["schedule.learning_rate", "at most one"]),
     (["--checkpoint.keep_last", "1"], ["checkpoint.keep_last", "at least 2"]),
@@ -248,6 +254,60 @@ def test_arguments_of_a_users_class_may_have_names_of_keys_that_take_text() -> N
     key = "--model.networks.joint_encoder"
     config = parse(key, "{class_path: my.Encoder}", f"{key}.init_args", "{name: '#5', dir: '~'}")
     assert config.model.networks.joint_encoder["init_args"] == {"name": "#5", "dir": "~"}
+
+
+CLASS = "{class_path: nowhere.First, init_args: {size: 1, inner: [{class_path: nowhere.Inner}]}}"
+ANOTHER = "{class_path: nowhere.Second, init_args: {depth: 2}}"
+JOINT = "--model.networks.joint_encoder"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([JOINT, ANOTHER], ANOTHER),
+        ([f"{JOINT}.init_args", "{depth: 2}"], "{class_path: nowhere.First, init_args: {depth: 2}}"),
+        ([f"{JOINT}.class_path=nowhere.Second", f"{JOINT}.init_args={{depth: 2}}"], ANOTHER),
+        (["--model.networks", f"{{joint_encoder: {ANOTHER}}}"], ANOTHER),
+        (["--config", f"model: {{networks: {{joint_encoder: {ANOTHER}}}}}"], ANOTHER),
+        (["--config", f"model.networks.joint_encoder: {ANOTHER}"], ANOTHER),
+        (["--config", "model: {networks: {joint_encoder: {kind: fusion}}}"], "{kind: fusion}"),
+        ([], CLASS),
+    ],
+    ids=["section", "arguments", "parts", "networks", "file", "dotted", "kind", "nothing"],
+)
+@pytest.mark.parametrize("first", ["file", "command line"])
+def test_a_later_class_of_the_users_wins_before_any_is_imported(
+    tmp_path: Path, first: str, arguments: list[str], expected: str
+) -> None:
+    """Nothing here can be imported, and the arguments of one class are not those of the other."""
+    (tmp_path / "first.yaml").write_text(f"model: {{networks: {{joint_encoder: {CLASS}}}}}")
+    later = list(arguments)
+    if later[:1] == ["--config"]:
+        (tmp_path / "later.yaml").write_text(later[1])
+        later[1] = str(tmp_path / "later.yaml")
+    config = parse(*(["--config", str(tmp_path / "first.yaml")] if first == "file" else [JOINT, CLASS]), *later)
+    assert config.model.networks.joint_encoder == yaml.safe_load(expected)
+    save_run_config(config, tmp_path / "printed.yaml")
+    assert parse_run_config(["--config", str(tmp_path / "printed.yaml")]) == config
+
+
+CLASS_OPTIONS = st.tuples(
+    st.sampled_from([JOINT, "--model.networks.modalities", "--data.tokenizers", "--data.transforms"]),
+    st.sampled_from(["", ".image", ".image.encoder", ".class_path", ".init_args", ".init_args.a", ".kind", "+"]),
+    st.sampled_from(["", "3", "null", "a.B", "[]", "{}", CLASS, f"[{CLASS}]", f"{{image: {CLASS}}}"]),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(options=st.lists(CLASS_OPTIONS, min_size=1, max_size=3))
+def test_whatever_is_given_for_a_class_is_read_or_refused_in_one_line(options: list[tuple[str, str, str]]) -> None:
+    said = ""
+    try:
+        said = repr(parse(*(part for section, suffix, value in options for part in (section + suffix, value))))
+    except ConfigError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert "ufdd0" not in ascii(said)
 
 
 def test_saved_configuration_reproduces_itself(tmp_path: Path) -> None:
