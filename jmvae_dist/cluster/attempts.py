@@ -14,7 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from jmvae_dist.checkpoint.layout import list_checkpoints, measure_progress, step_of
@@ -68,10 +68,14 @@ class Attempt:
         return self.end_s is not None
 
     @property
-    def has_progressed(self) -> bool:
-        """Whether it left a new checkpoint; after a rewind those begin at a lower step."""
-        before = (self.begin_rewinds, self.begin_step)
-        return self.end_step is not None and (self.end_rewinds, self.end_step) > before
+    def begin_progress(self) -> tuple[int, int]:
+        """How far the run was before, as rewinds and step: after a rewind new checkpoints begin at a lower step."""
+        return self.begin_rewinds, self.begin_step
+
+    @property
+    def end_progress(self) -> tuple[int, int]:
+        """How far the run was after it; as before it while no end was noted."""
+        return self.begin_progress if self.end_step is None else (self.end_rewinds, self.end_step)
 
 
 def begin_attempt(run_dir: Path, *, max_attempts: int, environment: Mapping[str, str] | None = None) -> Attempt:
@@ -98,10 +102,12 @@ def begin_attempt(run_dir: Path, *, max_attempts: int, environment: Mapping[str,
     restart = _restart(variables)
     fruitless = _fruitless(attempts, job_id, before=restart)
     if len(fruitless) >= max_attempts:
+        _, best_step = max(attempt.begin_progress for attempt in fruitless)
         raise LaunchError(
             f"{run_dir}: {len(fruitless)} attempts of job {job_id} in a row have left no checkpoint after "
-            f"{'the beginning' if step < 0 else f'step {step}'} (the last: {fruitless[-1].reason}); giving up. "
-            "Look at the logs there; submit again to go on (MAX_ATTEMPTS_WITHOUT_PROGRESS in slurm/site.env)"
+            f"{'the beginning' if best_step < 0 else f'step {best_step}'} (the last: {fruitless[-1].reason}); "
+            "giving up. Look at the logs there; "
+            "submit again to go on (MAX_ATTEMPTS_WITHOUT_PROGRESS in slurm/site.env)"
         )
     attempt = Attempt(
         job_id=job_id,
@@ -194,10 +200,8 @@ def _judge(ended: Attempt, *, got_usr1: bool, got_term: bool, job_state: Mapping
     if code == EXIT_STOPPED:
         if not got_term:
             return "stopped on request", False
-        return (
-            "cancelled, with a checkpoint" if ended.has_progressed else "cancelled, without a new checkpoint",
-            False,
-        )
+        has_new = ended.end_progress > ended.begin_progress
+        return "cancelled, with a checkpoint" if has_new else "cancelled, without a new checkpoint", False
     if code == 0:
         return "complete", False
     if got_term:
@@ -206,17 +210,22 @@ def _judge(ended: Attempt, *, got_usr1: bool, got_term: bool, job_state: Mapping
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:
-    """All attempts that were noted, oldest first; a torn last line is left out."""
+    """All attempts that were noted, oldest first; a torn last line is left out.
+
+    Fields of a later version are ignored: one of its attempts counts as well.
+    """
     try:
         lines = (run_dir / "slurm" / "attempts.jsonl").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
+    known = {item.name for item in fields(Attempt)}
     attempts: list[Attempt] = []
     for line in lines:
         try:
             record = json.loads(line)
-            event, fields = record.pop("event"), {**record, "failed_nodes": tuple(record["failed_nodes"])}
-            attempt = Attempt(**fields)
+            event, failed_nodes = record["event"], tuple(record["failed_nodes"])
+            values = {name: value for name, value in record.items() if name in known}
+            attempt = Attempt(**{**values, "failed_nodes": failed_nodes})
         except (ValueError, TypeError, KeyError, AttributeError):
             logger.warning("%s/slurm/attempts.jsonl: a damaged line is left out", run_dir)
             continue
@@ -258,13 +267,22 @@ def _fruitless(attempts: list[Attempt], job_id: str, before: float = math.inf) -
     """The newest attempts of this job that left no new checkpoint; another job starts to count anew.
 
     So does one that has an old number again, after Slurm has begun to count anew: it restarts less often.
+
+    A checkpoint is new beyond the furthest of all attempts of the job. Compared with what its own attempt began with,
+    one that a rewind gave up would be new again when it is written again, after each end without one.
     """
-    fruitless: list[Attempt] = []
+    in_a_row: list[Attempt] = []
     for attempt in reversed(attempts):
-        if attempt.job_id != job_id or attempt.has_progressed or attempt.restart >= before:
+        if attempt.job_id != job_id or attempt.restart >= before:
             break
-        fruitless.insert(0, attempt)
+        in_a_row.insert(0, attempt)
         before = attempt.restart
+    best = (0, -1)
+    fruitless: list[Attempt] = []
+    for attempt in in_a_row:
+        best = max(best, attempt.begin_progress)
+        fruitless = [] if attempt.end_progress > best else [*fruitless, attempt]
+        best = max(best, attempt.end_progress)
     return fruitless
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -175,9 +176,41 @@ def test_a_checkpoint_after_a_rewind_is_progress_at_a_lower_step(tmp_path: Path)
         (tmp_path / "checkpoints" / f"step-{step:08d}" / "manifest.json").write_text(manifest.to_json())
         if not is_lost:
             assert end(tmp_path, 75, usr1=True, max_attempts=1).requeued
-    assert all(attempt.has_progressed for attempt in read_attempts(tmp_path))
     begin(tmp_path, restart=4, max_attempts=1)
-    assert not end(tmp_path, 75, usr1=True, max_attempts=1).has_progressed
+    assert not end(tmp_path, 75, usr1=True, max_attempts=1).requeued
+
+
+# How far each attempt of a job left the run, as (rewinds, step), and how many may be without progress: 3.
+HISTORIES = {
+    "always further": ([(0, 10), (0, 20), (0, 30), (0, 40), (0, 50)], None),
+    "a step written again after a rewind": ([(0, 20), (0, 10), (0, 20), (0, 10), (0, 20)], 3),
+    "a rewind made again": ([(0, 20), (1, 10), (0, 20), (1, 10), (0, 20)], 4),
+    "always another rewind": ([(0, 20), (1, 10), (2, 10), (3, 10), (4, 10)], None),
+    "one step further each third time": ([(0, 20), (0, 10), (0, 20), (0, 21), (0, 10), (0, 21), (0, 22)], None),
+    "none": ([(0, -1), (0, -1), (0, -1)], 2),
+}
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+def test_progress_is_what_is_beyond_all_earlier_attempts(tmp_path: Path, history: str) -> None:
+    """Each begins where the former one ended: compared with that alone, every second one would be further."""
+    ends, last = HISTORIES[history]
+    for restart, (rewinds, step) in enumerate(ends):
+        begin(tmp_path, restart=restart)
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        if step >= 0:
+            checkpoint(tmp_path, step)
+            manifest = make_manifest(global_step=step, passed_over=[[70, 80]] * rewinds)
+            (tmp_path / "checkpoints" / f"step-{step:08d}" / "manifest.json").write_text(manifest.to_json())
+        assert end(tmp_path, 75, usr1=True).requeued is (restart != last)
+        if restart == last:
+            break
+    if last is not None:
+        after = "the beginning" if ends[0][1] < 0 else f"step {max(ends[: last + 1])[1]}"
+        with pytest.raises(LaunchError, match=f"3 attempts of job 7 in a row have left no checkpoint after {after}"):
+            begin(tmp_path, restart=last + 1)
+    begin(tmp_path, job_id="8")  # counts anew, from the checkpoint that it finds
+    assert end(tmp_path, 75, usr1=True, job_id="8").requeued
 
 
 def test_a_lost_attempt_is_closed_by_the_next(tmp_path: Path, fake_command: Callable[..., Path]) -> None:
@@ -244,6 +277,15 @@ def test_lines_that_are_not_ours_are_left_out(tmp_path: Path, line: str) -> None
     path = tmp_path / "slurm" / "attempts.jsonl"
     path.write_text(line + "\n" + path.read_text())
     assert len(read_attempts(tmp_path)) == 1
+
+
+def test_fields_of_a_later_version_are_ignored(tmp_path: Path) -> None:
+    begin(tmp_path)
+    ended = end(tmp_path, 75, usr1=True)
+    path = tmp_path / "slurm" / "attempts.jsonl"
+    lines = [json.loads(line) | {"begin_weather": "fair"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_attempts(tmp_path) == [ended]
 
 
 def test_an_end_needs_a_beginning(tmp_path: Path) -> None:
