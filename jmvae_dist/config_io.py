@@ -55,6 +55,9 @@ def make_parser(prog: str = "jmvae-dist train") -> jsonargparse.ArgumentParser:
                 raise ConfigError(f"{cfg_path}: {error}") from None
 
     jsonargparse.set_loader(_PARSER_MODE, _load_yaml, exceptions=(yaml.YAMLError,))
+    # By itself it would import, and build, a class that stands in the place of any other value: no file may do that.
+    # Classes of the user's are plain mappings to it; they are imported after the configuration has been checked.
+    jsonargparse.set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=["*"])
     parser = Parser(
         prog=prog,
         parser_mode=_PARSER_MODE,

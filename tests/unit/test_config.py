@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -289,6 +290,37 @@ def test_a_later_class_of_the_users_wins_before_any_is_imported(
     assert config.model.networks.joint_encoder == yaml.safe_load(expected)
     save_run_config(config, tmp_path / "printed.yaml")
     assert parse_run_config(["--config", str(tmp_path / "printed.yaml")]) == config
+
+
+SPITEFUL = "{class_path: spiteful.Class, init_args: {size: 2}}"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--data.tokenizers", f"{{text: {SPITEFUL}}}"),
+        ("--data.tokenizers", f"{{text: {{class_path: {SPITEFUL}}}}}"),
+        ("--data.transforms", f"{{image: [{SPITEFUL}]}}"),
+        ("--data.transforms", f"{{image: [{{name: {SPITEFUL}}}]}}"),
+        ("--model.networks.joint_encoder", f"{{class_path: a.B, init_args: {{x: {SPITEFUL}}}}}"),
+        ("--model.decoder_dist_params", f"{{image: {{scale: {SPITEFUL}}}}}"),
+        ("--model.decoders_dist", f"{{image: {SPITEFUL}}}"),
+        ("--model.decoders_dist", "{image: spiteful.Class}"),
+        ("--evaluation", SPITEFUL),
+    ],
+)
+@pytest.mark.parametrize("is_in_a_file", [False, True], ids=["argument", "file"])
+def test_reading_a_configuration_imports_nothing_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, value: str, is_in_a_file: bool
+) -> None:
+    """Also files of others are read: what they name runs when the configuration is used, and not before."""
+    (tmp_path / "spiteful.py").write_text("class Class:\n    def __init__(self, size: int = 1) -> None: ...\n")
+    (tmp_path / "later.yaml").write_text(f"{option.removeprefix('--')}: {value}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "spiteful", raising=False)
+    with contextlib.suppress(ConfigError):
+        parse(*(["--config", str(tmp_path / "later.yaml")] if is_in_a_file else [option, value]))
+    assert "spiteful" not in sys.modules
 
 
 CLASS_OPTIONS = st.tuples(
