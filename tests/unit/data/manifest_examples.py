@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from jmvae_dist.data.index import index_num_bytes
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.shard import IndexFile, Shard
+from jmvae_dist.errors import DataError
 
 MODALITIES = (
     Modality("image", "uint8", (1, 2), offset=[[1.0, 2.0]], scale=0.5),
@@ -59,3 +64,14 @@ def removed(*keys: str | int) -> Callable[[dict[str, Any]], None]:
         del record[keys[-1]]
 
     return change
+
+
+def assert_refused(folder: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
+    """The example's document, changed, is refused with this message, which names the file."""
+    record = example().to_json()
+    change(record)
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(DataError, match=message) as caught:
+        Manifest.load(path)
+    assert str(path) in str(caught.value)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from manifest_examples import MODALITIES, changed, example, removed, shard_for
+from manifest_examples import MODALITIES, assert_refused, changed, example, removed, shard_for
 
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.modality import Modality
@@ -65,13 +65,7 @@ def test_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
 def test_malformed_manifests_name_file_and_key(
     tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
-    record = example().to_json()
-    change(record)
-    path = tmp_path / "manifest.json"
-    path.write_text(json.dumps(record))
-    with pytest.raises(DataError, match=message) as caught:
-        Manifest.load(path)
-    assert str(path) in str(caught.value)
+    assert_refused(tmp_path, change, message)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from manifest_examples import MODALITIES, NEW_KINDS, changed, example, shard_for
+from manifest_examples import MODALITIES, NEW_KINDS, assert_refused, changed, shard_for
 
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.modality import Modality, check_distinct_names
@@ -40,13 +40,7 @@ from jmvae_dist.errors import DataError
 def test_malformed_modalities_name_file_and_key(
     tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
-    record = example().to_json()
-    change(record)
-    path = tmp_path / "manifest.json"
-    path.write_text(json.dumps(record))
-    with pytest.raises(DataError, match=message) as caught:
-        Manifest.load(path)
-    assert str(path) in str(caught.value)
+    assert_refused(tmp_path, change, message)
 
 
 def test_a_modality_of_deep_lists() -> None:

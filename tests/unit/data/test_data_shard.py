@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from manifest_examples import changed, example, removed
+from manifest_examples import assert_refused, changed, example, removed
 
 from jmvae_dist.data.index import index_num_bytes
-from jmvae_dist.data.manifest import Manifest
-from jmvae_dist.errors import DataError
 
 
 def shard_of(num_samples: int) -> dict[str, Any]:
@@ -47,13 +44,7 @@ def shard_of(num_samples: int) -> dict[str, Any]:
 def test_malformed_shards_name_file_and_key(
     tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
-    record = example().to_json()
-    change(record)
-    path = tmp_path / "manifest.json"
-    path.write_text(json.dumps(record))
-    with pytest.raises(DataError, match=message) as caught:
-        Manifest.load(path)
-    assert str(path) in str(caught.value)
+    assert_refused(tmp_path, change, message)
 
 
 def test_file_urls(tmp_path: Path) -> None:
