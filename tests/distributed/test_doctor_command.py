@@ -60,7 +60,8 @@ def test_tasks_of_srun_without_a_configuration(tmp_path: Path) -> None:
     variables = [{**srun_variables(rank, "localhost", job_id), "JMVAE_DIST_SITE": str(site)} for rank in range(2)]
     outputs = finish(*(start(DOCTOR, of_rank) for of_rank in variables))
     assert "2 process(es) started by srun" in outputs[0]
-    assert "site.env was not read: srun alone" in " ".join(outputs[0].split())
+    # The table may break a line within the path.
+    assert "site.env was not read: srun alone".replace(" ", "") in "".join(outputs[0].split())
     assert outputs[0].splitlines()[-1].endswith(" 0 fail")
     assert outputs[1] == ""
 
