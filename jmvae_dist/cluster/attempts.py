@@ -40,7 +40,7 @@ class Attempt:
         restart: How often Slurm had requeued the job before.
         begin_s, end_s: Seconds since the epoch; `end_s` is None for an attempt that is running or was lost.
         nodes: Its hosts.
-        begin_step, end_step: Newest checkpoint before and after; -1: none.
+        begin_step, end_step: Newest readable checkpoint before and after; -1: none.
         exit_code: Of the ranks together; None while it is running, or if it was lost.
         requeued: Whether the job was put back because of this attempt's end, by its own script.
         reason: Why it ended as it did, for people.
@@ -92,7 +92,7 @@ def begin_attempt(run_dir: Path, *, max_attempts: int, environment: Mapping[str,
     """
     variables = os.environ if environment is None else environment
     attempts = read_attempts(run_dir)
-    step, rewinds = newest_step(run_dir), _count_rewinds(run_dir)
+    rewinds, step = measure_progress(run_dir / "checkpoints")
     job_id = current_job_id(variables)
     for place, former in enumerate(attempts):
         if not former.has_ended:
@@ -159,11 +159,12 @@ def end_attempt(
         raise LaunchError(f"{run_dir}/slurm/attempts.jsonl: no attempt of job {job_id} has begun")
     attempt = mine[-1]
     is_fine = exit_code in (0, EXIT_STOPPED)
+    rewinds, step = measure_progress(run_dir / "checkpoints")
     ended = replace(
         attempt,
         end_s=time.time(),
-        end_step=newest_step(run_dir),
-        end_rewinds=_count_rewinds(run_dir),
+        end_step=step,
+        end_rewinds=rewinds,
         exit_code=exit_code,
         # A service that was merely started anew has failed nobody.
         failed_nodes=() if is_fine else find_failed_nodes(attempt.nodes, attempt.begin_s),
@@ -250,11 +251,6 @@ def newest_step(run_dir: Path) -> int:
     """Step of the newest committed checkpoint; -1 without one."""
     checkpoints = list_checkpoints(run_dir / "checkpoints")
     return step_of(checkpoints[-1].name) if checkpoints else -1
-
-
-def _count_rewinds(run_dir: Path) -> int:
-    rewinds, _ = measure_progress(run_dir / "checkpoints")
-    return rewinds
 
 
 def _close_lost(attempt: Attempt, step: int, rewinds: int) -> Attempt:

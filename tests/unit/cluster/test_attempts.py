@@ -54,10 +54,11 @@ def end(
     )
 
 
-def checkpoint(run_dir: Path, step: int) -> None:
+def checkpoint(run_dir: Path, step: int, rewinds: int = 0) -> None:
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").touch()
+    manifest = make_manifest(global_step=step, passed_over=[[70, 80]] * rewinds)
+    (folder / "manifest.json").write_text(manifest.to_json())
 
 
 @pytest.mark.parametrize(
@@ -171,9 +172,7 @@ def test_a_checkpoint_after_a_rewind_is_progress_at_a_lower_step(tmp_path: Path)
     for restart, (step, rewinds, is_lost) in enumerate(cases):
         begin(tmp_path, restart=restart, max_attempts=1)
         shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
-        checkpoint(tmp_path, step)
-        manifest = make_manifest(global_step=step, passed_over=[[70, 80]] * rewinds)
-        (tmp_path / "checkpoints" / f"step-{step:08d}" / "manifest.json").write_text(manifest.to_json())
+        checkpoint(tmp_path, step, rewinds)
         if not is_lost:
             assert end(tmp_path, 75, usr1=True, max_attempts=1).requeued
     begin(tmp_path, restart=4, max_attempts=1)
@@ -199,9 +198,7 @@ def test_progress_is_what_is_beyond_all_earlier_attempts(tmp_path: Path, history
         begin(tmp_path, restart=restart)
         shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
         if step >= 0:
-            checkpoint(tmp_path, step)
-            manifest = make_manifest(global_step=step, passed_over=[[70, 80]] * rewinds)
-            (tmp_path / "checkpoints" / f"step-{step:08d}" / "manifest.json").write_text(manifest.to_json())
+            checkpoint(tmp_path, step, rewinds)
         assert end(tmp_path, 75, usr1=True).requeued is (restart != last)
         if restart == last:
             break
@@ -314,3 +311,13 @@ def test_outside_a_job_is_said(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="SLURM_JOB_ID is not set"):
         begin_attempt(tmp_path, max_attempts=3, environment={})
     assert not (tmp_path / "slurm").exists()
+
+
+def test_a_damaged_checkpoint_is_no_progress(tmp_path: Path) -> None:
+    """Whoever goes on from there goes on from the one before it."""
+    checkpoint(tmp_path, 20)
+    begin(tmp_path)
+    checkpoint(tmp_path, 30)
+    (tmp_path / "checkpoints" / "step-00000030" / "manifest.json").write_text("{")
+    ended = end(tmp_path, 75, usr1=True)
+    assert (ended.begin_progress, ended.end_progress) == ((0, 20), (0, 20))
