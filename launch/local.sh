@@ -66,18 +66,14 @@ say() {
     printf 'launch/local.sh: %s\n' "$1" >&2
 }
 
-# What runs at the moment: torchrun, or the pause before the next attempt; and whether it is to be the last.
+# The torchrun that runs at the moment, and whether it is to be the last.
 child=
-pausing=
 stop_requested=
 # To the ranks themselves: torchrun would kill them 30 s after passing a signal on, perhaps within a checkpoint.
 forward() {
     local ranks
     stop_requested=yes
     [ -n "$child" ] || return
-    # Without a subshell: bash may complain of one that is started while a signal interrupts its `wait`.
-    # Twice: until it has become `sleep`, the child has this script's traps, in which a signal is lost.
-    [ -z "$pausing" ] || { kill "$child"; sleep 0.1; kill "$child"; return; } 2>/dev/null
     ranks=$(cat "/proc/$child/task/"*/children 2>/dev/null)
     # shellcheck disable=SC2086  # several process ids
     kill -s "$1" ${ranks:-$child} 2>/dev/null
@@ -147,14 +143,12 @@ while [ -z "$stop_requested" ]; do
     fi
     pause_s=$((num_failures < 5 ? 2 ** (num_failures - 1) : 16))
     say "exit code $code; restart $num_failures of $restarts from step $step in $pause_s s"
-    pausing=yes
-    sleep "$pause_s" &
-    child=$!
-    [ -n "$stop_requested" ] || wait "$child"
-    # After a signal it may still be there: background jobs of a script ignore INT.
-    kill "$child" 2>/dev/null
-    child=
-    pausing=
+    # In fifths of a second, each to its end: a child that is killed to end a pause may not yet have become `sleep`,
+    # and would lose the signal in a trap of this script.
+    for ((fifth = 0; fifth < 5 * pause_s; fifth++)); do
+        [ -z "$stop_requested" ] || break
+        sleep 0.2
+    done
 done
 say "stopped on request; exit code $code is that of the last attempt"
 exit "$code"

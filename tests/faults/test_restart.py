@@ -92,19 +92,24 @@ def test_a_killed_rank_fails_the_run_without_restarts(make_run: MakeRun) -> None
 def start_with_fake_torchrun(make_run: MakeRun, tmp_path: Path) -> FakeTorchrun:
     """Starts local.sh with `--restarts 2` and a shell script in the place of torchrun; $RUN is the run directory.
 
-    A second script may run where local.sh looks for new checkpoints. All are in a process group of their own.
+    Other scripts may run where local.sh looks for new checkpoints, and instead of `sleep`. All are in a process group
+    of their own.
     """
     run = make_run("run", "--training.steps", "9")
     folder = run.output_dir
     (folder / "checkpoints").mkdir(parents=True)
-    python = tmp_path / "python"
+    programs = tmp_path / "programs"
+    programs.mkdir()
 
-    def start(torchrun: str, measurement: str = ":") -> subprocess.Popen[str]:
+    def start(torchrun: str, measurement: str = ":", sleep: str = 'exec /bin/sleep "$1"') -> subprocess.Popen[str]:
         choose = f"*torch.distributed.run*) {torchrun};; *--check\\ *) exit 0;; *measure_progress*) {measurement};;"
-        python.write_text(f'#!/bin/sh\nRUN={folder}; case "$*" in {choose} esac\nexec {sys.executable} "$@"\n')
-        python.chmod(0o755)
+        python = f'case "$*" in {choose} esac\nexec {sys.executable} "$@"'
+        for name, script in (("python", python), ("sleep", sleep)):
+            (programs / name).write_text(f"#!/bin/sh\nRUN={folder}; {script}\n")
+            (programs / name).chmod(0o755)
         command = ["bash", str(ROOT / "launch" / "local.sh"), "2", "--restarts", "2", "train", *run.arguments()]
-        environment = {**launch_environment(), "PYTHON": str(python)}
+        environment = {**launch_environment(), "PYTHON": str(programs / "python")}
+        environment["PATH"] = f"{programs}:{environment['PATH']}"
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
 
@@ -139,16 +144,22 @@ def test_these_exit_codes_are_no_crash(start_with_fake_torchrun: FakeTorchrun, c
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_ends_the_pause_at_once(start_with_fake_torchrun: FakeTorchrun, number: signal.Signals) -> None:
-    process = start_with_fake_torchrun("exit 3")
-    assert process.stdout is not None
-    while "restart 2 of 2 from step 0 in 2 s" not in process.stdout.readline():
-        assert process.poll() is None
-    begin_s = time.monotonic()
+def test_a_signal_ends_the_pause_at_once(
+    start_with_fake_torchrun: FakeTorchrun, tmp_path: Path, number: signal.Signals
+) -> None:
+    """The pauses of 1 and 2 s are 5 and 10 times `sleep 0.2`, and the signal comes within the seventh."""
+    seventh_waits = "until [ $(wc -l <$RUN.sleeps) -ne 7 ] || [ -e $RUN.signalled ]; do /bin/sleep 0.01; done"
+    process = start_with_fake_torchrun("exit 3", sleep=f"echo >>$RUN.sleeps; {seventh_waits}")
+    sleeps = tmp_path / "run.sleeps"
+    wait_for(lambda: sleeps.exists() and len(sleeps.read_text()) == 7)
     process.send_signal(number)
+    (tmp_path / "run.signalled").touch()
     output, _ = process.communicate(timeout=300)
-    assert time.monotonic() - begin_s < 1
-    assert output == "launch/local.sh: stopped on request; exit code 3 is that of the last attempt\n"
+    assert output.splitlines()[-2:] == [
+        "launch/local.sh: exit code 3; restart 2 of 2 from step 0 in 2 s",
+        "launch/local.sh: stopped on request; exit code 3 is that of the last attempt",
+    ]
+    assert len(sleeps.read_text()) == 7
     assert process.returncode == 3
 
 

@@ -83,6 +83,12 @@ class Cluster:
         wait_until(lambda: self.job(job_id)["JobState"] in states, f"job {job_id} in {states}", timeout_s)
         return self.job(job_id)["JobState"]
 
+    def describe(self) -> str:
+        """Its nodes, its jobs and the end of what its controller has logged: for the report of a failed test."""
+        pages = [self.command("sinfo", "-N", "-l").stdout, self.command("scontrol", "show", "job", "-o").stdout]
+        log = (self.folder / "log" / "slurmctld.log").read_text(errors="replace").splitlines()
+        return "\n".join([*pages, *log[-150:]])
+
     def preempt_all(self) -> None:
         """Run a job on all nodes that pushes out those of others."""
         options = ("--partition=urgent", f"--nodes={self.num_nodes}", "--exclusive", "--output=/dev/null")
@@ -165,7 +171,7 @@ class SlurmRun(Run):
 
     def wait_for_step(self, global_step: int, timeout_s: float = 90.0) -> None:
         """Wait until rank 0 has taken this many steps."""
-        wait_until(lambda: self.steps_noted() >= global_step, f"step {global_step}: {self.tail()}", timeout_s)
+        wait_until(lambda: self.steps_noted() >= global_step, f"step {global_step}", timeout_s)
 
     def steps_noted(self) -> int:
         """The number of steps that rank 0 has taken by its last note."""

@@ -29,9 +29,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(autouse=True)
-def _all_nodes_work(cluster: Cluster) -> Iterator[None]:
-    """Whatever a test has done to the nodes, the next one finds them in order."""
+def _all_nodes_work(cluster: Cluster, tmp_path: Path) -> Iterator[None]:
+    """Whatever a test has done to the nodes, the next one finds them in order; what it left is shown if it failed."""
     yield
+    print(cluster.describe())
+    for log in sorted(tmp_path.glob("*/slurm*.out")):
+        print(f"{log}:\n{log.read_text(errors='replace')[-5000:]}")
     for number in range(1, cluster.num_nodes + 1):
         cluster.mini_slurm("boot", f"node{number}")
         cluster.mini_slurm("mend", f"node{number}")
