@@ -14,9 +14,10 @@ INTERFACE=
 SRUN_OPTIONS=
 CPU_BIND=cores
 MAX_ATTEMPTS_WITHOUT_PROGRESS=3
+REQUEUE_FAILED=no
 EXCLUDE_FAILED_NODES=no
 SITE_SETTINGS='PYTHON|CONTAINER|RANKS_PER_NODE|INTERFACE|SRUN_OPTIONS|CPU_BIND|MAX_ATTEMPTS_WITHOUT_PROGRESS'
-SITE_SETTINGS+='|EXCLUDE_FAILED_NODES'
+SITE_SETTINGS+='|REQUEUE_FAILED|EXCLUDE_FAILED_NODES'
 num_ranks= # until load_site
 
 # Scheduler commands name a task of an array like this; its plain number can be that of the whole array.
@@ -52,8 +53,10 @@ read_site() {
     fi
     [[ $MAX_ATTEMPTS_WITHOUT_PROGRESS =~ ^[1-9][0-9]*$ ]] ||
         fail "$site: MAX_ATTEMPTS_WITHOUT_PROGRESS='$MAX_ATTEMPTS_WITHOUT_PROGRESS' must be a positive number"
-    [[ $EXCLUDE_FAILED_NODES =~ ^(yes|no)$ ]] ||
-        fail "$site: EXCLUDE_FAILED_NODES='$EXCLUDE_FAILED_NODES' must be yes or no"
+    local name
+    for name in REQUEUE_FAILED EXCLUDE_FAILED_NODES; do
+        [[ ${!name} =~ ^(yes|no)$ ]] || fail "$site: $name='${!name}' must be yes or no"
+    done
 }
 
 # For `jmvae-dist slurm render`, outside of a job: the settings, and what is exported for sbatch, each with a NUL at

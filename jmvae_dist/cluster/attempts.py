@@ -20,7 +20,7 @@ from pathlib import Path
 from jmvae_dist.checkpoint.layout import list_checkpoints, measure_progress, step_of
 from jmvae_dist.cluster.provenance import write_provenance
 from jmvae_dist.cluster.scheduler import find_failed_nodes, job_fields, parse_time_s
-from jmvae_dist.errors import EXIT_STOPPED, LaunchError
+from jmvae_dist.errors import EXIT_STOPPED, EXIT_USAGE, LaunchError
 
 logger = logging.getLogger(__name__)
 
@@ -132,12 +132,13 @@ def end_attempt(
     got_usr1: bool,
     got_term: bool,
     job_state: Mapping[str, str],
+    requeues_failures: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> Attempt:
     """Note the end of this job's attempt and decide whether the job goes back to the queue.
 
-    It does after a stop that Slurm asked for, with USR1 or because of a preemption; not after `scancel`, which sends
-    TERM; and not if that would be one attempt too many.
+    It does after a stop that Slurm asked for, with USR1 or because of a preemption, and after a failure where that is
+    wanted; not after `scancel`, which sends TERM; and not if that would be one attempt too many.
 
     Args:
         run_dir: The run directory.
@@ -145,6 +146,7 @@ def end_attempt(
         max_attempts: As for `begin_attempt`.
         got_usr1, got_term: What the batch script has received.
         job_state: Fields of `scontrol show job`.
+        requeues_failures: Whether a failure brings the job back, other than a wrong configuration.
         environment: In place of the process's own.
 
     Raises:
@@ -169,7 +171,9 @@ def end_attempt(
         # A service that was merely started anew has failed nobody.
         failed_nodes=() if is_fine else find_failed_nodes(attempt.nodes, attempt.begin_s),
     )
-    reason, goes_back = _judge(ended, got_usr1=got_usr1, got_term=got_term, job_state=job_state)
+    reason, goes_back = _judge(
+        ended, got_usr1=got_usr1, got_term=got_term, job_state=job_state, requeues_failures=requeues_failures
+    )
     if goes_back:
         fruitless = _fruitless([*(other for other in attempts if other is not attempt), ended], job_id)
         if len(fruitless) >= max_attempts:
@@ -182,8 +186,10 @@ def end_attempt(
     return ended
 
 
-def _judge(ended: Attempt, *, got_usr1: bool, got_term: bool, job_state: Mapping[str, str]) -> tuple[str, bool]:
-    """Why an attempt ended, and whether Slurm has asked for that, so that the job may go back to the queue."""
+def _judge(
+    ended: Attempt, *, got_usr1: bool, got_term: bool, job_state: Mapping[str, str], requeues_failures: bool
+) -> tuple[str, bool]:
+    """Why an attempt ended, and whether the job may therefore go back to the queue."""
     code = ended.exit_code
     is_preempted = job_state.get("PreemptTime", "None") not in ("None", "")
     restarts = job_state.get("Restarts", "")
@@ -207,7 +213,8 @@ def _judge(ended: Attempt, *, got_usr1: bool, got_term: bool, job_state: Mapping
         return "complete", False
     if got_term:
         return f"ended by Slurm without a checkpoint of the last step (exit code {code})", False
-    return f"failed (exit code {code})", False
+    goes_back = requeues_failures and code != EXIT_USAGE and not has_been_ended
+    return f"failed (exit code {code})", goes_back
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:

@@ -248,6 +248,7 @@ def _add_end(commands: Any) -> None:
     parser.add_argument("--max-attempts", metavar="N", type=int, default=3, help="in a row, without a new checkpoint")
     parser.add_argument("--usr1", action="store_true", help="the script has received USR1")
     parser.add_argument("--term", action="store_true", help="the script has received TERM")
+    parser.add_argument("--requeue-failed", action="store_true", help="a failure brings the job back")
     parser.set_defaults(run=_end)
 
 
@@ -262,6 +263,7 @@ def _end(options: argparse.Namespace) -> int:
         got_usr1=options.usr1,
         got_term=options.term,
         job_state=job_fields(current_job_id(os.environ)),
+        requeues_failures=options.requeue_failed,
     )
     print("requeue" if attempt.requeued else "end", ",".join(attempt.failed_nodes))
     print(f"slurm: {attempt.reason}; newest checkpoint: step {attempt.end_step}", file=sys.stderr)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -179,6 +180,16 @@ class SlurmRun(Run):
         lines = path.read_text().splitlines() if path.exists() else []
         return json.loads(lines[-1])["step"] + 1 if lines else 0
 
+    def kill_rank(self, rank: int) -> None:
+        """SIGKILL to one rank, whatever its node."""
+        entry = f"SLURM_PROCID={rank}".encode()
+        (process,) = (
+            pid
+            for pid, command in processes_with(str(self.output_dir)).items()
+            if "audited_train.py train" in command and entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        )
+        os.kill(process, signal.SIGKILL)
+
     def attempts(self) -> list[dict[str, Any]]:
         """Ends of the attempts, as the batch script noted them."""
         lines = (self.output_dir / "slurm" / "attempts.jsonl").read_text().splitlines()
@@ -231,14 +242,14 @@ def samples_of(manifest_path: Path) -> list[int]:
     return samples
 
 
-def processes_with(text: str) -> list[str]:
-    """Command lines, on any node, that have `text` in them: the nodes' processes show here too."""
-    found = []
+def processes_with(text: str) -> dict[int, str]:
+    """Command lines, on any node, that have `text` in them, by process: the nodes' processes show here too."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             command = path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
         except OSError:
             continue
         if text in command and int(path.parent.name) != os.getpid():
-            found.append(command)
+            found[int(path.parent.name)] = command
     return found

@@ -112,6 +112,22 @@ def test_a_job_that_only_ever_stops_gives_up(cluster: Cluster, make_slurm_run: M
     run.assert_nothing_is_left()
 
 
+def test_a_job_whose_rank_crashes_comes_back_where_it_may(
+    cluster: Cluster, make_slurm_run: MakeRun, uninterrupted: SlurmRun
+) -> None:
+    run = make_slurm_run("killed", site=["REQUEUE_FAILED=yes"])
+    run.environment()
+    run.set_pace(0.5)
+    job = run.submit(*LAYOUT, "--time=20")
+    wait_until(run.checkpoint(10).is_dir, "a checkpoint")
+    run.kill_rank(1)
+    wait_until(lambda: cluster.job(job)["Restarts"] == "1", "a requeue")
+    run.set_pace(0.0)
+    cluster.finish(job)
+    assert [attempt["reason"] for attempt in run.attempts()] == ["failed (exit code 137)", "complete"]
+    assert_equals(run, uninterrupted)
+
+
 def test_a_job_whose_node_crashes_goes_on_without_it(
     cluster: Cluster, make_slurm_run: MakeRun, uninterrupted: SlurmRun
 ) -> None:

@@ -39,6 +39,7 @@ def end(
     usr1: bool = False,
     term: bool = False,
     max_attempts: int = 3,
+    requeues_failures: bool = False,
     job_id: str = "7",
     **state: str,
 ) -> Attempt:
@@ -50,6 +51,7 @@ def end(
         got_usr1=usr1,
         got_term=term,
         job_state=state,
+        requeues_failures=requeues_failures,
         environment={"SLURM_JOB_ID": job_id, "SLURM_RESTART_COUNT": str(restarts[-1]) if restarts else ""},
     )
 
@@ -101,6 +103,37 @@ def test_which_end_brings_the_job_back(
     assert ended.requeued is requeued
     assert ended.reason.startswith(reason)
     assert read_attempts(tmp_path) == [ended]
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "signals", "state", "requeued"),
+    [
+        (1, {}, {}, True),
+        (137, {}, {"JobState": "RUNNING"}, True),
+        (1, {"usr1": True}, {}, True),
+        (1, {"usr1": True}, {"PreemptTime": "2026-01-01T00:00:00"}, True),
+        (2, {}, {}, False),
+        (0, {}, {}, False),
+        (75, {}, {}, False),
+        (1, {"term": True}, {}, False),
+        (1, {}, {"JobState": "CANCELLED"}, False),
+        (1, {}, {"JobState": "PENDING", "Restarts": "1"}, False),
+    ],
+)
+def test_which_failures_bring_the_job_back_where_they_may(
+    tmp_path: Path, exit_code: int, signals: dict[str, bool], state: dict[str, str], requeued: bool
+) -> None:
+    begin(tmp_path)
+    assert end(tmp_path, exit_code, requeues_failures=True, **signals, **state).requeued is requeued
+
+
+def test_failures_without_a_new_checkpoint_are_counted(tmp_path: Path) -> None:
+    for restart, (step, requeued) in enumerate([(4, True), (4, True), (8, True), (8, True), (8, False)]):
+        begin(tmp_path, restart=restart, max_attempts=2)
+        checkpoint(tmp_path, step)
+        ended = end(tmp_path, 1, max_attempts=2, requeues_failures=True)
+        assert (ended.requeued, ended.begin_step < ended.end_step) == (requeued, restart in (0, 2))
+    assert ended.reason == "failed (exit code 1); not requeued: 2 attempts without a new checkpoint"
 
 
 def test_attempts_without_a_new_checkpoint_are_counted(tmp_path: Path) -> None:
