@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jmvae_dist.commands.report import main
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.tracking.jsonl import MetricsLog
 from jmvae_dist.tracking.ledger import ATTEMPT_CATEGORIES, Attempt, attempt_path, write_attempt
-from jmvae_dist.tracking.report import downsample, headline, write_report
+from jmvae_dist.tracking.report import headline, write_report
 
 HOSTILE = "</script></pre><script>alert('x')</script><img src=x onerror=alert(1)>"
 PNG = b"\x89PNG\r\n\x1a\n" + b"not decoded here"
@@ -292,23 +290,6 @@ def test_long_run_gives_a_small_page(tmp_path: Path) -> None:
     norm = charts_of(page)["Gradient norm"]["series"][0]
     assert len(norm["x"]) <= 2000
     assert norm["y"][norm["x"].index(31_234)] == 1e6
-
-
-@given(
-    st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan)), min_size=1, max_size=500),
-    st.integers(8, 100),
-)
-def test_downsampling_keeps_ends_extremes_and_gaps(values: list[float], limit: int) -> None:
-    steps = [float(step) for step in range(len(values))]
-    xs, ys = downsample(steps, values, limit)
-    assert len(xs) <= max(limit, 2)
-    assert xs == sorted(set(xs))
-    assert (xs[0], xs[-1]) == (steps[0], steps[-1])
-    assert all(ys[i] == values[int(x)] or math.isnan(values[int(x)]) for i, x in enumerate(xs))
-    finite = [value for value in values if math.isfinite(value)]
-    shown = [value for value in ys if math.isfinite(value)]
-    assert (min(finite, default=0), max(finite, default=0)) == (min(shown, default=0), max(shown, default=0))
-    assert any(map(math.isnan, ys)) == any(map(math.isnan, values))
 
 
 def test_not_finite_values_are_counted(tmp_path: Path) -> None:
