@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jmvae_dist.data.manifest import Manifest
     from jmvae_dist.distributed.collectives import Collectives
     from jmvae_dist.distributed.runtime import Runtime
-    from jmvae_dist.evaluation.suite import SuiteData, SuiteNetworks, SuiteOptions
+    from jmvae_dist.evaluation.suite_setup import SuiteData, SuiteNetworks, SuiteOptions
     from jmvae_dist.model import JMVAE
 
 # These compare with, or learn from, training data.
@@ -86,7 +86,7 @@ def prepare(options: argparse.Namespace, runtime: Runtime) -> Task:
     """
     from jmvae_dist.checkpoint.export import model_from_checkpoint
     from jmvae_dist.checkpoint.layout import MANIFEST_NAME, read_manifest
-    from jmvae_dist.evaluation.suite import SuiteOptions, check_networks
+    from jmvae_dist.evaluation.suite_setup import SuiteOptions, check_networks
 
     collectives = runtime.collectives
     # Rank 0 chooses and checks: a checkpoint that is being written could look different to another rank.
@@ -226,7 +226,7 @@ def _find_data(
 ) -> tuple[SuiteData, dict[str, str]]:
     """The data, and by option why what it names is not there."""
     from jmvae_dist.data.loader import decode_threads
-    from jmvae_dist.evaluation.suite import SuiteData, find_label
+    from jmvae_dist.evaluation.suite_setup import SuiteData, find_label
     from jmvae_dist.training.setup import evaluation_views
 
     trusted = options.trust_class
@@ -269,7 +269,7 @@ def _why_not_for_training(
 
 
 def _user_networks(options: argparse.Namespace, model: JMVAE, run_dir: Path | None) -> SuiteNetworks:
-    from jmvae_dist.evaluation.suite import SuiteNetworks
+    from jmvae_dist.evaluation.suite_setup import SuiteNetworks
     from jmvae_dist.evaluation.user_networks import build_user_network, parse_user_networks
 
     def build(option: str, entries: list[str]) -> dict[str, nn.Module]:
@@ -291,7 +291,7 @@ def _supported(
     Raises:
         ConfigError: A metric that was asked for by name cannot be computed.
     """
-    from jmvae_dist.evaluation.suite import unsupported
+    from jmvae_dist.evaluation.suite_setup import unsupported
 
     reasons = {name: unsupported(name, model, data, networks, options.max_subset_size) for name in options.metrics}
     skipped = {name: reason for name, reason in reasons.items() if reason}

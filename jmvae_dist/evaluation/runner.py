@@ -31,7 +31,7 @@ from jmvae_dist.evaluation.figures import (
 )
 from jmvae_dist.evaluation.metrics import device_of, load_vector, vector_of
 from jmvae_dist.evaluation.sound_samples import sound_batches
-from jmvae_dist.evaluation.suite import find_label, with_label
+from jmvae_dist.evaluation.suite_setup import find_label, with_label
 from jmvae_dist.model import JMVAE
 
 # Points of the projection.

@@ -37,13 +37,13 @@ from jmvae_dist.evaluation.posteriors import Posteriors, expected_value, subsets
 from jmvae_dist.evaluation.probe import Probe, ProbeAccuracy, fit_probe
 from jmvae_dist.evaluation.reconstruction import Reconstruction, is_picture, shows_picture, structural_similarity
 from jmvae_dist.evaluation.runner import evaluate_together
-from jmvae_dist.evaluation.suite import (
+from jmvae_dist.evaluation.suite import run_suite
+from jmvae_dist.evaluation.suite_setup import (
     SuiteData,
     SuiteNetworks,
     SuiteOptions,
     check_networks,
     find_label,
-    run_suite,
     unsupported,
 )
 from jmvae_dist.evaluation.table import format_results
