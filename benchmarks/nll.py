@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from jmvae_dist import JMVAE, JMVAEConfig
-from jmvae_dist.config import NetworksConfig
 from jmvae_dist.kernels.noise import KeyedNoise, Stream
+from jmvae_dist.networks_config import NetworksConfig
 
 SHAPES = {"image": (1, 28, 28), "label": (10,)}
 LATENT_DIM, HIDDEN = 64, 512

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from jmvae_dist.checkpoint.multivae import multivae_networks
-from jmvae_dist.config import JMVAEConfig
 from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.sources.base import ArraySource
 from jmvae_dist.data.writer import write_shards
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model_config import JMVAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {"image": (1, 28, 28), "label": (10,)}

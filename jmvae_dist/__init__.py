@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jmvae_dist.config import JMVAEConfig
+from jmvae_dist.model_config import JMVAEConfig
 
 if TYPE_CHECKING:
     from jmvae_dist.checkpoint.export import load_model

@@ -12,9 +12,10 @@ from torch import nn
 from jmvae_dist.checkpoint.fragments import check_same_entries, read_fragments
 from jmvae_dist.checkpoint.layout import CheckpointManifest, find_intact
 from jmvae_dist.checkpoint.live_state import MOMENTS, weights_and_buffers
-from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.errors import CheckpointError, ConfigError
 from jmvae_dist.files import sha256_of, write_text_atomic
+from jmvae_dist.model_config import JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 from jmvae_dist.user_code import check_trusted
 
 if TYPE_CHECKING:

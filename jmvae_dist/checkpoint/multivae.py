@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from jmvae_dist.checkpoint.export import check_empty, load_described, write_export
-from jmvae_dist.config import LIKELIHOOD_PARAMETERS, JMVAEConfig, NetworksConfig
 from jmvae_dist.errors import CheckpointError, ConfigError
 from jmvae_dist.files import write_text_atomic
+from jmvae_dist.model_config import LIKELIHOOD_PARAMETERS, JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 
 if TYPE_CHECKING:
     from jmvae_dist.model import JMVAE

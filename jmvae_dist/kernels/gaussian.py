@@ -16,10 +16,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from jmvae_dist.config import Kernels
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.kernels import ops, reference
 from jmvae_dist.kernels.noise import KeyedNoise, check_key
+from jmvae_dist.model_config import Kernels
 
 __all__ = ["KERNELS", "VARIABLE", "choose", "gaussian_kl_terms", "product_of_experts"]
 

@@ -35,7 +35,7 @@ def fused_log_prob(kind: str, scale: float, decoded: Tensor, target: Tensor, ker
         scale: Standard deviation of the normal, b of the Laplace distribution; 1 for bernoulli.
         decoded: Decoder output, (*leading, *shape), where `leading` ends in B; float32, bfloat16, float16 or float64.
         target: Data, (B, *shape), likewise.
-        kernels: Who computes; see `config.ModelSection`.
+        kernels: Who computes; see `model_config.ModelSection`.
 
     Returns:
         float32, or float64 if an argument is float64; shape `leading`.

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from jmvae_dist.checks import is_integer
-from jmvae_dist.config import JMVAEConfig, Kernels, NetworksConfig
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.kernels.gaussian import gaussian_kl_terms, product_of_experts
 from jmvae_dist.kernels.noise import KeyedNoise
@@ -29,6 +28,8 @@ from jmvae_dist.model.networks import build_networks
 from jmvae_dist.model.objective import ObjectiveTerms, combine, resolve_rescale_factors
 from jmvae_dist.model.recomputation import recompute
 from jmvae_dist.model.sampling import check_noise, draw_noise, sample
+from jmvae_dist.model_config import JMVAEConfig, Kernels
+from jmvae_dist.networks_config import NetworksConfig
 
 Modalities = str | Iterable[str]
 
@@ -80,7 +81,7 @@ class JMVAE(nn.Module):
         joint_encoder: Your joint encoder, ``{modality: (B, *shape)} -> GaussianParams``; if it is not given and
             your encoders are, it is built from copies of them.
         networks: Kinds and sizes of the networks that stand in for what is not given.
-        kernels: Who computes KL terms, products of experts and likelihoods; see `config.ModelSection`.
+        kernels: Who computes KL terms, products of experts and likelihoods; see `model_config.ModelSection`.
 
     Attributes:
         config: The configuration, with `custom_architectures` naming the networks that were given.

@@ -179,7 +179,7 @@ def log_prob(likelihood: Likelihood, decoded: Tensor, target: Tensor, kernels: s
         likelihood: The observation model.
         decoded: Decoder output, shape (*leading, *shape), where `leading` ends in B.
         target: Data, shape (B, *shape).
-        kernels: Who computes; see `config.ModelSection`.
+        kernels: Who computes; see `model_config.ModelSection`.
 
     Returns:
         Shape `leading`; float32, or float64 if an argument is float64.

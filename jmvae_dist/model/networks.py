@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from jmvae_dist.config import JMVAEConfig
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.model.convolutional import ConvDecoder, ConvTrunk
 from jmvae_dist.model.joint import ConcatJointEncoder, EncoderBranch, FusionJointEncoder, LinearBranch
 from jmvae_dist.model.modules import Encoder, GaussianParams, MLPDecoder, MLPTrunk
 from jmvae_dist.model.sequences import TextDecoder, TextTrunk, TransformerDecoder, TransformerTrunk
+from jmvae_dist.model_config import JMVAEConfig
 from jmvae_dist.networks_config import NetworksConfig
 from jmvae_dist.user_code import construct
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from jmvae_dist.config import JMVAEConfig
+from jmvae_dist.model_config import JMVAEConfig
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from jmvae_dist.config import JMVAEConfig, RunConfig
+from jmvae_dist.config import RunConfig
 from jmvae_dist.distributed.engine import AUTOCAST_DTYPES
+from jmvae_dist.model_config import JMVAEConfig
 from jmvae_dist.training.fake_pass import fake_pass
 
 # Large enough for a device to show what it can do, small enough for a busy CPU.

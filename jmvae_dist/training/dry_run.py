@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from jmvae_dist.config import JMVAEConfig, RunConfig
+from jmvae_dist.config import RunConfig
 from jmvae_dist.data.plan import default_lanes
 from jmvae_dist.data.urls import is_remote, shown
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model_config import JMVAEConfig
 from jmvae_dist.progress import format_bytes
 from jmvae_dist.schedules import epochs_to_steps
 from jmvae_dist.training.memory import BYTES_PER_ELEMENT, MOMENTS, EngineMemory, PassTheory, engine_memory

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from jmvae_dist.config import JMVAEConfig, RunConfig
+from jmvae_dist.config import RunConfig
 from jmvae_dist.distributed.engine import ForwardPass
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model_config import JMVAEConfig
 from jmvae_dist.training.setup import resolve_networks
 
 

@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from jmvae_dist.config import JMVAEConfig, RunConfig
+from jmvae_dist.config import RunConfig
 from jmvae_dist.distributed.deepspeed_config import BUCKET_ELEMENTS
+from jmvae_dist.model_config import JMVAEConfig
 from jmvae_dist.training.fake_pass import fake_model
 
 # Weights, gradients and moments are float32 with every engine and precision.

@@ -21,12 +21,13 @@ import torch
 
 from jmvae_dist.checkpoint.layout import list_checkpoints, read_manifest
 from jmvae_dist.checks import is_integer
-from jmvae_dist.config import JMVAEConfig, RunConfig
+from jmvae_dist.config import RunConfig
 from jmvae_dist.data.loader import PREFETCH_BATCHES_PER_WORKER, steps_at_once
 from jmvae_dist.distributed.engine import ForwardPass
 from jmvae_dist.distributed.runtime import Runtime
 from jmvae_dist.errors import CheckpointError, ConfigError
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model_config import JMVAEConfig
 from jmvae_dist.progress import format_bytes
 from jmvae_dist.training.batches import STEPS_AHEAD
 from jmvae_dist.training.memory import (

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jmvae_dist.checks import is_integer, require
-from jmvae_dist.config import JMVAEConfig, NetworksConfig, RunConfig
+from jmvae_dist.config import RunConfig
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.plan import SamplePlan, default_lanes
@@ -23,6 +23,8 @@ from jmvae_dist.data.views import View, make_views
 from jmvae_dist.data_config import DataSection, check_wishes
 from jmvae_dist.distributed.deepspeed_config import build_config
 from jmvae_dist.errors import ConfigError
+from jmvae_dist.model_config import JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 from jmvae_dist.schedules import (
     AnnealingSchedule,
     LearningRateSchedule,

@@ -17,6 +17,7 @@ PURE = {
     "config_io",
     "data_config",
     "files",
+    "model_config",
     "networks_config",
     "progress",
     "schedules",

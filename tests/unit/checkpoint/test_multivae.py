@@ -23,9 +23,10 @@ from jmvae_dist.checkpoint.multivae import (
     to_multivae,
 )
 from jmvae_dist.commands.checkpoint import main
-from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.errors import CheckpointError, ConfigError
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model_config import JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 
 SHAPES = {"image": (1, 3, 3), "label": (4,)}
 needs_multivae = pytest.mark.skipif(importlib.util.find_spec("multivae") is None, reason="MultiVae is not installed")

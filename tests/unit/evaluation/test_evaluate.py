@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.errors import DataError
 from jmvae_dist.evaluation import evaluate_batches, evaluation_mode, results_of, standard_metrics
 from jmvae_dist.evaluation.metrics import Metric, load_vector, vector_of
 from jmvae_dist.kernels.noise import Stream, normal_noise
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model_config import JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 
 SHAPES = {"image": (1, 4, 4), "word": (5,), "tags": (2, 3), "sound": (6,)}
 DISTRIBUTIONS = {"image": "bernoulli", "word": "categorical", "tags": "categorical", "sound": "normal"}

@@ -12,7 +12,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.evaluation.figures import (
     cross_modal_figure,
@@ -27,6 +26,8 @@ from jmvae_dist.evaluation.figures import (
 )
 from jmvae_dist.kernels.noise import Stream, normal_noise
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model_config import JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 
 SHAPES = {"grey": (1, 5, 6), "plain": (5, 6), "color": (3, 4, 4), "label": (10,), "words": (4, 7), "sound": (30,)}
 DISTRIBUTIONS = {
@@ -246,7 +247,7 @@ def test_imports_are_light_and_nothing_global_is_used() -> None:
     code = (
         "import sys, jmvae_dist.evaluation, jmvae_dist.evaluation.figures as figures\n"
         "assert not {'matplotlib', 'sklearn', 'wandb', 'deepspeed'} & set(sys.modules), 'heavy import'\n"
-        "import torch; from jmvae_dist.config import JMVAEConfig; from jmvae_dist.model import JMVAE\n"
+        "import torch; from jmvae_dist.model_config import JMVAEConfig; from jmvae_dist.model import JMVAE\n"
         "figures.prior_samples_figure(JMVAE(JMVAEConfig(2, 2, {'a': (4, 4), 'b': (3,)})))\n"
         "assert 'matplotlib.pyplot' not in sys.modules, 'pyplot'\n"
     )

@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from jmvae_dist.checkpoint.export import CONFIG_NAME, EXPORT_FORMAT_VERSION, WEIGHTS_NAME
 from jmvae_dist.commands.sample import main
 from jmvae_dist.commands.shards import main as shards
-from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.files import sha256_of
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model_config import JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 
 NUM_SAMPLES = 6
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from jmvae_dist.commands import evaluate as command
-from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.views import View, make_views
 from jmvae_dist.distributed.collectives import Collectives
@@ -50,6 +49,8 @@ from jmvae_dist.evaluation.table import format_results
 from jmvae_dist.evaluation.user_networks import build_user_network, parse_user_networks
 from jmvae_dist.kernels.noise import Stream, normal_noise
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model_config import JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 
 SHAPES = {"image": (1, 6, 7), "label": (4,), "sound": (5,)}
 DISTRIBUTIONS = {"image": "bernoulli", "label": "categorical", "sound": "normal"}

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from jmvae_dist import JMVAE, JMVAEConfig
-from jmvae_dist.config import ModelSection, NetworksConfig
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.kernels import gaussian, reference
 from jmvae_dist.kernels.gaussian import VARIABLE, choose, gaussian_kl_terms, product_of_experts
 from jmvae_dist.kernels.noise import KeyedNoise
+from jmvae_dist.model_config import ModelSection
+from jmvae_dist.networks_config import NetworksConfig
 from tests.unit.kernels.test_gaussian import random_gaussians
 
 needs_triton = pytest.mark.skipif(

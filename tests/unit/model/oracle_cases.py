@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jmvae_dist.config import JMVAEConfig
 from jmvae_dist.model import JMVAE, GaussianParams
+from jmvae_dist.model_config import JMVAEConfig
 
 FOLDER = Path(__file__).parents[2] / "data" / "oracle"
 NAMES = sorted(path.stem for path in FOLDER.glob("m*.json"))

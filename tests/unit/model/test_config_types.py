@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jmvae_dist.config import JMVAEConfig
 from jmvae_dist.errors import ConfigError
+from jmvae_dist.model_config import JMVAEConfig
 
 SHAPES = {"a": (3,), "b": (2, 2)}
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.kernels.noise import KeyedNoise, Stream, normal_noise, normal_noise_of_steps
 from jmvae_dist.model import JMVAE
 from jmvae_dist.model.importance import LogWeightSums
+from jmvae_dist.model_config import JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 
 SHAPES = {"image": (2, 3), "word": (4,)}
 BATCH, K = 11, 60

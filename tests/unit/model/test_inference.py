@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model_config import JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 
 SHAPES = {"image": (2, 5, 6), "word": (3, 4), "sound": (7,)}
 LATENT_DIM = 3

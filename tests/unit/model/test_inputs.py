@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.errors import DataError
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model_config import JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 
 
 def make_model(**parameters: Any) -> JMVAE:

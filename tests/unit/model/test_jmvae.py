@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.kernels.gaussian import product_of_experts
 from jmvae_dist.model import JMVAE, GaussianParams
+from jmvae_dist.model_config import JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 
 SHAPES = {"image": (1, 4, 4), "word": (5,), "sound": (3, 2)}
 DISTRIBUTIONS = {"image": "bernoulli", "word": "categorical", "sound": "normal"}

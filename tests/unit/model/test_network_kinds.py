@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.model import JMVAE, build_networks
 from jmvae_dist.model.convolutional import ConvDecoder, ConvTrunk
 from jmvae_dist.model.joint import ConcatJointEncoder, FusionJointEncoder
 from jmvae_dist.model.modules import log_softplus
+from jmvae_dist.model_config import JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 
 SMALL_CONVOLUTIONS = {"channels": [4, 8], "hidden_dims": [8]}
 # One modality of each kind: settings, shape, likelihood.

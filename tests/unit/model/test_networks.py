@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.model import GaussianParams, build_networks
+from jmvae_dist.model_config import JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 
 SHAPES = {"image": (3, 4, 4), "label": (7,)}
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Laplace, Normal, OneHotCategorical, kl_divergence
 
-from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model_config import JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 
 SHAPES = {"image": (1, 4, 5), "word": (7,), "sound": (3, 2)}
 SMALL = NetworksConfig([16], [16], [16], activation="tanh")

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.distributed.engine import ForwardPass
 from jmvae_dist.model import JMVAE, GaussianParams
 from jmvae_dist.model.modules import MLP
 from jmvae_dist.model.recomputation import recompute
+from jmvae_dist.model_config import JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 
 SHAPES = {"picture": (2, 9, 8), "caption": (8, 5), "words": (8, 5), "label": (4,)}
 KINDS: dict[str, dict[str, Any]] = {

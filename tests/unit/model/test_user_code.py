@@ -14,11 +14,12 @@ from torch import Tensor, distributions
 
 from jmvae_dist import load_model
 from jmvae_dist.checkpoint.export import CONFIG_NAME, EXPORT_FORMAT_VERSION, WEIGHTS_NAME
-from jmvae_dist.config import JMVAEConfig, NetworksConfig
 from jmvae_dist.config_io import dump_run_config, parse_run_config
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.files import sha256_of
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model_config import JMVAEConfig
+from jmvae_dist.networks_config import NetworksConfig
 from jmvae_dist.training.setup import resolve_networks
 from tests.conftest import ROOT
 from tests.unit.model import user_networks

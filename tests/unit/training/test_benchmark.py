@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from jmvae_dist.commands.bench import main
-from jmvae_dist.config import ModelSection, NetworksConfig, OptimizerSection, RunConfig
+from jmvae_dist.config import OptimizerSection, RunConfig
 from jmvae_dist.data_config import DataSection
 from jmvae_dist.errors import ConfigError
+from jmvae_dist.model_config import ModelSection
+from jmvae_dist.networks_config import NetworksConfig
 from jmvae_dist.training.advice import RULES, StepFacts, advise
 from jmvae_dist.training.arithmetic import Matrix, Product, count_arithmetic, time_products
 from jmvae_dist.training.benchmark import PARTS, Stopwatch, split_steps

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from jmvae_dist.commands.train import main
-from jmvae_dist.config import ModelSection, NetworksConfig, RunConfig
+from jmvae_dist.config import RunConfig
 from jmvae_dist.config_io import parse_run_config
 from jmvae_dist.data_config import DataSection
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.model import JMVAE
+from jmvae_dist.model_config import ModelSection
+from jmvae_dist.networks_config import NetworksConfig
 from jmvae_dist.training.dry_run import estimate_run, render
 from jmvae_dist.training.memory import PassTheory, engine_memory
 from jmvae_dist.training.setup import resolve_run
