@@ -19,7 +19,8 @@ from jmvae_dist.data.columns import Alike, Column, Columns, Kind, open_column
 from jmvae_dist.data.encodings import decode_member, max_member_bytes
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.sample_names import key_of_sample
-from jmvae_dist.data.store import DamagedCopyError, ShardBytes, ShardStore, Verify
+from jmvae_dist.data.shard_bytes import DamagedCopyError, ShardBytes
+from jmvae_dist.data.store import ShardStore, Verify
 from jmvae_dist.errors import DataError, UnreachableError
 
 

@@ -19,7 +19,7 @@ from jmvae_dist.data.index import read_records_of_sample
 from jmvae_dist.data.indexing.tar_scan import name_before
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.modality import Modality
-from jmvae_dist.data.store import TAR_BLOCK_BYTES
+from jmvae_dist.data.shard_bytes import TAR_BLOCK_BYTES
 from jmvae_dist.data.urls import shown
 from jmvae_dist.errors import DataError
 

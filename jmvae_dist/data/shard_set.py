@@ -26,16 +26,8 @@ from jmvae_dist.data.columns import Alike, Kind
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.reader import ShardReader, first_non_finite_row
 from jmvae_dist.data.sample_names import key_in_unsound_shard
-from jmvae_dist.data.store import (
-    DamagedCopyError,
-    Explain,
-    MappedShard,
-    RangedShard,
-    RemoteAccess,
-    ShardBytes,
-    ShardStore,
-    Verify,
-)
+from jmvae_dist.data.shard_bytes import DamagedCopyError, MappedShard, RangedShard, ShardBytes
+from jmvae_dist.data.store import Explain, RemoteAccess, ShardStore, Verify
 from jmvae_dist.data.views import SampleKeys, View
 from jmvae_dist.errors import DataError, UnreachableError
 

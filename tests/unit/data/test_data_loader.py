@@ -23,8 +23,9 @@ from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.plan import SamplePlan
 from jmvae_dist.data.reader import ShardReader
+from jmvae_dist.data.shard_bytes import ShardBytes
 from jmvae_dist.data.shard_set import ShardSet
-from jmvae_dist.data.store import ShardBytes, Verify
+from jmvae_dist.data.store import Verify
 from jmvae_dist.data.views import SampleKeys, View, make_views
 from jmvae_dist.errors import ConfigError, DataError
 
