@@ -168,6 +168,32 @@ def test_training_has_the_same_bits_by_either_way(make_run: MakeRun, micro_batch
     assert runs["auto"].records() == runs["process_group"].records()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batches", ["null", "11"])
+def test_a_compiled_model_has_the_same_bits_by_either_way(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batches: str
+) -> None:
+    """A compiled backward pass hands gradients to DDP's buckets in another order and at other times.
+
+    Alone: `bash tests/run.sh -m slow tests/distributed/test_shared_memory.py -k compiled`
+    """
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    small = [f"--model.networks.{part}_hidden_dims=[16]" for part in ("encoder", "decoder", "joint")]
+    settings = (*SETTINGS, *small, "--training.micro_batch_size", micro_batches)
+    eager = make_run("eager", *settings)
+    eager.train(2)
+    runs = {}
+    for way in ("shared_memory", "process_group"):
+        compiled = ("--training.compile", "model", "--training.gradient_reduction", way)
+        runs[way] = make_run(way, *settings, *compiled)
+        is_shared = "gloo (gradients in shared memory)" in runs[way].train(2)
+        assert is_shared == (way == "shared_memory")
+        assert runs[way].records() != eager.records()  # equal bits would mean that nothing was compiled
+    for global_step in (6, 12):
+        assert_same_tensors(*(run.tensors(global_step) for run in runs.values()))
+    assert runs["shared_memory"].records() == runs["process_group"].records()
+
+
 # What can go wrong
 
 
