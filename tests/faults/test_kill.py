@@ -14,15 +14,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 import jmvae_dist
 from jmvae_dist.checkpoint.layout import find_damage, list_checkpoints, read_manifest
 from jmvae_dist.commands.checkpoint import main as checkpoint_command
+from jmvae_dist.commands.shards import main as shards_command
 from jmvae_dist.tracking.jsonl import EVALUATED_BY, EVERY_RECORD, MetricsLog
 from jmvae_dist.tracking.ledger import read_attempts, summarize
 from tests.conftest import Run, assert_same_tensors
+from tests.faults.patched import train
 
 MakeRun = Callable[..., Run]
 STEPS = 300
@@ -31,6 +34,12 @@ SETTINGS = (
     *("--training.steps", str(STEPS), "--training.log_every_steps", "7"),
     *("--checkpoint.every_steps", "9", "--checkpoint.keep_every_steps", "100"),
 )
+KILLED_AT = """
+record = Recorder.record
+Recorder.record = lambda recorder, values: (
+    record(recorder, values), values["global_step"] == {step} and os.kill(os.getpid(), signal.SIGKILL)
+)
+"""
 
 
 def last_step(run: Run) -> int:
@@ -102,6 +111,28 @@ def assert_lost_steps_are_in_the_ledger(run: Run, reached: int, output: str) -> 
     # With two processes, the one that is killed first makes the other fail.
     ends = ("died",) if last.attempt.world_size == 1 else ("died", "failed")
     assert all(item.outcome.startswith(ends) for item in former)
+
+
+def test_a_resume_within_steps_that_are_read_together_is_exact(tmp_path: Path) -> None:
+    """22 steps of 45 samples are read together, from wherever reading begins: their rows lie elsewhere in memory.
+
+    Samples of 7 and 15 numbers put them at any multiple of 4 bytes, where a vector instruction could begin elsewhere.
+    """
+    values = np.random.Generator(np.random.Philox(3)).random((300, 22), np.float32)
+    np.savez(tmp_path / "odd.npz", x=values[:, :7], y=values[:, 7:])
+    source = ("npz", "--file", str(tmp_path / "odd.npz"), "--split", "train", "--file-is-split", "--workers", "1")
+    assert shards_command(["write", *source, "--out", str(tmp_path / "odd" / "train")]) == 0
+    settings = [
+        *("--training.steps", "60", "--training.global_batch_size", "45", "--training.log_every_steps", "1"),
+        *("--model.decoders_dist", "{x: normal, y: laplace}", "--model.decoder_dist_params", "{}"),
+        *("--checkpoint.every_steps", "10"),
+    ]
+    straight, killed = (Run(tmp_path / name, tmp_path / "odd", settings) for name in ("straight", "killed"))
+    straight.train(1)
+    train(killed, KILLED_AT.format(step=33), expect=-signal.SIGKILL)
+    assert re.search(r"resumed from the checkpoint at step [123]0 of 60", killed.train(1))
+    assert_same_tensors(straight.tensors(60), killed.tensors(60))
+    assert killed.records() == straight.records()
 
 
 @pytest.mark.slow
