@@ -162,7 +162,7 @@ def _measure(arguments: list[str]) -> None:
         # zero3 leaves nothing in the parameters themselves.
         num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
         take_step = TrainStep(run, runtime, engine, make_guard(run, runtime, engine))
-        prepare = Preparation(run, runtime.device)
+        prepare = Preparation(run)
         if not engine.is_settled:
             take_step.rehearse(prepare(batch))
         after = {"start": {key: _resident_bytes(key) - before for key in ("VmRSS", "VmHWM")}}

@@ -53,7 +53,7 @@ def training_steps(
 def _training_step(run: ResolvedRun, runtime: Runtime, batches: list[Batch]) -> tuple[Callable[[], None], Engine]:
     _, engine = make_engine(run, runtime)
     take_step = TrainStep(run, runtime, engine, make_guard(run, runtime, engine))
-    prepare = Preparation(run, runtime.device)
+    prepare = Preparation(run)
     numbers = iter(range(10**9))
     if not engine.is_settled:
         take_step.rehearse(prepare(batches[0]))

@@ -18,6 +18,7 @@ from jmvae_dist.kernels.gaussian import choose
 from jmvae_dist.model import JMVAE
 from jmvae_dist.training.batches import CheckedBatches
 from jmvae_dist.training.cores import has_spare_core
+from jmvae_dist.training.device_copies import DeviceCopies
 from jmvae_dist.training.guards import StepGuard
 from jmvae_dist.training.optimizer import make_optimizer
 from jmvae_dist.training.ready_batches import Preparation, ReadyBatches
@@ -131,10 +132,20 @@ def open_batches(run: ResolvedRun, runtime: Runtime, model: JMVAE, steps: range)
             batches.fetch_ahead()
             batches.raise_failure()
             # Worker processes run ahead by themselves, and do not hear of an interruption.
-            ready = ReadyBatches(batches, Preparation(run, runtime.device), loader.cancel if has_thread else None)
+            prepare = Preparation(run, _copies_of(run, lanes, runtime.device))
+            ready = ReadyBatches(batches, prepare, loader.cancel if has_thread else None)
             opened.callback(ready.close)
         opened.pop_all()
     return ready
+
+
+def _copies_of(run: ResolvedRun, lanes: range, device: torch.device) -> DeviceCopies | None:
+    """What copies the batches of some lanes to a GPU; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    shapes = run.model_config.input_dims
+    assert shapes is not None
+    return DeviceCopies(shapes, len(lanes) * run.plan.samples_per_lane, device)
 
 
 def _has_room_for_a_thread(runtime: Runtime) -> bool:

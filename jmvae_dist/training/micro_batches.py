@@ -30,6 +30,7 @@ from jmvae_dist.model import JMVAE
 from jmvae_dist.model_config import JMVAEConfig
 from jmvae_dist.progress import format_bytes
 from jmvae_dist.training.batches import STEPS_AHEAD
+from jmvae_dist.training.device_copies import make_places
 from jmvae_dist.training.memory import (
     BYTES_PER_ELEMENT,
     EngineMemory,
@@ -322,7 +323,7 @@ class PassTrial:
     Args:
         run: The run.
         device: Where.
-        share: Most samples of a step on one rank, which lie on the device together.
+        share: Most samples of a step on one rank; with those of the next step they lie on the device together.
         reserved_bytes: By size: to be left alone meanwhile, what the engine will hold besides weights, and a margin.
     """
 
@@ -354,9 +355,8 @@ class PassTrial:
         reserved = torch.empty(self._reserved_bytes(size), dtype=torch.uint8, device=self._device)
         shapes = self._run.model_config.input_dims
         assert shapes is not None
-        # And the next batch, which is copied meanwhile.
-        batch = {name: torch.zeros(2 * self._share, *shape, device=self._device) for name, shape in shapes.items()}
-        inputs = {name: values[:size] for name, values in batch.items()}
+        places = make_places(shapes, self._share, self._device)
+        inputs = {name: values[:size].zero_() for name, values in places[0].inputs.items()}
         noise = torch.zeros(size, self._run.model_config.latent_dim, device=self._device)
         loss_sum, _ = forward_pass(inputs, noise=noise, check_inputs=False)
         loss_sum.backward()

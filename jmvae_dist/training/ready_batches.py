@@ -17,6 +17,7 @@ from jmvae_dist.distributed.single_thread import start_single_thread
 from jmvae_dist.errors import DataError
 from jmvae_dist.kernels.noise import normal_noise_of_steps
 from jmvae_dist.training.batches import CheckedBatches
+from jmvae_dist.training.device_copies import DeviceCopies, DeviceCopy
 from jmvae_dist.training.setup import ResolvedRun
 
 # The thread gets this long to end, more than downloads ahead of use get to end in it (`Prefetcher.stop`).
@@ -35,27 +36,27 @@ class ReadyBatch:
         rows: int64 (B,): rows of the global batch.
         global_step: The training step.
         noise: Of the latent sample, float32 (B, latent_dim); None where the model computes it where it is used.
-        copied: On CUDA, what to wait for before the tensors are used; see `await_copy`.
+        copy: On CUDA, what has the tensors there.
     """
 
     inputs: dict[str, Tensor]
     rows: Tensor
     global_step: int
     noise: Tensor | None
-    copied: Any = None
+    copy: DeviceCopy | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def await_copy(self) -> None:
-        """Let what is launched on the current stream from now on wait for the tensors; the host does not wait."""
-        if self.copied is None:
-            return
-        stream = torch.cuda.current_stream(self.rows.device)
-        stream.wait_event(self.copied)
-        for tensor in (self.rows, *self.inputs.values()):
-            # Their memory belongs to the stream of the copies, which would else use it again too early.
-            tensor.record_stream(stream)
+        """See `DeviceCopy`; nothing to wait for on a CPU."""
+        if self.copy is not None:
+            self.copy.await_copy()
+
+    def release(self) -> None:
+        """See `DeviceCopy`; nothing to be released on a CPU."""
+        if self.copy is not None:
+            self.copy.release()
 
 
 class Preparation:
@@ -63,23 +64,24 @@ class Preparation:
 
     Args:
         run: The resolved run.
-        device: Where it trains.
+        copies: What copies them to the GPU on which the run trains; None: it trains on a CPU.
     """
 
-    def __init__(self, run: ResolvedRun, device: torch.device) -> None:
+    def __init__(self, run: ResolvedRun, copies: DeviceCopies | None = None) -> None:
         self._seed = run.config.training.seed
         self._latent_dim = run.model_config.latent_dim
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies = copies
         self._drawn_steps = range(0)
         self._drawn_rows_B = torch.empty(0, dtype=torch.int64)
         self._drawn_SBD = torch.empty(0)
 
     def __call__(self, batch: Batch) -> ReadyBatch:
         """The batch, on the device."""
-        if self._stream is not None:
-            return self._copied(batch, self._stream)
-        return ReadyBatch(batch.inputs, batch.rows, batch.global_step, self._noise_of(batch))
+        if self._copies is None:
+            return ReadyBatch(batch.inputs, batch.rows, batch.global_step, self._noise_of(batch))
+        copy = self._copies.copy(batch.inputs, batch.rows)
+        # Without noise: CUDA kernels compute it where it is used.
+        return ReadyBatch(copy.inputs, copy.rows, batch.global_step, None, copy)
 
     def _noise_of(self, batch: Batch) -> Tensor:
         """Keyed by step and row: whenever it is drawn, and for whatever part of the rows, it is the same."""
@@ -99,15 +101,7 @@ class Preparation:
 
     def device_chosen(self) -> AbstractContextManager[Any]:
         """What concerns the current GPU concerns the run's inside of this."""
-        return nullcontext() if self._stream is None else torch.cuda.device(self._device)
-
-    def _copied(self, batch: Batch, stream: torch.cuda.Stream) -> ReadyBatch:
-        """On CUDA, whose kernels compute the noise where it is used."""
-        with torch.cuda.stream(stream):
-            # From page-locked memory: the host goes on at once, and the copy runs beside the kernels of a step.
-            rows = batch.rows.to(self._device, non_blocking=True)
-            inputs = {name: values.to(self._device, non_blocking=True) for name, values in batch.inputs.items()}
-            return ReadyBatch(inputs, rows, batch.global_step, None, stream.record_event())
+        return nullcontext() if self._copies is None else self._copies.device_chosen()
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,10 @@ class TrainStep:
     def __call__(self, batch: ReadyBatch, *, is_wanted: bool = True, is_recorded: bool = True) -> StepResult:
         """Take the step after `batch.global_step` finished steps.
 
+        On a GPU the step is launched, and the one before it done.
+
         Args:
-            batch: This rank's share of the global batch.
+            batch: This rank's share of the global batch, which is released.
             is_wanted: False to pass the batch over: its metrics are computed, the weights stay as they are.
             is_recorded: Whether its result is going to be recorded.
         """
@@ -97,6 +99,7 @@ class TrainStep:
                 gradient.mul_(verdict.factor.to(gradient.device))
         engine.optimizer.is_sound = verdict.is_sound
         engine.step()
+        batch.release()
         return StepResult(sums, len(batch), verdict.grad_norm)
 
     def rehearse(self, batch: ReadyBatch) -> None:

@@ -42,7 +42,7 @@ def loader_of(run: ResolvedRun) -> TrainLoader:
 
 def make_ready(run: ResolvedRun, batches: Generator[Batch, None, None], interrupt: Interrupt | None) -> ReadyBatches:
     checked = CheckedBatches(batches, run, LIKELIHOODS, range(64))
-    return ReadyBatches(checked, Preparation(run, torch.device("cpu")), interrupt)
+    return ReadyBatches(checked, Preparation(run), interrupt)
 
 
 def threads() -> list[threading.Thread]:
@@ -209,7 +209,7 @@ def test_the_thread_computes_by_itself_and_leaves_other_threads_as_they_were(dig
     torch.set_num_threads(3)
     try:
         checked = CheckedBatches(loader_of(run).iterate(0, 2), run, LIKELIHOODS, range(64))
-        with contextlib.closing(ReadyBatches(checked, Noting(run, torch.device("cpu")), lambda: None)) as batches:
+        with contextlib.closing(ReadyBatches(checked, Noting(run), lambda: None)) as batches:
             assert len(list(batches)) == 2
             assert (torch.get_num_threads(), threads_of_a_new_thread()) == (3, 3)
     finally:
