@@ -47,6 +47,8 @@ class FaultyServer(ThreadingHTTPServer):
         always: Per path, the fault of every answer after those.
         requests: (path, Range header or "") of all requests so far.
         delay_s: Pause before each answer.
+        unanswered: Paths of requests that get no answer, as all do after one for `/silence`; their number is at
+            `/unanswered`.
     """
 
     daemon_threads = True
@@ -59,6 +61,8 @@ class FaultyServer(ThreadingHTTPServer):
         self.always: dict[str, Fault] = {}
         self.requests: list[tuple[str, str]] = []
         self.delay_s = 0.0
+        self.unanswered: list[str] = []
+        self.is_silent = False
         self.ended = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -93,6 +97,18 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         wanted = self.headers.get("Range", "")
         path = self.path.split("?")[0]
+        if path == "/unanswered":
+            self._answer(200, {}, str(len(self.server.unanswered)).encode(), Fault())
+            return
+        if self.server.is_silent:
+            self.server.unanswered.append(path)
+            self.close_connection = True
+            self.server.ended.wait()
+            return
+        if path == "/silence":
+            self.server.is_silent = True
+            self._answer(200, {}, b"", Fault())
+            return
         self.server.requests.append((path, wanted))
         queue = self.server.faults[path]
         fault = queue.popleft() if queue else self.server.always.get(path, Fault())

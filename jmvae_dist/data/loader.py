@@ -37,6 +37,8 @@ OnBadSample = Literal["stop", "mask"]
 
 PREFETCH_BATCHES_PER_WORKER = 2
 _MOST_DECODE_THREADS = 8
+# Workers get this long to end what they are doing.
+_WORKERS_STOP_S = 2.0
 # A rank's share of a step is often so small that what is done once per shard and call takes as long as what is done
 # per sample. Steps are read together up to so many samples, and so many bytes of what the model sees of them.
 _SAMPLES_AT_ONCE = 1024
@@ -180,7 +182,7 @@ class TrainLoader:
     def iterate(self, start_step: int, stop_step: int) -> Generator[Batch, None, None]:
         """The batches of steps start_step .. stop_step - 1, in order.
 
-        Closing the iterator, or abandoning it, ends its worker processes.
+        Closing the iterator, or abandoning it, ends its worker processes, whatever they are waiting for.
 
         Raises:
             DataError: a sample cannot be read, or a worker process died.
@@ -199,7 +201,7 @@ class TrainLoader:
         """Make an iterator that waits for a server, in another thread of this process, end with TransferCancelled.
 
         It ends with the next piece that the server sends, or when the server has been silent for too long. Worker
-        processes do not hear of this. The loader cannot be used afterwards.
+        processes do not hear of this; closing the iterator ends them. The loader cannot be used afterwards.
         """
         self._dataset.cancel()
 
@@ -505,10 +507,26 @@ def _next_batch(batches: Iterator[Batch | _Failure], workers: int) -> Batch | _F
 
 
 def _shut_down(batches: Iterator[Batch | _Failure]) -> None:
-    """End the worker processes now: a traceback that refers to the iterator would otherwise keep them alive."""
+    """End the worker processes now: a traceback that refers to the iterator would otherwise keep them alive.
+
+    A worker that waits for a silent server does not hear of it, and torch's SIGTERM is one of the signals that
+    workers never see: this process would wait for it as long as it waits for the server. It has nothing to lose.
+    """
     shut_down_workers = getattr(batches, "_shutdown_workers", None)
-    if shut_down_workers is not None:
+    if shut_down_workers is None:
+        return
+    killer = threading.Timer(_WORKERS_STOP_S, _kill, [getattr(batches, "_workers", [])])
+    killer.daemon = True
+    killer.start()
+    try:
         shut_down_workers()
+    finally:
+        killer.cancel()
+
+
+def _kill(workers: Sequence[Any]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 def _tells_of_a_dead_worker(error: RuntimeError) -> bool:

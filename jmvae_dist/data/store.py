@@ -6,7 +6,6 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from jmvae_dist.data.cache import CacheEntry, ShardCache
+from jmvae_dist.data.daemon_threads import DaemonThreads
 from jmvae_dist.data.files import open_regular, read_error
 from jmvae_dist.data.index import parse_index, read_index
 from jmvae_dist.data.manifest import Manifest
@@ -97,7 +97,7 @@ class ShardStore:
         self._versions: dict[str, str] = {}
         self._cancelled = threading.Event()
         # Threads that wait for servers, and threads that compute sums over local files.
-        self._executors: dict[bool, ThreadPoolExecutor] = {}
+        self._threads: dict[bool, DaemonThreads] = {}
         self._pid = os.getpid()
 
     def open(self, shard_number: int, release: Callable[[], bool] = lambda: False) -> ShardBytes:
@@ -235,15 +235,18 @@ class ShardStore:
         self._cancelled.set()
 
     def close(self) -> None:
-        """End transfers; the store can be used again."""
+        """End transfers, soon if not at once: a server that says nothing is not waited for.
+
+        The store can be used again.
+        """
         self._cancelled.set()
         if self._pid == os.getpid():
-            for executor in self._executors.values():
-                executor.shutdown(cancel_futures=True)
-        self._executors, self._cancelled = {}, threading.Event()
+            for threads in self._threads.values():
+                threads.stop()
+        self._threads, self._cancelled = {}, threading.Event()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_executors": {}, "_cancelled": None}
+        return {**self.__dict__, "_threads": {}, "_cancelled": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _cancelled=threading.Event(), _pid=os.getpid())
@@ -254,11 +257,11 @@ class ShardStore:
                 request()
             return
         if self._pid != os.getpid():  # threads do not live on in a forked process
-            self._executors, self._pid = {}, os.getpid()
-        if is_local not in self._executors:
-            threads = len(os.sched_getaffinity(0)) if is_local else self._access.remote.connections
-            self._executors[is_local] = ThreadPoolExecutor(threads, "jmvae-shards")
-        futures = [self._executors[is_local].submit(request) for request in requests]
+            self._threads, self._pid = {}, os.getpid()
+        if is_local not in self._threads:
+            number = len(os.sched_getaffinity(0)) if is_local else self._access.remote.connections
+            self._threads[is_local] = DaemonThreads(number, "jmvae-shards")
+        futures = [self._threads[is_local].submit(request) for request in requests]
         try:
             for future in futures:
                 future.result()

@@ -177,8 +177,8 @@ class ReadyBatches:
 
         A read under way ends with the next piece that a server sends. Where a server is silent, a network file system
         does not answer, or a large shard is hashed, nothing can make the thread return: after a while it is left
-        behind, and ends when the call does. As a daemon it keeps no process from ending; but requests that it makes
-        several at a time do, until the server's silence has lasted for `data.remote.stall_timeout_s`.
+        behind, and ends when the call does. It is a daemon, as are the threads that it waits for: none of them keeps
+        the process from ending.
         """
         if self._thread is None or self._interrupt is None:
             self._checked.close()
