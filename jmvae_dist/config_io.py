@@ -6,14 +6,23 @@ Later sources win: defaults < first ``--config`` < second ``--config`` < ``--sec
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jmvae_dist.config import RunConfig
+from jmvae_dist.config_keys import (
+    check_names_below,
+    declared_type,
+    describe,
+    explain_unknown,
+    is_mapping,
+    join,
+    optional_texts,
+    section_keys,
+    split_declared,
+)
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.files import write_text_atomic
 from jmvae_dist.user_code import path_of
@@ -36,6 +45,11 @@ _TEXT_MARK = "\ufdd0"
 # Marked too while jsonargparse reads: it would import the class when a later source changes its section, and fail
 # with a traceback since the section is declared as a mapping. As one like others, it is replaced by a later one.
 _CLASS_KEY = re.compile(r"(?<![^.])(?=(class_path|init_args)(\.|$))")
+# Joins the names below a mapping of the user's while jsonargparse reads: if they were joined by dots it would replace
+# all that stands at the first one, or take them for a single name.
+_NAME_SEPARATOR = "\ufdd1"
+# YAML's words for null.
+_NULLS = ("null", "Null", "NULL", "~")
 
 
 def make_parser(prog: str = "jmvae-dist train") -> jsonargparse.ArgumentParser:
@@ -45,14 +59,20 @@ def make_parser(prog: str = "jmvae-dist train") -> jsonargparse.ArgumentParser:
 
     class Parser(jsonargparse.ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            # It quotes values as they are, or as Python writes them.
-            raise ConfigError(_one_line(message.replace(_TEXT_MARK, "").replace(repr(_TEXT_MARK)[1:-1], "")))
+            for mark, meaning in ((_TEXT_MARK, ""), (_NAME_SEPARATOR, ".")):
+                # It quotes values as they are, or as Python writes them.
+                message = message.replace(mark, meaning).replace(repr(mark)[1:-1], meaning)
+            raise ConfigError(_one_line(message))
 
         def parse_path(self, cfg_path: Any, *arguments: Any, **options: Any) -> jsonargparse.Namespace:
             try:
                 return super().parse_path(cfg_path, *arguments, **options)
             except ConfigError as error:
                 raise ConfigError(f"{cfg_path}: {error}") from None
+
+        def parse_string(self, content: str, *arguments: Any, **options: Any) -> jsonargparse.Namespace:
+            _check_keys(_load_value(content), "")
+            return super().parse_string(content, *arguments, **options)
 
     jsonargparse.set_loader(_PARSER_MODE, _load_yaml, exceptions=(yaml.YAMLError,))
     # By itself it would import, and build, a class that stands in the place of any other value: no file may do that.
@@ -101,13 +121,17 @@ def _parse(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> RunConf
 
 def dump_run_config(config: RunConfig) -> str:
     """YAML with every key, also those that are null: a file that reproduces the run."""
+    return _dump(to_plain(config))
+
+
+def _dump(values: Any, **options: Any) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):
         """Quotes also the text that would be read back as a number, such as the name 1e3."""
 
     Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _MORE_FLOATS, list("-+0123456789"))
-    return yaml.dump(to_plain(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, **options)
 
 
 def save_run_config(config: RunConfig, path: Path) -> None:
@@ -139,7 +163,12 @@ def _load_yaml(text: str) -> Any:
             _refuse_repeated_keys(node, {})
     except RecursionError:
         raise yaml.YAMLError("lists and mappings are nested too deeply") from None
-    values = jsonargparse.get_loader("yaml")(text)
+    try:
+        values = jsonargparse.get_loader("yaml")(text)
+    except TypeError:  # from its handling of keys without values, such as {0: null}
+        raise yaml.YAMLError("keys must be text") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from None
     _mark_texts(values)
     _mark_class_keys(values, set())
     return values
@@ -173,16 +202,6 @@ def _refuse_repeated_keys(node: yaml.Node, is_checked: dict[int, bool]) -> None:
     is_checked[id(node)] = True
 
 
-@functools.cache
-def _optional_texts(section: str = "") -> tuple[str, ...]:
-    """The keys that take text or null, such as ``tracking.wandb.name``."""
-    keys: list[str] = []
-    for name in _section_keys(section):
-        key = f"{section}.{name}" if section else name
-        keys += [key] if _declared_type(key) == (str | None) else _optional_texts(key)
-    return tuple(keys)
-
-
 def _mark(text: str) -> str:
     """Text of an optional key in the form in which it stays text."""
     import yaml
@@ -196,40 +215,111 @@ def _mark(text: str) -> str:
 
 
 def _mark_arguments(arguments: list[str]) -> list[str]:
-    """Arguments in which only ``null`` is null where a key takes text, and with marks on the keys of a class.
+    """Arguments in which only ``null`` is null where a key takes text, and with marks on the user's own names.
 
     Raises:
-        ConfigError: A key that takes text has another of YAML's words for null; a single argument of a class is set.
+        ConfigError: A key that takes text has another of YAML's words for null; something is set below a plain value.
     """
-    marked = list(arguments)
-    for place, argument in enumerate(arguments):
-        option, equals, value = argument.partition("=")
-        key = option.removeprefix("--")
-        if key == option:
+    marked: list[tuple[str, list[str]]] = []  # by key, '' for what is not a setting
+    for option, value in _settings(arguments):
+        key, equals, joined = option.removeprefix("--").partition("=")
+        value = joined if equals else value
+        if value is None or not option.startswith("--"):
+            marked.append(("", [option]))
             continue
-        section, of_class, name = key.partition(".init_args.")
-        if of_class and _declared_type(section.partition(".")[0]):
-            # jsonargparse would take any value of it for text.
-            whole = f"--{section} '{{class_path: module.Class, init_args: {{{name}: ...}}}}'"
-            raise ConfigError(f"{key}: one argument of a class cannot be set alone; write all of it: {whole}")
-        marked[place] = f"{_CLASS_KEY.sub(_TEXT_MARK, option)}{equals}{value}"
-        if key not in _optional_texts():
-            continue
-        if not equals and place + 1 < len(arguments):
-            value = arguments[place + 1]
-        if value.strip() in ("~", "Null", "NULL"):
+        # All that stands at a user's name replaces what was set below it; a section keeps the rest of its keys.
+        if not section_keys(key):
+            marked = [entry for entry in marked if not entry[0].startswith(f"{key}.")]
+        option, value = _mark_setting(key, value)
+        marked.append((key, [f"--{option}={value}"] if equals else [f"--{option}", value]))
+    return [part for _, parts in marked for part in parts]
+
+
+def _settings(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
+    """The arguments one by one, each option with the value that is given apart from it."""
+    rest = iter([*arguments, "--"])
+    argument = next(rest)
+    for following in rest:
+        takes_value = argument.startswith("--") and "=" not in argument and not following.startswith("--")
+        yield argument, following if takes_value else None
+        argument = next(rest, "--") if takes_value else following
+
+
+def _mark_setting(key: str, value: str) -> tuple[str, str]:
+    """Key and value of an argument in the form in which jsonargparse reads them as they are meant."""
+    declared, names = split_declared(key)
+    if not names or not section_keys(declared):  # else there is no such key, as jsonargparse will say
+        loaded = _load_value(value)
+        check_names_below(declared, names)
+        _check_keys(loaded, key)
+        if len(names) > 1:
+            return f"{declared}.{_NAME_SEPARATOR.join(names)}", _dump({names[-1]: loaded}, default_flow_style=True)
+    if key in optional_texts() and value.strip() != "null":
+        if value.strip() in _NULLS:
             raise ConfigError(f"{key}: {value} could mean null or text; write null, or {value!r} in a --config file")
-        text = value if value.strip() == "null" else _mark(value)
-        if equals:
-            marked[place] = f"{option}={text}"
-        elif place + 1 < len(arguments):
-            marked[place + 1] = text
-    return marked
+        value = _mark(value)
+    return _CLASS_KEY.sub(_TEXT_MARK, key), value
+
+
+def _load_value(value: str) -> Any:
+    """The value of an argument; text where it is not YAML, or is nothing but a comment, such as #1."""
+    import yaml
+
+    try:
+        loaded = _load_yaml(value)
+    except yaml.YAMLError:  # jsonargparse explains it where a value needs to be YAML
+        return value
+    return value if loaded is None and value.strip() not in _NULLS else loaded
+
+
+def _check_keys(values: Any, key: str) -> None:
+    """Raise a ConfigError for names that do not exist, and for those of the user's that are joined by dots.
+
+    Args:
+        values: What has been read.
+        key: Where it stands; '' is the top level.
+    """
+    if not section_keys(key):
+        if is_mapping(split_declared(key)[0]):
+            _check_names(values, key, set())
+        return
+    for name, value in values.items() if isinstance(values, dict) else ():
+        inner = join(key, str(name).replace(_TEXT_MARK, ""))
+        declared, names = split_declared(inner)
+        if not names:
+            _check_keys(value, inner)
+        elif section_keys(declared):
+            raise ConfigError(explain_unknown(inner))
+        else:
+            check_names_below(declared, names)
+            _refuse_dots(inner, declared, names)
+
+
+def _check_names(values: Any, key: str, seen: set[int]) -> None:
+    """Like `_check_keys` for what stands in a mapping of the user's; arguments of a class may have any names."""
+    if not isinstance(values, (dict, list)) or id(values) in seen:
+        return
+    seen.add(id(values))
+    for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+        inner = f"{key}[{name}]" if isinstance(values, list) else f"{key}.{name}".replace(_TEXT_MARK, "")
+        if isinstance(name, str) and "." in name:
+            _refuse_dots(inner, key, inner.removeprefix(f"{key}.").split("."))
+        if not inner.endswith(".init_args"):
+            _check_names(value, inner, seen)
+
+
+def _refuse_dots(key: str, section: str, names: list[str]) -> NoReturn:
+    nested = "..."
+    for name in reversed(names[1:]):
+        nested = f"{{{name}: {nested}}}"
+    raise ConfigError(
+        f"{key}: names below {section} are nested, not joined by dots; write {names[0]}: {nested} in it"
+    )
 
 
 def _mark_texts(values: Any) -> None:
     """Mark the texts of optional keys in the content of a file, which can be that of a single section."""
-    for key in _optional_texts():
+    for key in optional_texts():
         parts = key.split(".")
         for start in range(len(parts)):
             _mark_at(values, parts[start:])
@@ -275,6 +365,28 @@ def _unmark(values: jsonargparse.Namespace) -> None:
     for value in values.values():
         _rename_keys(value, lambda key: key.replace(_TEXT_MARK, ""), seen)
     _unmark_texts(values, set())
+    for key, value in values.items():
+        _separate_names(value, key)
+
+
+def _separate_names(values: Any, key: str) -> None:
+    """Put what arguments set below names of the user's in its place, beside what stands there."""
+    for joined, holder in list(values.items()) if isinstance(values, dict) else ():
+        *above, last = str(joined).split(_NAME_SEPARATOR)
+        if not above or not isinstance(holder, dict) or list(holder) != [last]:
+            continue  # not ours
+        del values[joined]
+        section, place = values, key
+        for name in above:
+            place = f"{place}.{name}"
+            current = section.get(name)
+            if not isinstance(current, (dict, type(None))):
+                whole = f"{key}.{joined.replace(_NAME_SEPARATOR, '.')}"
+                raise ConfigError(f"{whole}: {place} is {current!r}, which has no keys of its own")
+            # A copy, since an alias can put one mapping in many places.
+            section[name] = dict(current or {})
+            section = section[name]
+        section[last] = holder[last]
 
 
 def _unmark_texts(values: jsonargparse.Namespace | dict[Any, Any], seen: set[int]) -> None:
@@ -294,9 +406,9 @@ def _unmark_texts(values: jsonargparse.Namespace | dict[Any, Any], seen: set[int
 
 def _refuse_empty_sections(values: Any, section: str = "") -> None:
     """Raise a ConfigError for a section without any key, which YAML reads as null."""
-    for name in _section_keys(section):
-        key = f"{section}.{name}" if section else name
-        if keys := _section_keys(key):
+    for name in section_keys(section):
+        key = join(section, name)
+        if keys := section_keys(key):
             if values[name] is None:
                 raise ConfigError(f"{key}: the section is empty; set {', '.join(keys)} in it, or leave it out")
             _refuse_empty_sections(values[name], key)
@@ -310,45 +422,21 @@ def _instantiate(parser: jsonargparse.ArgumentParser, namespace: jsonargparse.Na
     return RunConfig(**values)
 
 
-def _declared_type(key: str) -> Any:
-    """The annotation of a (nested) key such as ``schedule.annealing.shape``; None if there is no such key."""
-    current: Any = RunConfig
-    for part in filter(None, key.split(".")):
-        current = get_type_hints(current).get(part) if dataclasses.is_dataclass(current) else None
-    return current
-
-
-def _section_keys(section: str) -> list[str]:
-    """Names of the keys of a section; of the top level for ''; nothing if it is not a section."""
-    declared = _declared_type(section)
-    return [item.name for item in dataclasses.fields(declared)] if dataclasses.is_dataclass(declared) else []
-
-
-def _unknown_key(key: str) -> str:
-    section, _, name = key.rpartition(".")
-    allowed = _section_keys(section)
-    if not allowed:
-        return _unknown_key(section) if section else f"{key}: unknown key"
-    close = difflib.get_close_matches(name, allowed, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"{key}: unknown key{hint}; allowed in {section or 'the configuration'}: {', '.join(allowed)}"
-
-
 def _one_line(message: str) -> str:
     """jsonargparse's explanation as one line that names the key and what is allowed."""
     if match := re.search(r"(?:Group|Parser key) '([\w.]+)' does not accept option '([\w.]+)'", message):
-        return _unknown_key(f"{match[1]}.{match[2]}")
+        return explain_unknown(f"{match[1]}.{match[2]}")
     if match := re.search(r"Option '([\w.]+)' is not accepted", message):
-        return _unknown_key(match[1])
+        return explain_unknown(match[1])
     if match := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
         argument = match[1].split("=")[0]
         if argument.startswith("--"):
-            return _unknown_key(argument[2:])
+            return explain_unknown(argument[2:])
         return f"unexpected argument {argument!r}; settings are given as --section.key value"
     if match := re.search(r"[Kk]ey \"?'?([\w.]+)\"?'? is required|required: (.+)$", message):
         return f"missing setting(s): {match[1] or match[2]}; give them in a --config file or as --section.key"
     if match := re.search(r"Unexpected config:(.*)", message, re.DOTALL):
-        return f"{_shown(match[1])} is not allowed; a file has the sections {', '.join(_section_keys(''))}"
+        return f"{_shown(match[1])} is not allowed; a file has the sections {', '.join(section_keys(''))}"
     if match := re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL):
         return f"{match[1]}: {_explain_value(match[1], match[2])}"
     return " ".join(message.split())
@@ -364,12 +452,10 @@ def _shown(text: str) -> str:
 
 def _explain_value(key: str, detail: str) -> str:
     section = re.match(r"Unable to load config (.*)", detail)
-    if section is not None and (keys := _section_keys(key)):
+    if section is not None and (keys := section_keys(key)):
         return f"{section[1]} is not allowed; it must be a section with some of {', '.join(keys)}"
-    declared = _declared_type(key)
+    declared = declared_type(key)
     given = re.search(r"(?:Given value|Got value|Value): (.*)", detail)
     if declared is None or given is None:
         return " ".join(detail.split())
-    allowed = declared.__name__ if isinstance(declared, type) else str(declared).replace("typing.", "")
-    allowed = re.sub(r"Literal\[(.*?)\]", r"one of \1", allowed).replace("| None", "or null")
-    return f"{given[1].strip()} is not allowed; it must be {allowed}"
+    return f"{given[1].strip()} is not allowed; it must be {describe(declared)}"

@@ -15,6 +15,7 @@ PURE = {
     "checks",
     "config",
     "config_io",
+    "config_keys",
     "data_config",
     "files",
     "model_config",

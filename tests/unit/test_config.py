@@ -83,8 +83,25 @@ MISTAKES = [
     (["--model.decoder_dist_params", "{image: {scale: 1}}"], ["image.scale", "soft_targets", "bernoulli"]),
     (["--model.networks.encoder_hidden_dims", "[]"], ["model.networks.encoder_hidden_dims", "non-empty"]),
     (
-        ["--model.networks.joint_encoder", "{class_path: a.B}", "--model.networks.joint_encoder.init_args.size", "3"],
-        ["joint_encoder.init_args.size: one argument", "joint_encoder '{class_path: module.Class, init_args: {size:"],
+        ["--tracking.wandb.name.b", "3"],
+        ["tracking.wandb.name has no keys of its own", "must be str or null"],
+    ),
+    (
+        ["--training.steps.x=3"],
+        ["training.steps.x: training.steps has no keys of its own; write --training.steps"],
+    ),
+    (["--data.transforms.image.name", "binarize"], ["data.transforms.image has no keys of its own", "be list["]),
+    (
+        ["--model.decoder_dist_params.image.soft_targets.x", "1"],
+        ["image.soft_targets.x: ", "soft_targets is True, which has no"],
+    ),
+    (
+        ["--model.decoders_dist.image", "a.b", "--model.decoders_dist.image.x.y", "1"],
+        ["model.decoders_dist.image.x.y: model.decoders_dist.image is 'a.b', which has no keys of its own"],
+    ),
+    (
+        ["--model.decoder_dist_params", "{image.scale: 3}"],
+        ["model.decoder_dist_params.image.scale: names below", "not joined by dots; write image: {scale: ...} in it"],
     ),
     (["--modle.networks.joint_encoder.init_args.size", "3"], ["modle", "did you mean model"]),
     (["--model.networks.joint_encoder.init_args", "{size: 3}"], ["model.networks.joint_encoder.kind", "'fusion'"]),
@@ -121,11 +138,32 @@ def test_mistakes_are_one_clear_line(arguments: list[str], expected: list[str]) 
         ("model: !!python/object/apply:os.system ['touch /tmp/never']", "Problems parsing config"),
         ("training: {seed: 1}\nmodel: {alpha: 1}\ntraining: {log_every_steps: 5}\n", "'training' is given twice"),
         ("training: {seed: 1, log_every_steps: 5, seed: 2}", "'seed' is given twice"),
+        ("data: {x.init_args: {a: 1}}", "bad.yaml: data.x: unknown key; allowed in data: train_manifest"),
+        ("init_args.foo: 3", "bad.yaml: init_args: unknown key; allowed in the configuration: output_dir"),
+        (
+            "tracking: {wandb: {name.b: 3}}",
+            "tracking.wandb.name.b: tracking.wandb.name has no keys of its own",
+        ),
+        ("model.decoder_dist_params.image.scale: 3", "nested, not joined by dots; write image: {scale: ...} in it"),
+        (
+            "model: {decoder_dist_params: {image.scale: 3}}",
+            "model.decoder_dist_params.image.scale: names below",
+        ),
+        (
+            "model: {networks: {joint_encoder: {class_path: a.B, init_args.size: 3}}}",
+            "names below model.networks.joint_encoder are nested, not joined by dots; write init_args: {size: ...}",
+        ),
+        (
+            "data: {transforms: {image: [{class_path: a.B, init_args.x: 3}]}}",
+            "data.transforms.image[0].init_args.x: names below data.transforms.image[0] are nested",
+        ),
         ("optimizer:\nmodel: {alpha: 1}\n", "optimizer: the section is empty"),
         ("tracking:\nmodel: {alpha: 1}\n", "tracking: the section is empty"),
         ("tracking: {wandb: }\n", "tracking.wandb: the section is empty"),
         ("model: &m {networks: *m}\n", "refers to itself"),
         ("[" * 3000, "Problems parsing config"),
+        ("0:", "bad.yaml: Problems parsing config: keys must be text"),
+        pytest.param("9" * 5000, "bad.yaml: Problems parsing config: Exceeds the limit", id="digits"),
         ("", "bad.yaml: an empty file is not allowed"),
         ("x" * 10_000, f"bad.yaml: {'x' * 60}... is not allowed"),
     ],
@@ -214,7 +252,7 @@ def test_printed_configuration_reproduces_itself(tmp_path: Path, capsys: pytest.
 # In YAML 1.1, which PyYAML writes, 1e3 is text; to jsonargparse, which reads it, it is a number. It reads text twice,
 # and what is null the second time must still be text.
 TEXTS = st.sampled_from(
-    ["1e3", "12e5678", "1.5E3", "+1_0e-2", "null", "Null", "~", "#5", "&a", "---", "!!null", "\ue000#"]
+    ["1e3", "12e5678", "1.5E3", "+1_0e-2", "null", "Null", "~", "#5", "&a", "---", "!!null", "0:", "\ue000#"]
 )
 TEXTS |= st.text("0123456789eE+-._:#~{&nylor ")
 
@@ -292,6 +330,59 @@ def test_a_later_class_of_the_users_wins_before_any_is_imported(
     assert parse_run_config(["--config", str(tmp_path / "printed.yaml")]) == config
 
 
+NETWORKS = """
+model:
+  networks:
+    modalities:
+      image: &image {kind: conv, channels: [8, 16]}
+      sound: *image
+    joint_encoder: {class_path: a.B, init_args: {size: 1, sizes: {a.b: 1}}}
+"""
+IMAGE = "--model.networks.modalities.image"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([f"{IMAGE}.channels", "[4]"], {"kind": "conv", "channels": [4]}),
+        (
+            [f"{IMAGE}.channels=[4]", f"{IMAGE}.hidden_dims=[9]"],
+            {"kind": "conv", "channels": [4], "hidden_dims": [9]},
+        ),
+        ([f"{IMAGE}.channels=[4]", f"{IMAGE}.channels=[5]"], {"kind": "conv", "channels": [5]}),
+        ([f"{IMAGE}.channels=[4]", f"{IMAGE}={{kind: vector}}"], {"kind": "vector"}),
+        ([f"{IMAGE}={{kind: conv}}", f"{IMAGE}.channels=[4]"], {"kind": "conv", "channels": [4]}),
+        ([f"{IMAGE}.channels=[4]", "--model.networks.modalities={image: {kind: mlp}}"], {"kind": "mlp"}),
+        ([f"{IMAGE}.channels=[4]", "--model.networks={default: auto}"], {"kind": "conv", "channels": [4]}),
+        (
+            [f"{IMAGE}={{}}", f"{IMAGE}.encoder.class_path=a.B", f"{IMAGE}.encoder.init_args.file=#1"],
+            {"encoder": {"class_path": "a.B", "init_args": {"file": "#1"}}},
+        ),
+    ],
+    ids=["one", "two", "again", "replaced", "after", "mapping", "section", "class"],
+)
+def test_what_is_set_below_a_name_of_the_users_leaves_the_rest(
+    tmp_path: Path, arguments: list[str], expected: dict
+) -> None:
+    (tmp_path / "networks.yaml").write_text(NETWORKS)
+    networks = parse("--config", str(tmp_path / "networks.yaml"), *arguments).model.networks
+    assert networks.modalities["image"] == expected
+    assert networks.modalities.get("sound") in (None, {"kind": "conv", "channels": [8, 16]})
+
+
+def test_one_argument_of_a_class_can_be_set(tmp_path: Path) -> None:
+    (tmp_path / "networks.yaml").write_text(NETWORKS)
+    joint = parse("--config", str(tmp_path / "networks.yaml"), f"{JOINT}.init_args.size", "3").model.networks
+    assert joint.joint_encoder == {"class_path": "a.B", "init_args": {"size": 3, "sizes": {"a.b": 1}}}
+
+
+def test_a_parameter_of_a_likelihood_can_be_set_alone() -> None:
+    config = parse("--model.decoder_dist_params.image.soft_targets", "false", "--model.decoder_dist_params.label={}")
+    assert config.model.decoder_dist_params == {"image": {"soft_targets": False}, "label": {}}
+    with pytest.raises(ConfigError, match=r"image\.scale: unknown parameter 'scale'"):
+        parse("--model.decoder_dist_params.image.scale", "2")
+
+
 SPITEFUL = "{class_path: spiteful.Class, init_args: {size: 2}}"
 
 
@@ -325,7 +416,7 @@ def test_reading_a_configuration_imports_nothing_that_it_names(
 
 CLASS_OPTIONS = st.tuples(
     st.sampled_from([JOINT, "--model.networks.modalities", "--data.tokenizers", "--data.transforms"]),
-    st.sampled_from(["", ".image", ".image.encoder", ".class_path", ".init_args", ".init_args.a", ".kind", "+"]),
+    st.sampled_from(["", ".image", ".image.encoder", ".class_path", ".init_args", ".init_args.a", ".\ufdd1a", "+"]),
     st.sampled_from(["", "3", "null", "a.B", "[]", "{}", CLASS, f"[{CLASS}]", f"{{image: {CLASS}}}"]),
 )
 
