@@ -64,7 +64,8 @@ class JMVAEConfig:
     uses_likelihood_rescaling: bool = False
     rescale_factors: dict[str, float] | None = None
     decoders_dist: dict[str, Any] | None = None
-    decoder_dist_params: dict[str, dict[str, Any]] | None = None
+    # Not `dict[str, Any]` inside: jsonargparse would read its texts once more, as null where they are '~' or '#1'.
+    decoder_dist_params: dict[str, dict] | None = None
     custom_architectures: list[str] = field(default_factory=list)
     alpha: float = 0.1
     warmup: int = 10

@@ -266,6 +266,9 @@ def test_any_text_is_printed_so_that_it_is_read_back_as_that_text(
     config.tracking.wandb.project = text
     config.tracking.wandb.name = text
     config.tracking.wandb.tags = [text]
+    config.model.decoders_dist = {"image": "my_code.log_density", "label": "categorical"}
+    config.model.decoder_dist_params = {"image": {"text": text, "texts": [text, {"text": text}], "nothing": None}}
+    config.model.networks.joint_encoder = {"class_path": "a.B", "init_args": {"text": text, "texts": [text]}}
     path = tmp_path_factory.mktemp("printed") / "config.yaml"
     save_run_config(config, path)
     assert parse_run_config(["--config", str(path)]) == config
@@ -381,6 +384,33 @@ def test_a_parameter_of_a_likelihood_can_be_set_alone() -> None:
     assert config.model.decoder_dist_params == {"image": {"soft_targets": False}, "label": {}}
     with pytest.raises(ConfigError, match=r"image\.scale: unknown parameter 'scale'"):
         parse("--model.decoder_dist_params.image.scale", "2")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        *(("~", None), ("null", None), ("'~'", "~"), ("'null'", "null"), ("#1", "#1"), ("", ""), ("&b", "&b")),
+        *(
+            ("1e-3", 1e-3),
+            ("'1e-3'", "1e-3"),
+            ("3", 3),
+            ("'3'", "3"),
+            ("[~, '~', '#1', 1e3]", [None, "~", "#1", 1e3]),
+        ),
+    ],
+)
+def test_below_a_name_of_the_users_only_what_yaml_means_is_null_or_a_number(
+    tmp_path: Path, value: str, expected: object
+) -> None:
+    own = ["--model.decoders_dist.image", "my_code.log_density", JOINT, "{class_path: a.B}"]
+    config = parse(*own, f"--model.decoder_dist_params.image.p={value}", f"{JOINT}.init_args.p={value}")
+    assert config.model.decoder_dist_params == {"image": {"soft_targets": True, "p": expected}}
+    assert config.model.networks.joint_encoder["init_args"] == {"p": expected}
+    if not value or value[0] in "#&":
+        return  # in a file these are nothing, a comment and an anchor
+    (tmp_path / "own.yaml").write_text(f"model: {{decoder_dist_params: {{image: {{p: {value}}}}}}}")
+    config = parse(*own, "--config", str(tmp_path / "own.yaml"))
+    assert config.model.decoder_dist_params == {"image": {"p": expected}}
 
 
 SPITEFUL = "{class_path: spiteful.Class, init_args: {size: 2}}"
