@@ -19,6 +19,7 @@ EXCLUDE_FAILED_NODES=no
 SITE_SETTINGS='PYTHON|CONTAINER|RANKS_PER_NODE|INTERFACE|SRUN_OPTIONS|CPU_BIND|MAX_ATTEMPTS_WITHOUT_PROGRESS'
 SITE_SETTINGS+='|REQUEUE_FAILED|EXCLUDE_FAILED_NODES'
 num_ranks= # until load_site
+site_read= # until read_site: for the preflight, see start_ranks
 
 # Scheduler commands name a task of an array like this; its plain number can be that of the whole array.
 this_job=${SLURM_JOB_ID:-}
@@ -39,6 +40,7 @@ read_site() {
         local unknown
         unknown=$(sed -n 's/^\([A-Z_]*\)=.*/\1/p' "$site" | grep -vxE "$SITE_SETTINGS" | tr '\n' ' ')
         [ -z "$unknown" ] || fail "$site: unknown setting $unknown(known: ${SITE_SETTINGS//|/, }); export what is not ours"
+        site_read="${SLURM_JOB_ID:-} $(sha256sum <"$site" | cut -d ' ' -f 1) $site"
         # Modules and the like do not expect unset variables to be errors.
         set +u -e
         trap 'printf "slurm: %s failed at: %s\n" "$site" "$BASH_COMMAND" >&2' ERR
@@ -46,8 +48,6 @@ read_site() {
         source "$site"
         trap - ERR
         set -u +e
-        # The preflight tells ranks that start with these settings from others.
-        export JMVAE_DIST_SITE_READ=$site
     elif [ -n "${JMVAE_DIST_SITE:-}" ]; then
         fail "JMVAE_DIST_SITE: there is no $site"
     fi
@@ -116,6 +116,8 @@ start_ranks() {
         sed -n 's/.*SubmitTime=\([0-9][^ ]*\).*/\1/p' | head -n 1 | date -f - +%s)
     export JMVAE_DIST_STOP_LEAD_S JMVAE_DIST_SUBMITTED_S
     [ -n "$JMVAE_DIST_SUBMITTED_S" ] || unset JMVAE_DIST_SUBMITTED_S
+    # Only here: ranks that srun alone starts, from the same script too, would hand a false word to the preflight.
+    export JMVAE_DIST_SITE_READ=$site_read
     # shellcheck disable=SC2086
     exec srun --ntasks="$num_ranks" --ntasks-per-node="$ranks_per_node" \
         --cpus-per-task="$((SLURM_CPUS_ON_NODE / ranks_per_node))" --cpu-bind="$CPU_BIND" \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from jmvae_dist.cluster.resources import Resources
 from jmvae_dist.errors import ConfigError
 
 SITE_VARIABLE = "JMVAE_DIST_SITE"
-# Names the file whose settings this process was started with: set by slurm/common.sh.
+# Job, sha256 and path of the file whose settings this process was started with: set by slurm/common.sh.
 SITE_READ_VARIABLE = "JMVAE_DIST_SITE_READ"
 _TIMEOUT_S = 120.0  # modules on a busy file system take their time
 _MANY_CPUS = "1000000"
@@ -56,6 +57,23 @@ def find_site_file() -> Path | None:
     """
     file = Path(os.environ.get(SITE_VARIABLE) or repository() / "slurm" / "site.env")
     return file.absolute() if file.exists() else None
+
+
+def find_site_read() -> tuple[Path, bool] | None:
+    """The file whose settings the job's batch script started this process with, and whether it is still the same.
+
+    None if there was none: a variable of another job, left over in a shell, says nothing of this process. A file that
+    cannot be read here counts as the same.
+    """
+    job, _, rest = os.environ.get(SITE_READ_VARIABLE, "").partition(" ")
+    digest, _, path = rest.partition(" ")
+    if not path or job != os.environ.get("SLURM_JOB_ID", ""):
+        return None
+    file = Path(path).absolute()
+    try:
+        return file, hashlib.sha256(file.read_bytes()).hexdigest() == digest
+    except OSError:
+        return file, True
 
 
 def read_site() -> Site:

@@ -16,7 +16,7 @@ from jmvae_dist.cluster.doctor.job import count_parameters
 from jmvae_dist.cluster.doctor.layout import Layout, format_ranks
 from jmvae_dist.cluster.doctor.table import Row
 from jmvae_dist.cluster.provenance import describe_code
-from jmvae_dist.cluster.site import SITE_READ_VARIABLE, find_site_file
+from jmvae_dist.cluster.site import find_site_file, find_site_read
 from jmvae_dist.data.loader import count_shards_in_use
 from jmvae_dist.data.shard_set import most_open_shards
 from jmvae_dist.errors import ConfigError
@@ -97,7 +97,12 @@ def _gather_site(context: Context) -> dict[str, Any]:
         file = find_site_file()
     except ConfigError:  # without batch scripts there is no such file
         file = None
-    return {"file": None if file is None else str(file), "read": os.environ.get(SITE_READ_VARIABLE)}
+    read = find_site_read()
+    return {
+        "file": None if file is None else str(file),
+        "read": None if read is None else str(read[0]),
+        "is_unchanged": None if read is None else read[1],
+    }
 
 
 def _judge_site(gathered: Gathered) -> list[Row]:
@@ -107,7 +112,10 @@ def _judge_site(gathered: Gathered) -> list[Row]:
         return []
     everyone = gathered.layout.places
     if facts["read"] is not None:
-        return [gathered.passed(f"started with the settings of {facts['read']}", everyone)]
+        found = f"started with the settings of {facts['read']}"
+        if facts["is_unchanged"]:
+            return [gathered.passed(found, everyone)]
+        return [gathered.warn(f"{found}, which has changed since", "submit slurm/doctor.sbatch once more", everyone)]
     found = f"{facts['file']} was not read: srun alone does not start ranks with the interpreter, modules, interface "
     found += "and variables that batch jobs have from it"
     return [gathered.warn(found, "sbatch slurm/doctor.sbatch, if the run is to be a batch job", everyone)]

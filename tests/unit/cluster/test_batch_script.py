@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import subprocess
@@ -94,14 +95,17 @@ def test_ranks_are_told_which_settings_they_start_with(tmp_path: Path) -> None:
     write_command(tmp_path / "bin", "scontrol")
     write_command(tmp_path / "bin", "srun", 'printf "%s\\n" "${JMVAE_DIST_SITE_READ:-none}"')
     (tmp_path / "site.env").write_text("INTERFACE=ib0\n")
+    digest = hashlib.sha256(b"INTERFACE=ib0\n").hexdigest()
     said = run_bash(
         tmp_path,
         f"set -u; root={shlex.quote(str(ROOT))}; source $root/slurm/common.sh",
         "num_ranks=1 ranks_per_node=1 SLURM_CPUS_ON_NODE=1",
+        "export JMVAE_DIST_SITE_READ='6 0123 left.over'",
         "(start_ranks doctor)",
-        "JMVAE_DIST_SITE=site.env; read_site; (start_ranks doctor)",
+        "unset JMVAE_DIST_SITE_READ; SLURM_JOB_ID=7 JMVAE_DIST_SITE=site.env; read_site; (start_ranks doctor)",
+        "srun doctor",  # alone
     )
-    assert said == "none\nsite.env\n"
+    assert said == f"none\n7 {digest} site.env\nnone\n"
 
 
 def test_signals_are_heeded_from_the_first_line(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,21 +51,45 @@ def summarize(rows: list[Row]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "file", "read", "statuses"),
+    ("launcher", "file", "variable", "said"),
     [
-        ("srun", "/site.env", None, ["warn"]),
-        ("srun", "/site.env", "/site.env", ["pass"]),
-        ("srun", None, None, []),
-        ("torchrun", "/site.env", None, []),
+        ("srun", "site.env", None, ("warn", "site.env was not read: srun alone")),
+        ("srun", "site.env", "", ("warn", "site.env was not read: srun alone")),
+        ("srun", "site.env", "7 {digest} {file}", ("pass", "started with the settings of {file}")),
+        ("srun", "site.env", "6 {digest} {file}", ("warn", "site.env was not read: srun alone")),
+        ("srun", "site.env", "{file}", ("warn", "site.env was not read: srun alone")),
+        (
+            "srun",
+            "site.env",
+            "7 0123 {file}",
+            ("warn", "started with the settings of {file}, which has changed since"),
+        ),
+        ("srun", "a b/none", "7 {digest} {file}", ("pass", "started with the settings of {file}")),
+        ("srun", "none", None, None),
+        ("torchrun", "site.env", None, None),
     ],
+    ids=["none", "empty", "read", "another job", "a path", "changed", "unreadable", "no file", "torchrun"],
 )
 def test_settings_of_the_site_that_were_not_read(
-    launcher: str, file: str | None, read: str | None, statuses: list[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    launcher: str,
+    file: str,
+    variable: str | None,
+    said: tuple[str, str] | None,
 ) -> None:
+    (tmp_path / "site.env").write_text("INTERFACE=ib0\n")
+    names = {"file": str(tmp_path / file), "digest": hashlib.sha256(b"INTERFACE=ib0\n").hexdigest()}
+    monkeypatch.setenv("JMVAE_DIST_SITE", names["file"])
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("JMVAE_DIST_SITE_READ", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("JMVAE_DIST_SITE_READ", variable.format(**names))
     places = {rank: Place(rank, rank, 2, launcher, "node1") for rank in range(2)}
-    rows = judge("site", {0: {"file": file, "read": read}}, Layout(2, places))
-    assert summarize(rows) == [(status, "all") for status in statuses]
-    assert all("/site.env" in row.found for row in rows)
+    rows = judge("site", {0: CHECKS["site"].gather(None)}, Layout(2, places))  # it does not look at the context
+    expected = [] if said is None else [(said[0], "all")]
+    assert summarize(rows) == expected
+    assert said is None or said[1].format(**names) in rows[0].found
 
 
 # Names of ranks and nodes
