@@ -71,9 +71,11 @@ def _size(text: str) -> tuple[int, int, int]:
 def _device(options: argparse.Namespace) -> str:
     import torch
 
+    from jmvae_dist.distributed.runtime import takes_gpu
+
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device: cuda is not available to torch on this machine; use auto or cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    return "cuda" if takes_gpu(options.device) else "cpu"
 
 
 def _kernels(options: argparse.Namespace) -> int:

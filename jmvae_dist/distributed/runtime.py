@@ -100,6 +100,11 @@ class Runtime:
         return self.accelerator.device
 
 
+def takes_gpu(device: str) -> bool:
+    """Whether a process computes on a GPU if `training.device` is `device`: auto, cpu or cuda."""
+    return device != "cpu" and torch.cuda.is_available()
+
+
 def check_device(device: str, engine: str = "ddp") -> None:
     """Refuse a device that cannot be had; called before any process group starts.
 
@@ -151,7 +156,7 @@ def start_runtime(
     # Moments of weights that get no gradient any more shrink until a CPU needs a hundred times as long for them, and
     # steps half as long again. Before threads are started, which inherit it: those of OpenMP and of gloo.
     torch.set_flush_denormal(True)
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    on_cpu = not takes_gpu(device)
     if on_cpu:
         keep_freed_memory()
         settle_number_of_threads()

@@ -171,19 +171,18 @@ def check_machine(config: RunConfig) -> None:
 
         check_device(device, config.training.engine)
     if config.model.kernels == "triton":
-        import torch
-
+        from jmvae_dist.distributed.runtime import takes_gpu
         from jmvae_dist.kernels.gaussian import find_kernels
 
-        find_kernels(config.model.kernels, "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        find_kernels(config.model.kernels, "cuda" if takes_gpu(device) else "cpu")
     if config.training.compile != "off":
         _check_compiler(device)
 
 
 def _check_compiler(device: str) -> None:
-    import torch
+    from jmvae_dist.distributed.runtime import takes_gpu
 
-    if device != "cpu" and torch.cuda.is_available():
+    if takes_gpu(device):
         is_there, what = importlib.util.find_spec("triton") is not None, "triton (pip install 'jmvae_dist[triton]')"
     else:
         candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]

@@ -25,6 +25,7 @@ from jmvae_dist.data.transfer import RemoteFile
 from jmvae_dist.data.urls import shown
 from jmvae_dist.data.views import SampleKeys
 from jmvae_dist.data_config import RemoteSection
+from jmvae_dist.distributed.runtime import takes_gpu
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.model import JMVAE
 from jmvae_dist.progress import format_bytes, format_duration
@@ -448,7 +449,7 @@ def _gather_engine(context: Context) -> dict[str, Any]:
     if engine != "ddp":
         from jmvae_dist.distributed.deepspeed import prepare_process
 
-        prepare_process(config.training.device == "cpu" or not torch.cuda.is_available())
+        prepare_process(on_cpu=not takes_gpu(config.training.device))
     return {"engine": engine, "precision": config.training.precision}
 
 

@@ -19,6 +19,7 @@ from jmvae_dist.cluster.provenance import describe_code
 from jmvae_dist.cluster.site import find_site_file, find_site_read
 from jmvae_dist.data.loader import count_shards_in_use
 from jmvae_dist.data.shard_set import most_open_shards
+from jmvae_dist.distributed.runtime import takes_gpu
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.progress import format_bytes
 from jmvae_dist.training.assembly import prefetched_bytes
@@ -180,8 +181,11 @@ def _name_code(facts: dict[str, str]) -> str:
 # Devices
 
 
+def _asked_device(context: Context) -> str:
+    return "auto" if context.config is None else context.config.training.device
+
+
 def _gather_devices(context: Context) -> dict[str, Any]:
-    asked = "auto" if context.config is None else context.config.training.device
     gpus = []
     if torch.cuda.is_available():
         properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -190,7 +194,7 @@ def _gather_devices(context: Context) -> dict[str, Any]:
             for item in properties
         ]
     return {
-        "asked": asked,
+        "asked": _asked_device(context),
         "gpus": gpus,
         "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "cuda_build": torch.version.cuda,
@@ -261,16 +265,13 @@ def _judge_gpus(gathered: Gathered) -> list[Row]:
 
 def _gather_threads(context: Context) -> dict[str, Any]:
     workers = 0 if context.config is None else context.config.data.workers
-    on_cpu = not torch.cuda.is_available()
-    if context.config is not None:
-        on_cpu = on_cpu or context.config.training.device == "cpu"
     return {
         "threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "cores": sorted(os.sched_getaffinity(0)),
         "quota": cpu_quota(),
         "workers": workers,
-        "on_cpu": on_cpu,
+        "on_cpu": not takes_gpu(_asked_device(context)),
     }
 
 
@@ -349,7 +350,11 @@ def _name_limit(limit: int) -> str:
 
 def _gather_shared_memory(context: Context) -> dict[str, Any]:
     status = os.statvfs(_SHARED_MEMORY)
-    facts = {"size_bytes": status.f_blocks * status.f_frsize, "free_bytes": status.f_bavail * status.f_frsize}
+    facts = {
+        "size_bytes": status.f_blocks * status.f_frsize,
+        "free_bytes": status.f_bavail * status.f_frsize,
+        "takes_gpu": takes_gpu(_asked_device(context)),
+    }
     run = context.run
     if run is None:
         return {**facts, "reader_bytes": None, "gradient_bytes": None, "gradient_reduction": ""}
@@ -368,24 +373,23 @@ def _shared_gradient_bytes(run: ResolvedRun, layout: Layout, num_local_ranks: in
     is_local = len(layout.nodes) == 1 or training.gradient_reduction == "shared_memory"
     if training.engine != "ddp" or not is_local:
         return 0
-    on_gpu = training.device != "cpu" and torch.cuda.is_available()
     memory = engine_memory(
         training.engine,
         count_parameters(run),
         layout.world_size,
-        device_type="cuda" if on_gpu else "cpu",
+        device_type="cuda" if takes_gpu(training.device) else "cpu",
         gradient_reduction=training.gradient_reduction,
     )
     return num_local_ranks * memory.buffers
 
 
 def _judge_shared_memory(gathered: Gathered) -> list[Row]:
-    num_nodes = len(gathered.layout.nodes)
-    judgements = {rank: _judge_shared_memory_of_node(facts, num_nodes) for rank, facts in gathered.facts.items()}
+    layout = gathered.layout
+    judgements = {rank: _judge_shared_memory_of_node(facts, layout) for rank, facts in gathered.facts.items()}
     return gathered.merge(judgements)
 
 
-def _judge_shared_memory_of_node(facts: dict[str, Any], num_nodes: int) -> Judgement:
+def _judge_shared_memory_of_node(facts: dict[str, Any], layout: Layout) -> Judgement:
     """Free space against what training wants of it (distributed/shared_memory.py): readers first, then gradients."""
     free, readers, gradients = facts["free_bytes"], facts["reader_bytes"], facts["gradient_bytes"]
     found = f"{format_bytes(free)} of {format_bytes(facts['size_bytes'])} free"
@@ -400,8 +404,12 @@ def _judge_shared_memory_of_node(facts: dict[str, Any], num_nodes: int) -> Judge
     if readers > free:
         return "fail", found, f"lower data.workers, or {_MORE_SHARED_MEMORY}"
     is_required = facts["gradient_reduction"] == "shared_memory"
-    if is_required and num_nodes > 1:
-        found += f"; training.gradient_reduction: shared_memory is for one machine, and the ranks are on {num_nodes}"
+    if is_required and facts["takes_gpu"] and layout.world_size > 1:
+        found += "; training.gradient_reduction: shared_memory is for CPUs, and training.device takes a GPU here"
+        return "fail", found, "set training.gradient_reduction: auto, or training.device: cpu"
+    if is_required and len(layout.nodes) > 1:
+        found += "; training.gradient_reduction: shared_memory is for one machine, and the ranks are on "
+        found += str(len(layout.nodes))
         # Not more than that: containers of one machine may differ in their names.
         return "warn", found, "set training.gradient_reduction: auto, unless these are one machine"
     if 2 * gradients <= free - readers:

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from jmvae_dist.cluster.doctor import job, machine
-from jmvae_dist.cluster.doctor.check import Check, Context, Results, run_checks
+from jmvae_dist.cluster.doctor.check import Check, Context, Results, judge_check, run_checks
 from jmvae_dist.cluster.doctor.layout import Layout, Place
 from jmvae_dist.cluster.doctor.meeting import Meeting
 from jmvae_dist.cluster.doctor.shard_cache import SHARD_CACHE, file_system_of
@@ -187,6 +188,44 @@ def test_shared_memory_counts_the_gradients_of_the_ranks_of_the_node(
     assert context.run is not None
     model = JMVAE(context.run.model_config, networks=context.run.config.model.networks)
     assert facts["gradient_bytes"] == num_shared * sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("device", "setting", "has_gpu", "num_shared", "status"),
+    [
+        ("auto", "auto", False, 2, "pass"),
+        ("auto", "auto", True, 0, "pass"),
+        ("cpu", "auto", True, 2, "pass"),
+        ("auto", "shared_memory", False, 2, "pass"),
+        ("auto", "shared_memory", True, 0, "fail"),
+        ("cpu", "shared_memory", True, 2, "pass"),
+    ],
+)
+def test_gradients_share_memory_only_where_training_takes_no_gpu(
+    make_context: Callable[..., Context],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    setting: str,
+    has_gpu: bool,
+    num_shared: int,
+    status: str,
+) -> None:
+    """The machine's GPUs are said to be there or not: nothing is computed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    context = make_context("--training.device", device, "--training.gradient_reduction", setting)
+    context.meeting.process = ProcessInfo(rank=0, world_size=2, local_rank=0, launcher="torchrun")
+    layout = Layout(2, {rank: Place(rank, rank, 2, "torchrun", "a") for rank in range(2)})
+    context.meeting.layout = layout
+    results = gather(context, "/dev/shm")
+    assert context.run is not None
+    model = JMVAE(context.run.model_config, networks=context.run.config.model.networks)
+    facts = results["/dev/shm"]["facts"]
+    assert facts["gradient_bytes"] == num_shared * sum(parameter.nbytes for parameter in model.parameters())
+    check = next(check for check in machine.LIMITS if check.name == "/dev/shm")
+    roomy = {0: {"/dev/shm": {"facts": {**facts, "size_bytes": 2**30, "free_bytes": 2**30}}}}
+    (row,) = judge_check(check, roomy, layout)
+    assert row.status == status
+    assert (status == "fail") == ("shared_memory is for CPUs" in row.found)
 
 
 def test_wandb_server_is_reached_or_not(
