@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +34,7 @@ FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 256 * 2**20
 # Two million shards have as many. Each takes up to a hundred bytes as an object, however short it is as text.
 MAX_MANIFEST_VALUES = 20_000_000
+_SHARDS_AT_ONCE = 1000
 _MAX_NESTING = 4 + MAX_DIMENSIONS  # an offset is nested lists inside document, list and modality
 
 
@@ -104,25 +105,10 @@ class Manifest:
             DataError: the file is not a sound manifest; the message names file and key. A URL cannot be read.
         """
         path = _location(path)
-        if isinstance(path, str):
-            content = RemoteFile(path, None, "manifest", remote or RemoteSection()).read_whole(MAX_MANIFEST_BYTES)
-            with _collector_paused():
-                return _ManifestParser(path).parse(content)
-        try:
-            with open_regular(path) as file:
-                content = file.read(MAX_MANIFEST_BYTES + 1)
-        except (FileNotFoundError, NotADirectoryError):
-            raise ConfigError(
-                f"no manifest at {path}; make one with `jmvae-dist shards write SOURCE --out {path.parent}`"
-            ) from None
-        except DataError as error:
-            raise ConfigError(f"{error}; name the manifest.json in the folder of the shards") from None
-        except OSError as error:
-            raise ConfigError(f"cannot read manifest {path}: {error.strerror}") from None
-        if len(content) > MAX_MANIFEST_BYTES:
-            raise DataError(f"{path}: a manifest has at most {MAX_MANIFEST_BYTES} bytes")
+        parser = _ManifestParser(path)
         with _collector_paused():
-            return _ManifestParser(path).parse(content)
+            # Without names: what is done with goes before the next is made, each a hundred megabytes of many shards.
+            return parser.parse(parser.decode(_read(path, remote or RemoteSection())))
 
     def save(self, path: str | Path) -> None:
         """Write atomically and durably: the file at `path` is either the old one or all of the new one."""
@@ -215,6 +201,25 @@ def _location(path: Location) -> Location:
     return path if isinstance(path, str) and is_remote(path) else Path(path)
 
 
+def _read(path: Location, remote: RemoteSection) -> bytes:
+    if isinstance(path, str):
+        return RemoteFile(path, None, "manifest", remote).read_whole(MAX_MANIFEST_BYTES)
+    try:
+        with open_regular(path) as file:
+            content = file.read(MAX_MANIFEST_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(
+            f"no manifest at {path}; make one with `jmvae-dist shards write SOURCE --out {path.parent}`"
+        ) from None
+    except DataError as error:
+        raise ConfigError(f"{error}; name the manifest.json in the folder of the shards") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read manifest {path}: {error.strerror}") from None
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise DataError(f"{path}: a manifest has at most {MAX_MANIFEST_BYTES} bytes")
+    return content
+
+
 @contextmanager
 def _collector_paused() -> Iterator[None]:
     """Without looking for reference cycles: a large manifest makes a million objects, none of them in one."""
@@ -228,26 +233,41 @@ def _collector_paused() -> Iterator[None]:
 
 
 def _fingerprint(modalities: Sequence[Modality], shards: Sequence[Shard], format_version: int) -> str:
-    content: dict[str, Any] = {
-        "modalities": [modality.to_json() for modality in modalities],
-        "shards": [[shard.sha256, shard.num_samples] for shard in shards],
-    }
+    """sha256 of canonical JSON: sorted keys, no spaces; of a part of the shards at a time, since it is long."""
+    digest = hashlib.sha256()
+
+    def add(text: str) -> None:
+        digest.update(text.encode("ascii"))
+
+    def add_of_shards(describe: Callable[[Shard], Any]) -> None:
+        for start in range(0, len(shards), _SHARDS_AT_ONCE):
+            part = _canonical([describe(shard) for shard in shards[start : start + _SHARDS_AT_ONCE]])
+            add(("," if start else "") + part[1:-1])
+
+    add("{")
     if format_version > 1:
-        content["format_version"] = format_version
-        content["indexes"] = [shard.index.sha256 for shard in shards]
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+        add(f'"format_version":{format_version},"indexes":[')
+        add_of_shards(lambda shard: shard.index.sha256)
+        add("],")
+    add(f'"modalities":{_canonical([modality.to_json() for modality in modalities])},"shards":[')
+    add_of_shards(lambda shard: [shard.sha256, shard.num_samples])
+    add("]}")
+    return digest.hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 class _ManifestParser:
-    """Turns the bytes of a manifest into a `Manifest`, naming file and key of whatever is wrong."""
+    """Turns the bytes of a manifest into values and these into a `Manifest`; names file and key of what is wrong."""
 
     def __init__(self, path: Location) -> None:
         self._location = path
         self._checks = DocumentChecks(shown(path), _MAX_NESTING)
 
-    def parse(self, content: bytes) -> Manifest:
-        record = self._decode(content)
+    def parse(self, record: Any) -> Manifest:
+        """The manifest that a decoded document describes; its list of shards is taken out of it."""
         version: Any = record.get("format_version") if isinstance(record, dict) else None
         if isinstance(record, dict) and not (is_integer(version) and 1 <= version <= FORMAT_VERSION):
             self._checks.fail(
@@ -256,7 +276,7 @@ class _ManifestParser:
         keys = {"format_version", "fingerprint", "num_samples", "num_bytes", "modalities", "source", "shards"}
         record = self._checks.record(record, "", keys)
         modalities = parse_modalities(record["modalities"], self._checks)
-        shards = parse_shards(record["shards"], len(modalities), self._checks)
+        shards = parse_shards(record.pop("shards"), len(modalities), self._checks)
         source = record["source"]
         if not isinstance(source, dict):
             self._checks.fail("source", "must be an object")
@@ -285,11 +305,14 @@ class _ManifestParser:
                 if shard.sums is not None:
                     manifest.sums_location(shard_number)
 
-    def _decode(self, content: bytes) -> Any:
+    def decode(self, content: bytes) -> Any:
+        """The document as it is, but for the nesting of its list of shards."""
         if sum(content.count(mark) for mark in (b",", b"[", b"{")) > MAX_MANIFEST_VALUES:
             self._checks.fail("", f"a manifest has at most {MAX_MANIFEST_VALUES} values")
         try:
-            record = parse_json(content.decode("utf-8"))
+            text = content.decode("utf-8")
+            del content
+            record = parse_json(text, shares_integers=True)
         except (ValueError, RecursionError) as error:
             self._checks.fail("", f"not valid JSON: {error}")
         # The list of shards is looked at where it is read, once: it may have hundreds of thousands of entries.

@@ -6,6 +6,7 @@ them, and names found in the data are escaped here before a terminal shows them.
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any, NoReturn
 
@@ -16,14 +17,20 @@ from jmvae_dist.errors import DataError
 MAX_COUNT = 2**62
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, shares_integers: bool = False) -> Any:
     """The value of a JSON document, without what Python accepts beyond the standard.
+
+    Args:
+        text: the document.
+        shares_integers: whether equal integers become one object: for documents with many that are kept.
 
     Raises:
         ValueError: not JSON; or an object has a key twice, or a number is NaN or infinite.
         RecursionError: nested too deep.
     """
-    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    # Of bounded size: in a document of others all integers can differ.
+    parse_int = functools.lru_cache(maxsize=1024)(int) if shares_integers else None
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_int=parse_int)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from typing import Any
 import pytest
 from manifest_examples import MODALITIES, assert_refused, changed, example, removed, shard_for
 
+from jmvae_dist.data.index import index_num_bytes
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.modality import Modality
+from jmvae_dist.data.shard import IndexFile, Shard
 from jmvae_dist.errors import ConfigError, DataError
 
 GOLDEN_FINGERPRINT = "55238bdcd5b38c99a8dfee5eeeab2b9f62f46e3c5604b45c8d6af52ceb22b34a"
@@ -43,6 +47,51 @@ def test_fingerprint_depends_on_content_and_order_only() -> None:
 
 def test_fingerprint_never_changes() -> None:
     assert example().fingerprint == GOLDEN_FINGERPRINT
+
+
+def many_shards(num_shards: int) -> list[Shard]:
+    """Alike but for names and digests, as most that one program has written are."""
+    index_bytes = index_num_bytes(1000, len(MODALITIES))
+    shards = []
+    for number in range(num_shards):
+        name = f"shard-{number:06d}.tar"
+        index = IndexFile(f"{name}.index", index_bytes, f"{num_shards + number:064x}")
+        shards.append(Shard(name, 1000, 10**6, f"{number:064x}", index))
+    return shards
+
+
+@pytest.mark.parametrize("format_version", [1, 2])
+def test_fingerprint_of_many_shards_is_that_of_canonical_json(format_version: int) -> None:
+    shards = many_shards(2345)
+    content: dict[str, Any] = {
+        "modalities": [modality.to_json() for modality in MODALITIES],
+        "shards": [[shard.sha256, shard.num_samples] for shard in shards],
+    }
+    if format_version == 2:
+        content |= {"format_version": 2, "indexes": [shard.index.sha256 for shard in shards]}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    fingerprint = Manifest.create(MODALITIES, shards, {}, format_version=format_version).fingerprint
+    assert fingerprint == hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def test_memory_per_shard(tmp_path: Path) -> None:
+    """Of two names and two digests, and what holds them; the text of a fingerprint is never there as a whole."""
+    num_shards = 10_000
+    path = tmp_path / "manifest.json"
+    shards = many_shards(num_shards)
+    Manifest.create(MODALITIES, shards, {}).save(path)
+    tracemalloc.start()
+    try:
+        manifest = Manifest.load(path)
+        held_bytes = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        again = Manifest.create(MODALITIES, manifest.shards, {})
+        fingerprint_bytes = tracemalloc.get_traced_memory()[1] - held_bytes
+    finally:
+        tracemalloc.stop()
+    assert again.fingerprint == manifest.fingerprint
+    assert held_bytes < 540 * num_shards
+    assert fingerprint_bytes < 200 * num_shards
 
 
 def test_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
