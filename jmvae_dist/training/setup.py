@@ -163,7 +163,7 @@ def check_machine(config: RunConfig) -> None:
     """Refuse what cannot be had here; without waiting for torch where nothing in particular is asked for.
 
     Raises:
-        ConfigError: The device or the kernels are not available on this machine.
+        ConfigError: The device or the kernels are not available on this machine, or gradients cannot be shared on it.
     """
     device = config.training.device
     if device != "auto":
@@ -177,6 +177,14 @@ def check_machine(config: RunConfig) -> None:
         find_kernels(config.model.kernels, "cuda" if takes_gpu(device) else "cpu")
     if config.training.compile != "off":
         _check_compiler(device)
+    if config.training.gradient_reduction == "shared_memory":
+        from jmvae_dist.distributed.runtime import takes_gpu
+
+        if takes_gpu(device):
+            raise ConfigError(
+                "training.gradient_reduction: shared_memory is for CPUs, and training.device auto takes a GPU here; "
+                "use auto, or training.device cpu"
+            )
 
 
 def _check_compiler(device: str) -> None:

@@ -350,11 +350,7 @@ def _name_limit(limit: int) -> str:
 
 def _gather_shared_memory(context: Context) -> dict[str, Any]:
     status = os.statvfs(_SHARED_MEMORY)
-    facts = {
-        "size_bytes": status.f_blocks * status.f_frsize,
-        "free_bytes": status.f_bavail * status.f_frsize,
-        "takes_gpu": takes_gpu(_asked_device(context)),
-    }
+    facts = {"size_bytes": status.f_blocks * status.f_frsize, "free_bytes": status.f_bavail * status.f_frsize}
     run = context.run
     if run is None:
         return {**facts, "reader_bytes": None, "gradient_bytes": None, "gradient_reduction": ""}
@@ -404,9 +400,6 @@ def _judge_shared_memory_of_node(facts: dict[str, Any], layout: Layout) -> Judge
     if readers > free:
         return "fail", found, f"lower data.workers, or {_MORE_SHARED_MEMORY}"
     is_required = facts["gradient_reduction"] == "shared_memory"
-    if is_required and facts["takes_gpu"] and layout.world_size > 1:
-        found += "; training.gradient_reduction: shared_memory is for CPUs, and training.device takes a GPU here"
-        return "fail", found, "set training.gradient_reduction: auto, or training.device: cpu"
     if is_required and len(layout.nodes) > 1:
         found += "; training.gradient_reduction: shared_memory is for one machine, and the ranks are on "
         found += str(len(layout.nodes))

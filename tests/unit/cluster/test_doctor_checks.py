@@ -191,14 +191,13 @@ def test_shared_memory_counts_the_gradients_of_the_ranks_of_the_node(
 
 
 @pytest.mark.parametrize(
-    ("device", "setting", "has_gpu", "num_shared", "status"),
+    ("device", "setting", "has_gpu", "num_shared"),
     [
-        ("auto", "auto", False, 2, "pass"),
-        ("auto", "auto", True, 0, "pass"),
-        ("cpu", "auto", True, 2, "pass"),
-        ("auto", "shared_memory", False, 2, "pass"),
-        ("auto", "shared_memory", True, 0, "fail"),
-        ("cpu", "shared_memory", True, 2, "pass"),
+        ("auto", "auto", False, 2),
+        ("auto", "auto", True, 0),
+        ("cpu", "auto", True, 2),
+        ("auto", "shared_memory", False, 2),
+        ("cpu", "shared_memory", True, 2),
     ],
 )
 def test_gradients_share_memory_only_where_training_takes_no_gpu(
@@ -208,7 +207,6 @@ def test_gradients_share_memory_only_where_training_takes_no_gpu(
     setting: str,
     has_gpu: bool,
     num_shared: int,
-    status: str,
 ) -> None:
     """The machine's GPUs are said to be there or not: nothing is computed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
@@ -224,8 +222,8 @@ def test_gradients_share_memory_only_where_training_takes_no_gpu(
     check = next(check for check in machine.LIMITS if check.name == "/dev/shm")
     roomy = {0: {"/dev/shm": {"facts": {**facts, "size_bytes": 2**30, "free_bytes": 2**30}}}}
     (row,) = judge_check(check, roomy, layout)
-    assert row.status == status
-    assert (status == "fail") == ("shared_memory is for CPUs" in row.found)
+    assert row.status == "pass"
+    assert ("for gradients" in row.found) == (num_shared > 0)
 
 
 def test_wandb_server_is_reached_or_not(

@@ -278,14 +278,14 @@ def test_limits() -> None:
 def judge_shared_memory(layout: Layout, **changes: Any) -> Row:
     """The row of nodes that are alike."""
     facts = {"size_bytes": 100, "free_bytes": 100, "reader_bytes": 0, "gradient_bytes": 0}
-    alike = {**facts, "gradient_reduction": "auto", "takes_gpu": False, **changes}
+    alike = {**facts, "gradient_reduction": "auto", **changes}
     (row,) = judge("/dev/shm", dict.fromkeys(layout.leaders, alike), layout)
     return row
 
 
 def test_shared_memory_against_readers() -> None:
     roomy = {"size_bytes": 2**30, "free_bytes": 2**30, "reader_bytes": 2**20, "gradient_bytes": 0}
-    roomy |= {"gradient_reduction": "auto", "takes_gpu": False}
+    roomy["gradient_reduction"] = "auto"
     row = the_problem(judge("/dev/shm", {0: roomy, 1: {**roomy, "free_bytes": 2**19}}, make_layout(1, 1)))
     assert (row.status, row.where) == ("fail", "node2")
     assert "this run puts nothing there" in judge_shared_memory(make_layout(2)).found

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from jmvae_dist.config_io import parse_run_config
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.training.setup import (
     ResolvedRun,
+    check_machine,
     check_same_model,
     check_same_transforms,
     describe_changes,
@@ -56,6 +58,15 @@ def test_micro_batches_are_as_many_on_every_rank(
     size = "null" if micro_batch_size is None else str(micro_batch_size)
     run = resolve(digits, "--training.micro_batch_size", size, world_size=world_size)
     assert num_micro_batches(run, world_size) == expected
+
+
+def test_gradients_are_not_shared_where_a_gpu_is_taken(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine is only said to have one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    shared = ("--training.gradient_reduction", "shared_memory")
+    check_machine(resolve(digits, *shared, "--training.device", "cpu").config)
+    with pytest.raises(ConfigError, match=r"shared_memory is for CPUs, and training\.device auto takes a GPU"):
+        check_machine(resolve(digits, *shared).config)
 
 
 def test_training_data_is_not_held_out(digits: Path) -> None:
