@@ -65,6 +65,23 @@ def add_csv_parser(sources: Any) -> argparse.ArgumentParser:
         "--shape", type=_named_shape, action="append", default=[], metavar="NAME=1x28x28", help="of a vector"
     )
     add_modality_options(table)
+    table.add_argument(
+        "--class-names",
+        type=named(None),
+        action="append",
+        default=[],
+        metavar="NAME=A,B,C",
+        help="all names of a class, in the order of their numbers; the same for every file",
+    )
+    table.add_argument(
+        "--key", metavar="COLUMN", help="names the samples, such as a patient's id; default: numbers of rows"
+    )
+    table.add_argument(
+        "--incomplete",
+        choices=("error", "skip"),
+        default="error",
+        help="rows with an empty or wrong cell, or an unreadable file: refuse (default), or leave out",
+    )
     table.add_argument("--file-is-split", action="store_true", help="the file holds the samples of --split only")
     table.set_defaults(source=_csv)
     return table
@@ -117,6 +134,13 @@ def _csv(arguments: argparse.Namespace) -> Source:
             if name not in columns or columns[name].kind != "vector":
                 raise ConfigError(f"{option} {name}=...: there is no --vector {name}")
             columns[name] = replace(columns[name], **{attribute: value})
+    for name, listed in by_name("--class-names", arguments.class_names).items():
+        if name not in columns or columns[name].kind != "class":
+            raise ConfigError(f"--class-names {name}=...: there is no --class {name}")
+        names = tuple(part.strip() for part in listed.split(","))
+        if not all(names) or len(set(names)) < len(names):
+            raise ConfigError(f"--class-names {name}={listed}: a name is empty or occurs twice")
+        columns[name] = replace(columns[name], class_names=names)
     requests = [
         ModalityRequest(name, (_extension(name, column.kind),), _ENCODING_OF_KIND[column.kind])
         for name, column in columns.items()
@@ -133,6 +157,8 @@ def _csv(arguments: argparse.Namespace) -> Source:
         arguments.split_seed,
         arguments.root,
         delimiter,
+        key_column=arguments.key,
+        skip_incomplete=arguments.incomplete == "skip",
     )
     _print_notes(notes)
     return source

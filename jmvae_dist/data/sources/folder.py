@@ -15,6 +15,7 @@ from jmvae_dist.data.indexing.shard_lists import expand_braces
 from jmvae_dist.data.modality import Modality, check_distinct_names
 from jmvae_dist.data.sources.base import SampleValue, member_bytes, split_rows
 from jmvae_dist.data.sources.packing import (
+    PLAIN_KEY,
     conclude_all,
     default_samples_per_shard,
     inspect_file,
@@ -26,7 +27,6 @@ from jmvae_dist.data.untrusted import printable
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.progress import progress
 
-_PLAIN_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}")
 _WILDCARD = re.compile(r"\*\*/|\*|\?")
 _WILDCARD_PATTERNS = {"**/": "((?:[^/]+/)*)", "*": "([^/]*)", "?": "([^/])"}
 
@@ -207,6 +207,6 @@ def _paired(found: Mapping[str, Mapping[str, str]], skip_incomplete: bool) -> tu
 
 def _keys(names: Sequence[str], split: str) -> list[str]:
     """The names themselves where all of them can be keys, numbers in the order of the names otherwise."""
-    if all(_PLAIN_KEY.fullmatch(name) for name in names):
+    if all(PLAIN_KEY.fullmatch(name) for name in names):
         return list(names)
     return [f"folder-{split}-{row:08d}" for row in range(len(names))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,9 @@ from jmvae_dist.errors import ConfigError, DataError
 
 DEFAULT_SHARD_BYTES = 256 * 2**20
 MAX_DEFAULT_SAMPLES_PER_SHARD = 10_000
+
+# What a user's own name of a sample must be to become its key: webdataset cuts keys at the first dot.
+PLAIN_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}")
 
 _MEMBER_EXTENSIONS = {"npy": "npy", "cls": "cls", "text": "txt", "json": "json"}
 

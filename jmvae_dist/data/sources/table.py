@@ -6,7 +6,7 @@ import csv
 import fnmatch
 import math
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +19,7 @@ from jmvae_dist.data.modality import MAX_CLASSES, Modality
 from jmvae_dist.data.sources.base import SampleValue, member_bytes, split_rows
 from jmvae_dist.data.sources.files import input_files
 from jmvae_dist.data.sources.packing import (
+    PLAIN_KEY,
     conclude_all,
     default_samples_per_shard,
     inspect_file,
@@ -33,6 +34,10 @@ from jmvae_dist.progress import progress
 KINDS = ("vector", "class", "text", "path")
 MAX_CLASS_NAMES = 1000
 
+# The order of checks in a row.
+_KINDS_BY_CHECK = ("vector", "path", "class", "text")
+_MAX_COLUMNS_SHOWN = 5
+
 _MAX_LINE_BYTES = 16 * 2**20
 _NPY_HEADER_BYTES = 128
 
@@ -46,12 +51,14 @@ class Column:
         names: the column; for `vector` several, with wildcards such as `pixel*`.
         dtype: for `vector`.
         shape: for `vector`, if it is not the number of columns.
+        class_names: for `class`: all that there may be, in the order of their numbers; None for those in the table.
     """
 
     kind: str
     names: tuple[str, ...]
     dtype: str = "float32"
     shape: tuple[int, ...] | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 @dataclass
@@ -69,6 +76,7 @@ class TableSource:
         offsets: where the rows begin, in bytes.
         lines: in which line the rows begin, for messages.
         rows: those of the split.
+        keys: by row, if a column names them.
         sample_bytes: what a sample takes in a tar, on average.
         details: further JSON for the manifest.
     """
@@ -83,6 +91,7 @@ class TableSource:
     offsets: np.ndarray
     lines: np.ndarray
     rows: np.ndarray
+    keys: list[str] | None
     sample_bytes: int
     details: dict[str, Any]
     _file: BinaryIO | None = field(default=None, repr=False)
@@ -95,7 +104,8 @@ class TableSource:
         return len(self.rows)
 
     def key(self, index: int) -> str:
-        return f"csv-{self.split}-{int(self.rows[index]):08d}"
+        row = int(self.rows[index])
+        return f"csv-{self.split}-{row:08d}" if self.keys is None else self.keys[row]
 
     def sample(self, index: int) -> Mapping[str, SampleValue]:
         row = int(self.rows[index])
@@ -143,6 +153,8 @@ def load_table_source(
     split_seed: int,
     root: Path | None = None,
     delimiter: str = ",",
+    key_column: str | None = None,
+    skip_incomplete: bool = False,
 ) -> tuple[TableSource, list[str]]:
     """Check all rows of a table with a header, and the files that it names.
 
@@ -154,6 +166,8 @@ def load_table_source(
         test_fraction, split_seed: see `split_rows`.
         root: the folder of the files that cells name, which must lie in it; default: the folder of the table.
         delimiter: between the cells.
+        key_column: its cells are the keys of the samples; default: keys are numbers.
+        skip_incomplete: leave out rows with an empty or wrong cell, or an unreadable file, instead of refusing them.
 
     Returns:
         The source, and what its user may want to know.
@@ -169,24 +183,26 @@ def load_table_source(
             file.seek(0)
             table = _Table(path, file, delimiter)
             positions = {name: _positions(table, name, column) for name, column in columns.items()}
+            keys = None if key_column is None else _Keys(table, key_column)
             checks = _Checks(columns, positions, requests, table, root)
             with progress(size // 10**6, "looking at the table, MB") as advance:
-                done = 0
-                for cells in table:
-                    checks.check(cells)
-                    advance(table.offset // 10**6 - done)
-                    done = table.offset // 10**6
+                complete, left_out = _complete_rows(table, checks, keys, skip_incomplete, advance)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     if not len(table.offsets):
         raise DataError(f"{path}: no rows after the header")
+    if not len(complete):
+        raise DataError(f"{path}: no row is complete: {left_out.describe()}")
     modalities, notes, class_names = checks.conclude(may_name_classes=test_fraction is not None)
-    rows = np.arange(len(table.offsets), dtype=np.int64)
+    rows = np.array(complete, np.int64)
     details: dict[str, Any] = {"files": input_files(path)}
     if class_names:
         details["class_names"] = {name: list(numbers) for name, numbers in class_names.items()}
+    if skip_incomplete:
+        details["left_out"] = left_out.num_rows
+        notes = [f"left out: {left_out.describe()}"] * (left_out.num_rows > 0) + notes
     if test_fraction is not None:
-        rows = split_rows(len(rows), split, test_fraction, split_seed)
+        rows = rows[split_rows(len(rows), split, test_fraction, split_seed)]
         details |= {"test_fraction": test_fraction, "split_seed": split_seed}
     source = TableSource(
         path=path,
@@ -199,10 +215,84 @@ def load_table_source(
         offsets=np.array(table.offsets, np.int64),
         lines=np.array(table.lines, np.int64),
         rows=rows,
-        sample_bytes=max(1, checks.total_bytes // len(table.offsets)),
+        keys=None if keys is None else keys.of_rows,
+        sample_bytes=max(1, checks.total_bytes // len(complete)),
         details=details,
     )
     return source, notes
+
+
+def _complete_rows(
+    table: _Table, checks: _Checks, keys: _Keys | None, skip_incomplete: bool, advance: Callable[[int], None]
+) -> tuple[array[int], _LeftOut]:
+    """Check all rows: the numbers of those that are complete, and what is wrong with the others."""
+    complete, left_out, done = array("q"), _LeftOut(), 0
+    for row, cells in enumerate(table):
+        if keys is not None:
+            keys.take(cells)
+        try:
+            checks.check(cells)
+            complete.append(row)
+        except _CellError as error:
+            if not skip_incomplete:
+                table.fail(f"{error}; --incomplete skip leaves such rows out")
+            left_out.add(error, table.lines[-1])
+        advance(table.offset // 10**6 - done)
+        done = table.offset // 10**6
+    return complete, left_out
+
+
+class _CellError(DataError):
+    """A cell that is not what it should be; says in which column."""
+
+    def __init__(self, column: str, problem: object) -> None:
+        super().__init__(f"column {column!r}: {problem}")
+        self.column = column
+
+
+class _LeftOut:
+    """Rows that are not complete: how many there are by column, and what is wrong with the first one."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self._by_column: dict[str, int] = {}
+        self._first = ""
+
+    def add(self, error: _CellError, line: int) -> None:
+        self._first = self._first or f"line {line}: {error}"
+        self.num_rows += 1
+        self._by_column[error.column] = self._by_column.get(error.column, 0) + 1
+
+    def describe(self) -> str:
+        most = sorted(self._by_column.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{count:,} by {column!r}" for column, count in most[:_MAX_COLUMNS_SHOWN])
+        more = ", ..." if len(most) > _MAX_COLUMNS_SHOWN else ""
+        return f"{self.num_rows:,} rows ({shown}{more}); first {self._first}"
+
+
+class _Keys:
+    """The cells of the column that names the samples."""
+
+    def __init__(self, table: _Table, title: str) -> None:
+        (self._position,) = _positions(table, "--key", Column("key", (title,)))
+        self._table, self._title = table, title
+        self._lines: dict[str, int] = {}
+
+    def take(self, cells: Sequence[str]) -> None:
+        """Note the key of a row; raises DataError naming the line."""
+        key = cells[self._position].strip()
+        if not PLAIN_KEY.fullmatch(key):
+            self._table.fail(
+                f"column {self._title!r}: {key[:60]!r} cannot be a key: up to 50 letters, digits, - and _, "
+                "the first one no sign"
+            )
+        line = self._lines.setdefault(key, self._table.lines[-1])
+        if line != self._table.lines[-1]:
+            self._table.fail(f"column {self._title!r}: line {line} has the key {key!r}, too")
+
+    @property
+    def of_rows(self) -> list[str]:
+        return list(self._lines)
 
 
 class _Lines:
@@ -310,6 +400,8 @@ class _Checks:
         self.total_bytes = 0
         self._columns, self._positions, self._table, self._root = columns, positions, table, root
         self._requests = {request.name: request for request in requests}
+        # Columns whose facts no other column needs come last: a row that is left out shall not add to them.
+        self._order = sorted(columns, key=lambda name: _KINDS_BY_CHECK.index(columns[name].kind))
         self._inspectors: dict[str, Inspector] = {}
         self._encodings: dict[str, str] = {}
         self._facts: dict[str, Facts] = {name: Facts() for name in columns}
@@ -317,23 +409,26 @@ class _Checks:
         self._extensions: dict[str, set[str]] = {name: set() for name in columns}
 
     def check(self, cells: Sequence[str]) -> None:
-        """Take in a row; raises DataError naming line and column."""
-        for name, column in self._columns.items():
-            positions = self._positions[name]
+        """Take in a row; raises _CellError naming the column."""
+        assert self._table.header is not None
+        for name in self._order:
+            column, positions = self._columns[name], self._positions[name]
+            position = positions[0]
             try:
-                self.total_bytes += member_bytes(self._check_cells(name, column, [cells[n] for n in positions]))
+                if column.kind == "vector":
+                    for position in positions:
+                        _check_number(cells[position], column.dtype)
+                    size = _NPY_HEADER_BYTES + len(positions) * np.dtype(column.dtype).itemsize
+                else:
+                    size = self._check_cell(name, column, cells[position])
             except (ValueError, DataError) as error:
-                self._table.fail(f"column {', '.join(column.names)!r}: {error}")
+                raise _CellError(self._table.header[position], error) from None
+            self.total_bytes += member_bytes(size)
 
-    def _check_cells(self, name: str, column: Column, cells: Sequence[str]) -> int:
-        """Returns the size of the member that the cells become."""
-        if column.kind == "vector":
-            for cell in cells:
-                _check_number(cell, column.dtype)
-            return _NPY_HEADER_BYTES + len(cells) * np.dtype(column.dtype).itemsize
-        (cell,) = cells
+    def _check_cell(self, name: str, column: Column, cell: str) -> int:
+        """Returns the size of the member that the cell becomes."""
         if column.kind == "class":
-            self._class_names[name].add(_class_name(cell))
+            self._class_names[name].add(_class_name(cell, column.class_names))
             if len(self._class_names[name]) > MAX_CLASSES:
                 raise DataError(f"more than {MAX_CLASSES} classes")
             return 1
@@ -364,12 +459,15 @@ class _Checks:
                 modalities.append(_vector(request, column, len(self._positions[name])))
                 continue
             if column.kind == "class":
-                numbers = _class_numbers(name, self._class_names[name], may_name_classes)
+                numbers = _class_numbers(name, column, self._class_names[name], may_name_classes)
                 if numbers is not None:
                     class_names[name] = numbers
                 largest = len(numbers) - 1 if numbers is not None else max(map(int, self._class_names[name]))
                 if request.num_classes is not None and largest >= request.num_classes:
-                    raise DataError(f"{name}: class {largest} is not below the {request.num_classes} classes given")
+                    names = "" if numbers is None else f" (the names are {_shown(list(numbers))})"
+                    raise DataError(
+                        f"{name}: class {largest} is not below the {request.num_classes} classes given{names}"
+                    )
                 self._facts[name].largest = largest
             elif column.kind == "path":
                 extensions = tuple(sorted(self._extensions[name]))
@@ -394,21 +492,26 @@ def _check_number(cell: str, dtype: str) -> None:
             raise DataError(f"{cell[:40]!r} is not a number of dtype {dtype}")
 
 
-def _class_name(cell: str) -> str:
+def _class_name(cell: str, allowed: tuple[str, ...] | None) -> str:
     name = cell.strip()
     if not name:
         raise DataError("is empty")
+    if allowed is not None and name not in allowed:
+        raise DataError(f"{name[:60]!r} is not one of the --class-names: {_shown(allowed)}")
     return name
 
 
-def _class_numbers(modality: str, names: set[str], may_name: bool) -> dict[str, int] | None:
-    """Numbers for classes in alphabetical order; None if the names are numbers themselves."""
+def _class_numbers(modality: str, column: Column, names: set[str], may_name: bool) -> dict[str, int] | None:
+    """Numbers for classes, as stated or in alphabetical order; None if the names are numbers themselves."""
+    if column.class_names is not None:
+        return {name: number for number, name in enumerate(column.class_names)}
     if all(name.isascii() and name.isdigit() for name in names):
         return None
     if not may_name:
         raise ConfigError(
             f"{modality}: classes with names get numbers in alphabetical order, which could differ between files; "
-            "use numbers, or one file with --test-fraction"
+            f"say the names for all files with --class-names {modality}={','.join(sorted(names)[:20])}, use numbers, "
+            "or one file with --test-fraction"
         )
     if len(names) > MAX_CLASS_NAMES:
         raise DataError(f"{modality}: {len(names)} different names of classes, more than {MAX_CLASS_NAMES}")

@@ -258,9 +258,9 @@ def replaced(old: str, new: str) -> str:
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        (replaced("4,5,6", "4,x,6"), [], "table.csv: line 6: column 'pixel*': 'x' is not a number"),
-        (replaced("4,5,6", "4,inf,6"), [], "line 6: column 'pixel*': 'inf' is not finite"),
-        (replaced("4,5,6", "4,256,6"), [], "line 6: column 'pixel*': '256' is not a number of dtype uint8"),
+        (replaced("4,5,6", "4,x,6"), [], "table.csv: line 6: column 'pixel1': 'x' is not a number"),
+        (replaced("4,5,6", "4,inf,6"), [], "line 6: column 'pixel1': 'inf' is not finite; --incomplete skip leaves"),
+        (replaced("4,5,6", "4,256,6"), [], "line 6: column 'pixel1': '256' is not a number of dtype uint8"),
         (replaced("4,5,6", "4,5"), [], "line 6: 7 cells, the header has 8"),
         (replaced("cat,,", " ,,"), [], "line 6: column 'animal': is empty"),
         (replaced("/0003.png", "/0009.txt"), [], "line 6: column 'file': "),
@@ -276,16 +276,58 @@ def replaced(old: str, new: str) -> str:
         (TABLE, ["--text", "title=id"], "names a modality twice"),
         (TABLE, ["--text", "other=nothing"], "has no column 'nothing'; it has id, pixel0"),
         (TABLE, ["--delimiter", "ab"], "must be one character"),
+        (TABLE, ["--classes", "animal=1"], "class 1 is not below the 1 classes given (the names are cat, dog)"),
+        (
+            TABLE,
+            ["--class-names", "animal=cat,cow"],
+            "column 'animal': 'dog' is not one of the --class-names: cat, cow",
+        ),
+        (TABLE, ["--class-names", "title=a,b"], "there is no --class title"),
+        (TABLE, ["--class-names", "animal=cat,dog,cat"], "a name is empty or occurs twice"),
+        (TABLE, ["--key", "ids"], "--key: {table} has no column 'ids'"),
+        (TABLE, ["--key", "file"], "line 2: column 'file': 'pictures/0001.png' cannot be a key"),
+        (TABLE, ["--key", "animal"], "line 6: column 'animal': line 2 has the key 'cat', too"),
+        (TABLE, ["--root", "/", "--incomplete", "skip"], "no row is complete: 3 rows (3 by 'file'); first line 2"),
     ],
-    ids=range(18),
+    ids=range(26),
 )
 def test_csv_mistakes(table: Path, tmp_path: Path, text: str, options: list[str], message: str) -> None:
     table.write_text(text, encoding="utf-8")
     command: list[Any] = ["write", "csv", "--file", str(table), "--out", str(tmp_path / "out"), *COLUMNS, *options]
     with pytest.raises((ConfigError, DataError)) as caught:
         main([*command, "--split", "train", "--test-fraction", "0.01"])
-    assert message in str(caught.value)
+    assert message.format(table=table) in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_incomplete_rows_are_left_out(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is left out shows nowhere, neither its class nor the length of its text; keys stay with their rows."""
+    broken = '4,4,nan,6,2,eel,"a text that is longer than any other",pictures/0003.png\n'
+    broken += (
+        "5,1,5,6,2,eel,x,pictures/nowhere.png\n6,1,5,,2,cat,x,pictures/0003.png\n7,1,5,6,2,,x,pictures/0003.png\n"
+    )
+    head, _, rest = TABLE.partition("\n")
+    table.write_text(f"{head}\n{broken}{rest}8,1,,6,2,cat,x,pictures/0003.png\n", encoding="utf-8")
+    out = tmp_path / "out"
+    command = ["write", "csv", "--file", str(table), "--out", str(out), *COLUMNS, "--incomplete", "skip"]
+    assert main([*command, "--key", "id", "--split", "train", "--test-fraction", "0.01"]) == 0
+    assert "note: left out: 5 rows (2 by 'pixel1'" in capsys.readouterr().out
+    assert {name.partition(".")[0] for name in members_of(out)} == {"1", "2", "3"}
+    manifest = Manifest.load(out / "manifest.json")
+    assert [modality.shape for modality in manifest.modalities if modality.name == "title"] == [(17, 257)]
+    assert (manifest.source["class_names"], manifest.source["left_out"]) == ({"animal": ["cat", "dog"]}, 5)
+    assert verify_shards(manifest) == []
+
+
+def test_stated_names_of_classes(table: Path, tmp_path: Path) -> None:
+    """A file that lacks a class gives the others the same numbers."""
+    out = tmp_path / "out"
+    command = ["write", "csv", "--file", str(table), "--out", str(out), "--class", "animal=animal", "--key", "id"]
+    assert main([*command, "--class-names", "animal=eel, dog,cat", "--split", "test", "--file-is-split"]) == 0
+    assert members_of(out) == {"1.animal.cls": b"2", "2.animal.cls": b"1", "3.animal.cls": b"2"}
+    manifest = Manifest.load(out / "manifest.json")
+    assert manifest.modalities[0].num_classes == 3
+    assert manifest.source["class_names"] == {"animal": ["eel", "dog", "cat"]}
 
 
 def test_named_classes_of_one_split_are_refused(table: Path, tmp_path: Path) -> None:
