@@ -31,6 +31,7 @@ VERBS = {
     "train": "train a model, or resume a run",
     "evaluate": "metrics of a run or checkpoint on held-out shards",
     "sample": "generate from the prior or from given modalities",
+    "encode": "posterior means of all samples, with their keys and classes",
     "checkpoint": "list, verify and export checkpoints",
     "report": "write a run's self-contained HTML report",
     "slurm": "check, submit and follow batch jobs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -54,6 +55,19 @@ def check_writable(option: str, path: Path) -> None:
 def add_cache_option(parser: argparse.ArgumentParser) -> None:
     """Add `--cache-dir`, for manifests whose shards are at URLs."""
     parser.add_argument("--cache-dir", metavar="DIR", help="keep copies of remote shards there (data.cache.dir)")
+
+
+def parse_given(text: str, modalities: Sequence[str]) -> list[str]:
+    """The modalities that `--given` names, in its order.
+
+    Raises:
+        ConfigError: It names none, or one that the model does not have.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in modalities]
+    if unknown or not names:
+        raise ConfigError(f"--given: {unknown or 'nothing'} is not allowed; the model has {', '.join(modalities)}")
+    return names
 
 
 def remote_access(options: argparse.Namespace) -> RemoteAccess:

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jmvae_dist.commands.cli import add_cache_option, add_trust_option, make_parser, remote_access
+from jmvae_dist.commands.cli import add_cache_option, add_trust_option, make_parser, parse_given, remote_access
 from jmvae_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     from jmvae_dist.files import writing_atomic
 
     model, described = load_described(options.path, trusted=options.trust_class)
-    given = _given_modalities(options.given, model.modalities)
+    given = [] if options.given is None else parse_given(options.given, model.modalities)
     tensors, figure = _sample_given(options, model, described, given) if given else _sample_prior(options, model)
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
     with writing_atomic(options.out / "samples.npz") as file:
@@ -73,14 +73,6 @@ def _make_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"--out: {folder} cannot be written ({error.strerror}); choose another directory") from None
-
-
-def _given_modalities(text: str | None, modalities: list[str]) -> list[str]:
-    names = [] if text is None else [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in modalities]
-    if unknown or (text is not None and not names):
-        raise ConfigError(f"--given: {unknown or 'nothing'} is not allowed; the model has {', '.join(modalities)}")
-    return names
 
 
 def _sample_prior(options: argparse.Namespace, model: JMVAE) -> tuple[dict[str, Tensor], Figure]:

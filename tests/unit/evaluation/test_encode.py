@@ -1,0 +1,106 @@
+"""`jmvae-dist encode`: every sample once, in stored order, under the key and class of its row in the user's table."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from jmvae_dist import load_model
+from jmvae_dist.checkpoint.export import CONFIG_NAME, EXPORT_FORMAT_VERSION, WEIGHTS_NAME
+from jmvae_dist.commands.encode import main
+from jmvae_dist.commands.shards import main as shards
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.errors import ConfigError
+from jmvae_dist.files import sha256_of
+from jmvae_dist.model import JMVAE
+from jmvae_dist.model_config import JMVAEConfig, NetworksConfig
+
+# A patient's numbers and class follow from its number, so that a row in the wrong place shows.
+PATIENTS = {f"P{number:02d}": (number, number / 2, "sick" if number % 3 else "well") for number in range(11)}
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    lines = [f"{key},{first},{second},{state}" for key, (first, second, state) in PATIENTS.items()]
+    (tmp_path / "table.csv").write_text("\n".join(["patient,first,second,state", *lines]))
+    source = ["csv", "--file", str(tmp_path / "table.csv"), "--key", "patient", "--split", "test", "--file-is-split"]
+    columns = [
+        "--vector",
+        "a=first",
+        "--vector",
+        "b=second",
+        "--class",
+        "state=state",
+        "--class-names",
+        "state=sick,well",
+    ]
+    assert shards(["write", *source, *columns, "--samples-per-shard", "4", "--out", str(tmp_path / "shards")]) == 0
+    return tmp_path / "shards" / "manifest.json"
+
+
+@pytest.fixture
+def export(tmp_path: Path, manifest: Path) -> Path:
+    """An export of an untrained model of `a` and `b`, without the classes."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    config, networks = JMVAEConfig(2, 3, {"a": (1,), "b": (1,)}), NetworksConfig([8], [8], [8])
+    save_file(JMVAE(config, networks=networks).state_dict(), folder / WEIGHTS_NAME)
+    modalities = {
+        entry.name: entry.to_json() for entry in Manifest.load(manifest).modalities if entry.name != "state"
+    }
+    description = {
+        "format_version": EXPORT_FORMAT_VERSION,
+        "model": {"config": dataclasses.asdict(config), "networks": dataclasses.asdict(networks)},
+        "modalities": modalities,
+        "weights_sha256": sha256_of(folder / WEIGHTS_NAME),
+    }
+    (folder / CONFIG_NAME).write_text(json.dumps(description))
+    return folder
+
+
+@pytest.mark.parametrize("given", [["a", "b"], ["b"]])
+def test_each_row_belongs_to_its_patient(tmp_path: Path, export: Path, manifest: Path, given: list[str]) -> None:
+    out = tmp_path / "encoded"
+    command = [str(export), "--manifest", str(manifest), "--given", ",".join(given), "--batch-size", "3"]
+    assert main([*command, "--out", f"{out}.npz"]) == 0
+    assert main([*command, "--out", f"{out}.csv"]) == 0
+    with np.load(f"{out}.npz", allow_pickle=False) as stored:
+        arrays = dict(stored)
+    keys = arrays["key"].tolist()
+    assert sorted(keys) == list(PATIENTS)
+    values = torch.tensor([PATIENTS[key][:2] for key in keys], dtype=torch.float32)
+    posterior = load_model(export).encode({"a": values[:, :1], "b": values[:, 1:]}, given, return_mean=True)
+    np.testing.assert_allclose(arrays["mu"], posterior.mu, atol=1e-6)
+    np.testing.assert_allclose(arrays["logvar"], posterior.logvar, atol=1e-6)
+    states = [PATIENTS[key][2] for key in keys]
+    assert arrays["class_names.state"][arrays["class.state"]].tolist() == states
+    with open(f"{out}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["key"], row["class.state"]) for row in rows] == list(zip(keys, states, strict=True))
+    written = [[float(row[f"mu.{number}"]) for number in range(3)] for row in rows]
+    np.testing.assert_allclose(written, arrays["mu"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "x.txt"], "must end in .npz or .csv"),
+        (["--out", "x.npz", "--given", "c"], "the model has a, b"),
+        (["--out", "x.npz", "--batch-size", "0"], "must be at least 1"),
+        (["--out", "nowhere/x.npz"], "cannot be written"),
+    ],
+    ids=range(4),
+)
+def test_mistakes(
+    tmp_path: Path, export: Path, manifest: Path, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        main([str(export), "--manifest", str(manifest), *options])
