@@ -6,9 +6,9 @@ Only headers and class indices are looked at here; `shards verify` decodes every
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from jmvae_dist.errors import ConfigError, DataError
 
 MAX_KINDS = 50
 MAX_DEFAULT_TEXT_LENGTH = 512
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 _MAX_HEADER_BYTES = 8192
 _GRAY_MODES = {"1", "L"}
@@ -290,21 +292,39 @@ def _text_length(request: ModalityRequest, facts: Facts, notes: list[str]) -> in
 
 def _image_shape(request: ModalityRequest, facts: Facts, notes: list[str]) -> tuple[int | None, ...]:
     kinds = {tuple(json.loads(text)): kind for text, kind in facts.kinds.items()}
-    counts: dict[str, int] = {}
-    for (mode, *_), kind in kinds.items():
-        counts[mode] = counts.get(mode, 0) + kind.count
+    modes = _merged((mode, kind) for (mode, *_), kind in kinds.items())
+    counts = {mode: kind.count for mode, kind in modes.items()}
     channels = {"gray": 1, "rgb": 3, None: 1 if set(counts) <= _GRAY_MODES else 3}[request.image_mode]
     if len(counts) > 1 or not set(counts) <= _GRAY_MODES | {"RGB"}:
         seen = ", ".join(f"{count:,} {mode}" for mode, count in sorted(counts.items()))
-        notes.append(f"modality {request.name!r}: images of various modes ({seen}) are converted")
-    sizes = {(height, width) for _, height, width in kinds}
+        rare = f"; rarest: {_rarest(modes)}" if len(modes) > 1 else ""
+        notes.append(f"modality {request.name!r}: images of various modes ({seen}) are converted{rare}")
+    sizes = _merged(((height, width), kind) for (_, height, width), kind in kinds.items())
     if len(sizes) == 1 and (None, None) not in sizes:
-        return (channels, *sizes.pop())
+        return (channels, *next(iter(sizes)))
     heights, widths = ([size[axis] for size in sizes if size[axis] is not None] for axis in (0, 1))
-    smallest_first = f"{min(heights)}x{min(widths)} to {max(heights)}x{max(widths)}"
+    ranges = f"heights {min(heights)} to {max(heights)}, widths {min(widths)} to {max(widths)}"
     more = " and others" if (None, None) in sizes else ""
-    notes.append(f"modality {request.name!r}: image sizes vary ({smallest_first}{more}); a run has to resize them")
+    named = {f"{height}x{width}": kind for (height, width), kind in sizes.items() if height is not None}
+    notes.append(
+        f"modality {request.name!r}: image sizes vary ({ranges}{more}; rarest: {_rarest(named)}); "
+        "a run has to resize them"
+    )
     return (channels, None, None)
+
+
+def _merged(kinds: Iterable[tuple[_Key, Kind]]) -> dict[_Key, Kind]:
+    """Kinds that share a property, added up under it."""
+    merged: dict[_Key, Kind] = {}
+    for key, kind in kinds:
+        merged[key] = Kind(merged[key].count + kind.count, merged[key].example) if key in merged else replace(kind)
+    return merged
+
+
+def _rarest(kinds: Mapping[str, Kind]) -> str:
+    """The least frequent kind, which is often a mistake, and where the first one is."""
+    name, kind = min(kinds.items(), key=lambda item: item[1].count)
+    return f"{name} ({kind.count:,}), first {kind.example}"
 
 
 def _array_kind(request: ModalityRequest, facts: Facts) -> tuple[str, tuple[int, ...]]:

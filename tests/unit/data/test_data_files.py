@@ -228,6 +228,18 @@ def table(pairs: Path) -> Path:
     return path
 
 
+def test_the_picture_that_differs_is_named(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of another size makes a run resize all; it is often a mistake."""
+    image = pytest.importorskip("PIL.Image")
+    odd = pairs / "pictures" / "0004.png"
+    image.new("L", (5, 2)).save(odd)
+    command = ["write", "folder", "--root", str(pairs), "--out", str(tmp_path / "out"), *IS_SPLIT]
+    assert main([*command, "--modality=image=pictures/*.png"]) == 0
+    printed = capsys.readouterr().out
+    assert f"image sizes vary (heights 2 to 3, widths 4 to 5; rarest: 2x5 (1), first {odd})" in printed
+    assert f"RGB) are converted; rarest: L (1), first {odd}" in printed
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_csv(table: Path, tmp_path: Path, workers: int) -> None:
     out = tmp_path / "out"
