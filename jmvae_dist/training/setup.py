@@ -427,13 +427,20 @@ def largest_share(plan: SamplePlan, world_size: int) -> int:
 
 
 def summarize(run: ResolvedRun, world_size: int) -> str:
-    """What is about to run, in two lines."""
+    """What is about to run, in two lines; a third one where a step takes samples more than once."""
     plan, training = run.plan, run.config.training
     is_open = training.micro_batch_size == "auto" and not run.micro_batch
     micro_batches = "auto" if is_open else num_micro_batches(run, world_size)
+    num_samples, batch_size = run.train_manifest.num_samples, training.global_batch_size
+    repeats = (
+        f"\nnote: training.global_batch_size is larger than the data: every step takes a sample "
+        f"{batch_size / num_samples:.1f} times on average"
+        if batch_size > num_samples
+        else ""
+    )
     return (
-        f"{run.train_manifest.num_samples:,} samples of {', '.join(run.modalities)}; {run.total_steps:,} steps of "
-        f"{training.global_batch_size} samples ({plan.epoch(run.total_steps):.1f} epochs)\n"
+        f"{num_samples:,} samples of {', '.join(run.modalities)}; {run.total_steps:,} steps of "
+        f"{batch_size} samples ({plan.epoch(run.total_steps):.1f} epochs)\n"
         f"{world_size} process(es) x {micro_batches} micro-batch(es), engine {training.engine}, "
-        f"{training.precision}, {plan.lanes} lanes; run directory {run.output_dir}"
+        f"{training.precision}, {plan.lanes} lanes; run directory {run.output_dir}{repeats}"
     )

@@ -40,7 +40,16 @@ def test_what_depends_on_the_data_is_filled_in(digits: Path) -> None:
     assert run.model_config.input_dims == {"image": (1, 8, 8), "label": (10,)}
     assert run.model_config.n_modalities == 2
     assert run.annealing.warmup_steps == 225  # 10 epochs
-    assert "1,438 samples of image, label; 68 steps" in summarize(run, world_size=1)
+    summary = summarize(run, world_size=1)
+    assert "1,438 samples of image, label; 68 steps" in summary
+    assert "note:" not in summary
+
+
+def test_a_batch_larger_than_the_data_is_noted(digits: Path) -> None:
+    run = resolve(digits, "--training.global_batch_size", "2876")
+    assert summarize(run, world_size=1).endswith(
+        "training.global_batch_size is larger than the data: every step takes a sample 2.0 times on average"
+    )
 
 
 def test_the_order_of_input_dims_is_that_of_the_modalities(digits: Path) -> None:
