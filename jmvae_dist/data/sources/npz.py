@@ -103,7 +103,7 @@ def _as_classes(path: Path, name: str, array: np.ndarray, num_classes: int | Non
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise DataError(
             f"{path}: class modality {name!r} must be a one-dimensional integer array, not {array.dtype} "
-            f"{list(array.shape)}"
+            f"{list(array.shape)}; numpy.unique(classes, return_inverse=True) numbers names"
         )
     if array.min() < 0:
         raise DataError(f"{path}: class modality {name!r}: row {int(array.argmin())} is negative")
