@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> int:
     given = [] if options.given is None else parse_given(options.given, model.modalities)
     tensors, figure = _sample_given(options, model, described, given) if given else _sample_prior(options, model)
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    arrays |= _texts(model, arrays)
     with writing_atomic(options.out / "samples.npz") as file:
         np.savez_compressed(file, **arrays)
     save_png(figure, options.out / "samples.png")
@@ -124,6 +125,20 @@ def _sample_given(
     else:
         figure = cross_modal_figure(model, batch.inputs, given, max_samples=_MAX_PICTURED, seed=options.seed)
     return tensors, figure
+
+
+def _texts(model: JMVAE, arrays: dict[str, Any]) -> dict[str, Any]:
+    """`text.generated.<modality>` and `text.data.<modality>`, str (n,), of texts of bytes."""
+    import numpy as np
+
+    from jmvae_dist.evaluation.texts import is_byte_text, most_probable_text
+
+    return {
+        f"text.{name}": np.array([most_probable_text(value) for value in values], dtype=str)
+        for name, values in arrays.items()
+        if (modality := name.partition(".")[2]) in model.likelihoods and name != "latent.z"
+        if is_byte_text(model.likelihoods[modality], values.shape[1:])
+    }
 
 
 def _expectations(model: JMVAE, z: Tensor) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Pictures of what the model does: reconstructions, generation, its latent space, and how it learned.
 
 Modalities are drawn by what they are: images as pictures, categorical ones as bars with the most probable
-class, everything else as lines. Drawing uses matplotlib's object interface, so that nothing global (backend,
-current figure) is touched and figures are freed when they go out of scope.
+class, texts of bytes as text, everything else as lines. Drawing uses matplotlib's object interface, so that
+nothing global (backend, current figure) is touched and figures are freed when they go out of scope.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.evaluation.reconstruction import is_picture
+from jmvae_dist.evaluation.texts import is_byte_text, most_probable_text
 from jmvae_dist.files import writing_atomic
 from jmvae_dist.kernels.noise import Stream, normal_noise
 from jmvae_dist.model import JMVAE
@@ -35,6 +36,12 @@ _FAINT = "#d3dae1"
 _CELL_INCHES = 0.78
 _LABEL_INCHES = 1.55
 _MAX_BARS = 24
+# Of a text, so much fits into a cell in a small fixed-width font.
+_TEXT_POINTS = 5.0
+_TEXT_COLUMNS = 18
+_TEXT_LINES = 7
+# Scripts from here on are not in matplotlib's own font, which would warn of each character.
+_FIRST_SCRIPT_WITHOUT_GLYPHS = "\u0590"
 # Colours of classes, told apart by most people with any colour vision; classes beyond these share them.
 _CLASS_COLORS = (
     *("#2563a8", "#d1495b", "#2a9d5c", "#e08e1b", "#7b4fa3", "#17a2b8", "#8c6d46", "#c2589f"),
@@ -76,6 +83,29 @@ def _draw_classes(axes: Axes, value: np.ndarray, color: str) -> None:
     axes.text(0.5, 0.98, text, transform=axes.transAxes, ha="center", va="top", fontsize=8, color=_INK)
 
 
+def _draw_text(axes: Axes, value: np.ndarray, color: str) -> None:
+    """The beginning of a text, cut into lines of equal length: generated ones need not have words."""
+    text = "".join(
+        "\u25a1" if char >= _FIRST_SCRIPT_WITHOUT_GLYPHS else char if char.isprintable() else "\u00b7"
+        for char in most_probable_text(value)
+    )
+    most = _TEXT_COLUMNS * _TEXT_LINES
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    lines = [text[start : start + _TEXT_COLUMNS] for start in range(0, len(text), _TEXT_COLUMNS)]
+    axes.text(
+        0.0,
+        0.9,
+        "\n".join(lines),
+        transform=axes.transAxes,
+        va="top",
+        ha="left",
+        fontsize=_TEXT_POINTS,
+        family="monospace",
+        color=color,
+        parse_math=False,  # a $ of the user's is no formula
+    )
+
+
 def _draw_line(axes: Axes, value: np.ndarray, limits: tuple[float, float], color: str) -> None:
     flat = value.reshape(-1)
     margin = 0.08 * max(limits[1] - limits[0], 1e-12)
@@ -102,6 +132,8 @@ def _draw_cell(axes: Axes, row: _Row, column: int, likelihood: Likelihood, limit
     value, color = row.values[column], _DATA_COLOR if row.from_data else _MODEL_COLOR
     if likelihood.name == "categorical" and value.ndim == 1:
         _draw_classes(axes, value, color)
+    elif is_byte_text(likelihood, value.shape):
+        _draw_text(axes, value, color)
     elif is_picture(value.shape):
         _draw_picture(axes, value, limits, ink_on_paper=likelihood.name in ("bernoulli", "categorical"))
     else:

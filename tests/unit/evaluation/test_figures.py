@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -252,3 +253,21 @@ def test_imports_are_light_and_nothing_global_is_used() -> None:
         "assert 'matplotlib.pyplot' not in sys.modules, 'pyplot'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+def test_texts_are_written_out() -> None:
+    """As text, not as dots in a matrix of 257 columns; a $ stays one, and nothing in it is a warning."""
+    stored = [b"round lesion", "50 $ or $5, für 日".encode(), b"\xff\n" + b"x" * 298]
+    torch.manual_seed(0)
+    config = JMVAEConfig(2, 3, {"note": (300, 257), "b": (3,)}, decoders_dist={"note": "categorical", "b": "normal"})
+    model = JMVAE(config, networks=NetworksConfig([4], [4], [4])).eval()
+    ids = torch.tensor([[*text, *[256] * (300 - len(text))] for text in stored])
+    inputs = {"note": torch.nn.functional.one_hot(ids, 257).float(), "b": torch.zeros(3, 3)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = reconstruction_figure(model, inputs)
+        figure.canvas.draw()
+    first, second, third = (axes.texts[0].get_text() for axes in figure.axes[:3])
+    assert (first, second) == ("round lesion", "50 $ or $5, für □")
+    assert third.startswith("□·xxx")
+    assert third.endswith("...")
