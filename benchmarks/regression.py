@@ -75,6 +75,8 @@ def make_shards(folder: Path, num_samples: int, checkout: Path) -> Path:
     np.savez(folder / "arrays.npz", **make_arrays(num_samples))
     write = [sys.executable, "-m", "jmvae_dist", "shards", "write", "npz", "--file", str(folder / "arrays.npz")]
     options = ("--class-modalities", "label", "--split", "train", "--file-is-split", "--out", str(folder / "shards"))
+    # The same ones of both checkouts, whatever their defaults are: the order of samples depends on it.
+    options += ("--samples-per-shard", "4096")
     run_command([*write, *options], threads=1, root=checkout)
     return folder / "shards" / "manifest.json"
 

@@ -33,6 +33,7 @@ def write_outlier(folder: Path, value: float) -> Path:
     image[123, 0, 3, 4] = value
     np.savez(folder / "digits.npz", image=image, label=digits.target[:NUM_SAMPLES])
     options = ["--class-modalities", "label", "--split", "train", "--file-is-split", "--out", str(folder / "train")]
+    options += ["--samples-per-shard", str(NUM_SAMPLES)]  # which decides in which step the outlier comes
     assert shards(["write", "npz", "--file", str(folder / "digits.npz"), *options]) == 0
     return folder
 

@@ -15,6 +15,10 @@ from jmvae_dist.errors import ConfigError
 SPLITS = ("train", "test")
 TAR_BLOCK_BYTES = 512
 
+# What the defaults give little data, as far as it goes.
+MIN_SHARDS = 8
+MIN_SAMPLES_PER_SHARD = 256
+
 _NPY_HEADER_BYTES = 128
 
 
@@ -32,6 +36,15 @@ class EncodedMember(NamedTuple):
 
 SampleValue = np.ndarray | int | EncodedMember
 """An array of the modality's dtype and shape, a class index for `cls`, or bytes that are stored as they are."""
+
+
+def samples_for_shuffle(num_samples: int, at_most: int) -> int:
+    """Samples per shard that give little data 8 shards, as far as these have 256 samples.
+
+    In a single shard each lane would keep to the same samples in every epoch: what is far apart is mixed by the order
+    of shards alone.
+    """
+    return min(at_most, max(MIN_SAMPLES_PER_SHARD, -(-num_samples // MIN_SHARDS)))
 
 
 class Source(Protocol):

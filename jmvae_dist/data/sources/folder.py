@@ -57,7 +57,7 @@ class FolderSource:
 
     @property
     def default_samples_per_shard(self) -> int:
-        return default_samples_per_shard(self.sample_bytes)
+        return default_samples_per_shard(self.sample_bytes, len(self))
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jmvae_dist.data.modality import DTYPES, MAX_CLASSES, Modality
-from jmvae_dist.data.sources.base import ArraySource, split_rows
+from jmvae_dist.data.sources.base import ArraySource, samples_for_shuffle, split_rows
 from jmvae_dist.data.sources.files import input_files
 from jmvae_dist.errors import ConfigError, DataError
 
@@ -66,7 +66,7 @@ def load_npz_source(
     if test_fraction is not None:
         rows = split_rows(num_rows, split, test_fraction, split_seed)
         details |= {"test_fraction": test_fraction, "split_seed": split_seed}
-    return ArraySource("npz", split, tuple(modalities), arrays, rows, 4096, details)
+    return ArraySource("npz", split, tuple(modalities), arrays, rows, samples_for_shuffle(len(rows), 4096), details)
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:

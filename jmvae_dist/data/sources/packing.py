@@ -21,7 +21,7 @@ from jmvae_dist.data.indexing.inspection import (
     make_inspector,
 )
 from jmvae_dist.data.modality import Modality
-from jmvae_dist.data.sources.base import EncodedMember, SampleValue, check_finite
+from jmvae_dist.data.sources.base import EncodedMember, SampleValue, check_finite, samples_for_shuffle
 from jmvae_dist.errors import ConfigError, DataError
 
 DEFAULT_SHARD_BYTES = 256 * 2**20
@@ -124,6 +124,8 @@ def conclude_all(
     return tuple(modality for modality, _ in concluded), [note for _, notes in concluded for note in notes]
 
 
-def default_samples_per_shard(sample_bytes: int) -> int:
-    """So many that a shard has about 256 MiB, and at most 10,000."""
-    return min(MAX_DEFAULT_SAMPLES_PER_SHARD, max(1, DEFAULT_SHARD_BYTES // sample_bytes))
+def default_samples_per_shard(sample_bytes: int, num_samples: int) -> int:
+    """So many that a shard has about 256 MiB, at most 10,000, and fewer of little data."""
+    return min(
+        samples_for_shuffle(num_samples, MAX_DEFAULT_SAMPLES_PER_SHARD), max(1, DEFAULT_SHARD_BYTES // sample_bytes)
+    )

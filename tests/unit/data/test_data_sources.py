@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jmvae_dist.data.sources import files
-from jmvae_dist.data.sources.base import split_rows
+from jmvae_dist.data.sources.base import samples_for_shuffle, split_rows
 from jmvae_dist.data.sources.digits import load_digits_source
 from jmvae_dist.data.sources.mfeat import VIEWS, load_mfeat_source
 from jmvae_dist.data.sources.mnist import load_mnist_source
@@ -33,6 +33,13 @@ def test_splits_partition_the_rows(classes: np.ndarray | None) -> None:
     if classes is not None:
         assert np.bincount(classes[test]).tolist() == [6] * 5
     assert not np.array_equal(test, split_rows(100, "test", 0.3, 8, classes))
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "expected"), [(1, 256), (2048, 256), (2049, 257), (2272, 284), (79_999, 10_000), (10**9, 10_000)]
+)
+def test_little_data_gets_several_shards(num_samples: int, expected: int) -> None:
+    assert samples_for_shuffle(num_samples, 10_000) == expected
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
