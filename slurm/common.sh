@@ -40,7 +40,8 @@ read_site() {
         local unknown
         unknown=$(sed -n 's/^\([A-Z_]*\)=.*/\1/p' "$site" | grep -vxE "$SITE_SETTINGS" | tr '\n' ' ')
         [ -z "$unknown" ] || fail "$site: unknown setting $unknown(known: ${SITE_SETTINGS//|/, }); export what is not ours"
-        site_read="${SLURM_JOB_ID:-} $(sha256sum <"$site" | cut -d ' ' -f 1) $site"
+        # Outside of a job nobody asks.
+        [ -z "${SLURM_JOB_ID:-}" ] || site_read="$SLURM_JOB_ID $(sha256sum <"$site" | cut -d ' ' -f 1) $site"
         # Modules and the like do not expect unset variables to be errors.
         set +u -e
         trap 'printf "slurm: %s failed at: %s\n" "$site" "$BASH_COMMAND" >&2' ERR
