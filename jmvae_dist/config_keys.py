@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from jmvae_dist.config import RunConfig
@@ -21,7 +21,7 @@ def join(section: str, name: str) -> str:
 def declared_type(key: str) -> Any:
     """The annotation of a (nested) key such as ``schedule.annealing.shape``; None if there is no such key."""
     current: Any = RunConfig
-    for part in filter(None, key.split(".")):
+    for part in key.split(".") if key else ():
         current = get_type_hints(current).get(part) if dataclasses.is_dataclass(current) else None
     return current
 
@@ -30,6 +30,15 @@ def section_keys(section: str) -> list[str]:
     """Names of the keys of a section; of the top level for ''; nothing if it is not a section."""
     declared = declared_type(section)
     return [item.name for item in dataclasses.fields(declared)] if dataclasses.is_dataclass(declared) else []
+
+
+def declared_default(key: str) -> Any:
+    """What a declared key is where nothing sets it; None also where something has to."""
+    section, _, name = key.rpartition(".")
+    item = next(item for item in dataclasses.fields(declared_type(section)) if item.name == name)
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    return None if item.default is dataclasses.MISSING else item.default
 
 
 @functools.cache
@@ -54,6 +63,16 @@ def split_declared(key: str) -> tuple[str, list[str]]:
 def is_mapping(key: str) -> bool:
     """Whether a declared key takes a mapping whose names are the user's, such as those of modalities."""
     return _item_type(declared_type(key)) is not None
+
+
+def takes_list(key: str) -> bool:
+    """Whether a key is declared to take a list."""
+    return any(get_origin(option) is list for option in _alternatives(declared_type(key)))
+
+
+def takes_null(key: str) -> bool:
+    """Whether a key is declared to take null."""
+    return NoneType in _alternatives(declared_type(key))
 
 
 def check_names_below(key: str, names: list[str]) -> None:
@@ -91,9 +110,14 @@ def _item_type(declared: Any) -> Any:
     """What the values of a mapping are declared as; None if no mapping is allowed."""
     if declared is Any:
         return Any
-    for option in get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,):
+    for option in _alternatives(declared):
         if option is dict:
             return Any
         if get_origin(option) is dict:
             return get_args(option)[1]
     return None
+
+
+def _alternatives(declared: Any) -> tuple[Any, ...]:
+    """The types in a union; a type that is none is the only one."""
+    return get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)

@@ -16,6 +16,8 @@ PURE = {
     "config",
     "config_io",
     "config_keys",
+    "config_sources",
+    "config_yaml",
     "data_config",
     "files",
     "model_config",
