@@ -1,4 +1,4 @@
-"""YAML as configurations are read and written: text stays text, and no key is given twice."""
+"""YAML as configurations are read and written: text stays text, no key is given twice, and sizes are bounded."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ NULLS = ("null", "Null", "NULL", "~")
 # Numbers to jsonargparse, but text to PyYAML, which follows YAML 1.1: there an exponent needs a point and a sign.
 _MORE_FLOATS = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
+# Far more than a run needs. A few lines of aliases to aliases stand for billions of values, which all that follows
+# would go through one by one, and Python's stack ends at some hundred levels.
+_MAX_VALUES = 100_000
+_MAX_DEPTH = 100
+
 
 def load_yaml(text: str) -> Any:
     """jsonargparse's loader, for text in which no key occurs twice: YAML would silently take the last one.
 
     Raises:
-        yaml.YAMLError: The text is not YAML, repeats a key, refers to itself, or is nested too deeply.
+        yaml.YAMLError: The text is not YAML, repeats a key, refers to itself, holds too much or is nested too deeply.
     """
     import jsonargparse
     import yaml
@@ -29,7 +34,7 @@ def load_yaml(text: str) -> Any:
     try:
         node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if node is not None:
-            _refuse_repeated_keys(node, {})
+            _measure(node, {})
     except RecursionError:
         raise yaml.YAMLError("lists and mappings are nested too deeply") from None
     try:
@@ -62,29 +67,45 @@ def dump_yaml(values: Any) -> str:
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _refuse_repeated_keys(node: yaml.Node, is_checked: dict[int, bool]) -> None:
-    """Raise a YAMLError for a repeated key, and for an alias to a list or mapping that it is part of.
+def _measure(node: yaml.Node, measured: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """Values in a node, those that aliases stand for included, and levels of lists and mappings.
 
     Args:
-        node: What to check, with everything in it.
-        is_checked: Nodes met so far, by id; False for those that the check is still inside of.
+        node: What to measure, with everything in it.
+        measured: Of the collections met so far, by id; None for those that the node is in.
+
+    Raises:
+        yaml.YAMLError: A key is repeated, an alias refers to what it is part of, or a limit is exceeded.
     """
     import yaml
 
-    if not isinstance(node, yaml.CollectionNode) or is_checked.get(id(node)):
-        return
-    if id(node) in is_checked:
+    if not isinstance(node, yaml.CollectionNode):
+        return 1, 0
+    if id(node) not in measured:
+        measured[id(node)] = None
+        children = node.value
+        if isinstance(node, yaml.MappingNode):
+            _refuse_repeated_keys(node)
+            children = [value for _, value in node.value]
+        inner = [_measure(child, measured) for child in children]
+        measured[id(node)] = 1 + sum(values for values, _ in inner), 1 + max((depth for _, depth in inner), default=0)
+    size = measured[id(node)]
+    if size is None:
         raise yaml.constructor.ConstructorError(None, None, "an alias refers to itself", node.start_mark)
-    is_checked[id(node)] = False
-    children = node.value
-    if isinstance(node, yaml.MappingNode):
-        children = [value for _, value in node.value]
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        names = [key.value for key in keys]
-        for number, key in enumerate(keys):
-            if key.value in names[:number]:
-                problem = f"the key {key.value!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-    for child in children:
-        _refuse_repeated_keys(child, is_checked)
-    is_checked[id(node)] = True
+    if size[0] > _MAX_VALUES or size[1] > _MAX_DEPTH:
+        problem = f"more than {_MAX_VALUES} values, aliases counted as often as used, or {_MAX_DEPTH} levels"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    return size
+
+
+def _refuse_repeated_keys(node: yaml.MappingNode) -> None:
+    import yaml
+
+    names = set()
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue
+        if key.value in names:
+            problem = f"the key {key.value!r} is given twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        names.add(key.value)

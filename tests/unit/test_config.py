@@ -182,6 +182,17 @@ def test_mistakes_are_one_clear_line(arguments: list[str], expected: list[str]) 
         ("tracking: nowhere.yaml", "bad.yaml: tracking: 'nowhere.yaml' is not allowed; it must be a section"),
         ("training..seed: 3", "bad.yaml: training.: unknown key"),
         ("training: {'': 3}", "bad.yaml: training.: unknown key"),
+        pytest.param(f"model: {{input_dims: {{a: {'[' * 200}{']' * 200}}}}}", "or 100 levels", id="deep"),
+        pytest.param(
+            f"a: [&a0 [1, 2]{''.join(f', &a{n} [*a{n - 1}, *a{n - 1}]' for n in range(1, 40))}]",
+            "more than 100000 values, aliases counted",
+            id="aliases",
+        ),
+        pytest.param(
+            f"a: [&a0 [1]{''.join(f', &a{n} [*a{n - 1}]' for n in range(1, 200))}]",
+            "or 100 levels",
+            id="deep aliases",
+        ),
     ],
 )
 def test_mistakes_in_files(tmp_path: Path, content: str, expected: str) -> None:
