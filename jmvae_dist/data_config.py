@@ -135,9 +135,8 @@ class DataSection:
     """Where samples come from and in which order.
 
     Args:
-        train_manifest: `manifest.json` of the training shards, a path or URL.
-        eval_manifest: `manifest.json` of held-out shards, a path or URL; without it nothing is evaluated during
-            training.
+        train_manifest: `manifest.json` of the training shards, a path or URL, or the path of its folder.
+        eval_manifest: The same of held-out shards; without it nothing is evaluated during training.
         modalities: The modalities to use, in this order; all of the manifest by default.
         lanes: Number of lanes C that cut an epoch; a divisor of `training.global_batch_size` and at least the
             number of processes. Default: its largest divisor up to 64. Part of the order: fixed for a run.

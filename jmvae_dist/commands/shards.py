@@ -41,10 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_sources(write)
     add_index_parser(verbs, _index)
     show = verbs.add_parser("show", help="print what a manifest describes")
-    show.add_argument("manifest", help="path or URL of a manifest.json")
+    show.add_argument("manifest", help="path or URL of a manifest.json, or its folder")
     show.set_defaults(run=_show)
     verify = verbs.add_parser("verify", help="check every byte and every sample; exit code 1 if anything is wrong")
-    verify.add_argument("manifest", help="path or URL of a manifest.json")
+    verify.add_argument("manifest", help="path or URL of a manifest.json, or its folder")
     add_cache_option(verify)
     verify.add_argument("--workers", type=positive, help="processes (default: the available CPUs)")
     verify.set_defaults(run=_verify)
@@ -187,10 +187,7 @@ def _write(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     what = "wrote" if written else "already there, unchanged:"
-    print(
-        f"{what} {manifest.num_samples:,} samples in {len(manifest.shards):,} shards "
-        f"({format_bytes(manifest.num_bytes)}): {manifest.path}"
-    )
+    print(f"{what} {_counts(manifest)} ({format_bytes(manifest.num_bytes)}): {manifest.path}")
     return 0
 
 
@@ -209,10 +206,7 @@ def _index(arguments: argparse.Namespace) -> int:
     )
     manifest = result.manifest
     what = "indexed" if result.written else "already there, unchanged:"
-    print(
-        f"{what} {manifest.num_samples:,} samples in {len(manifest.shards):,} shards "
-        f"({format_bytes(manifest.num_bytes)}): {manifest.path}"
-    )
+    print(f"{what} {_counts(manifest)} ({format_bytes(manifest.num_bytes)}): {manifest.path}")
     print()
     _print_modalities(manifest)
     if result.notes:
@@ -242,6 +236,14 @@ def _show(arguments: argparse.Namespace) -> int:
     print()
     _print_modalities(manifest)
     return 0
+
+
+def _counts(manifest: Manifest) -> str:
+    return f"{_counted(manifest.num_samples, 'sample')} in {_counted(len(manifest.shards), 'shard')}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _print_modalities(manifest: Manifest) -> None:
@@ -283,8 +285,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
-        noun = "problem" if len(problems) == 1 else "problems"
-        print(f"{shown(manifest.path)}: {len(problems)} {noun}", file=sys.stderr)
+        print(f"{shown(manifest.path)}: {_counted(len(problems), 'problem')}", file=sys.stderr)
         return 1
-    print(f"{shown(manifest.path)}: {manifest.num_samples:,} samples in {len(manifest.shards):,} shards are sound")
+    print(f"{shown(manifest.path)}: {_counts(manifest)} are sound")
     return 0

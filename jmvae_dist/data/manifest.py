@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from jmvae_dist.files import write_text_atomic
 # Version 1 knows `npy` and `cls` members named after their modality. Version 2 adds the other encodings and names,
 # and its fingerprint covers the indexes, which alone fix the order of samples in a tar that was not written here.
 FORMAT_VERSION = 2
+MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 256 * 2**20
 # Two million shards have as many. Each takes up to a hundred bytes as an object, however short it is as text.
 MAX_MANIFEST_VALUES = 20_000_000
@@ -97,14 +99,16 @@ class Manifest:
         """Read and check a manifest.
 
         Args:
-            path: a file, or as str a URL.
+            path: a file, the folder in which it is called `manifest.json`, or as str a URL.
             remote: timeouts and retries, for a URL.
 
         Raises:
-            ConfigError: there is no such file, or it is a folder or a pipe.
+            ConfigError: there is no such file, or it is a pipe.
             DataError: the file is not a sound manifest; the message names file and key. A URL cannot be read.
         """
         path = _location(path)
+        if isinstance(path, Path) and os.path.isdir(path):  # False where it cannot be told
+            path /= MANIFEST_NAME
         parser = _ManifestParser(path)
         with _collector_paused():
             # Without names: what is done with goes before the next is made, each a hundred megabytes of many shards.
@@ -212,7 +216,7 @@ def _read(path: Location, remote: RemoteSection) -> bytes:
             f"no manifest at {path}; make one with `jmvae-dist shards write SOURCE --out {path.parent}`"
         ) from None
     except DataError as error:
-        raise ConfigError(f"{error}; name the manifest.json in the folder of the shards") from None
+        raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(f"cannot read manifest {path}: {error.strerror}") from None
     if len(content) > MAX_MANIFEST_BYTES:

@@ -30,7 +30,7 @@ import numpy as np
 from jmvae_dist.data.digest import member_digest
 from jmvae_dist.data.exclusive import locked, os_errors_explained
 from jmvae_dist.data.index import MAX_INDEX_BYTES, MAX_MEMBER_BYTES, RECORD_DTYPE, index_bytes, index_num_bytes
-from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.manifest import MANIFEST_NAME, Manifest
 from jmvae_dist.data.modality import Modality, check_distinct_names
 from jmvae_dist.data.philox import PURPOSE_PACKING, permutation
 from jmvae_dist.data.processes import Report, default_workers, run_in_processes
@@ -48,8 +48,6 @@ from jmvae_dist.data.sums import sums_bytes
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.files import fsync_path, sha256_of
 from jmvae_dist.progress import progress
-
-MANIFEST_NAME = "manifest.json"
 
 _TAR_NAME_BYTES = 100
 _OUR_FILES = re.compile(r"shard-\d{6,}\.tar(\.index|\.sums)?|manifest\.json")

@@ -219,7 +219,7 @@ def test_missing_settings_are_named() -> None:
 # Mistakes that only the data can show: made against real digits shards.
 DATA_MISTAKES = [
     (["--data.train_manifest", "nowhere/manifest.json"], ["data.train_manifest", "nowhere/manifest.json"]),
-    (["--data.train_manifest", str(ROOT)], [f"data.train_manifest: {ROOT}: not a regular file", "manifest.json"]),
+    (["--data.train_manifest", str(ROOT)], [f"data.train_manifest: no manifest at {ROOT}/manifest.json"]),
     (["--data.eval_manifest", "nowhere/manifest.json"], ["data.eval_manifest", "nowhere/manifest.json"]),
     (["--data.modalities", "[image, sound]"], ["data.modalities", "sound", "image, label"]),
     (["--data.transforms", "{sound: []}"], ["data.transforms.sound", "the run uses image, label"]),

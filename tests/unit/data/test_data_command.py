@@ -32,7 +32,7 @@ def test_write_show_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "split_seed: 0",
     ):
         assert part in shown
-    assert main(["verify", str(out / "manifest.json")]) == 0
+    assert main(["verify", str(out)]) == 0
     assert "359 samples in 2 shards are sound" in capsys.readouterr().out
     shard = out / "shard-000001.tar"
     shard.write_bytes(shard.read_bytes()[:-512])
@@ -41,6 +41,14 @@ def test_write_show_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert captured.out == ""
     assert "shard-000001.tar" in captured.err
     assert "1 problem\n" in captured.err
+
+
+def test_one_shard_is_not_called_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((10, 4), np.float32))
+    out = str(tmp_path / "out")
+    main(["write", "npz", "--file", str(tmp_path / "d.npz"), "--out", out, "--split", "test", "--file-is-split"])
+    main(["verify", out])
+    assert capsys.readouterr().out.count("10 samples in 1 shard ") == 2
 
 
 def test_show_escapes_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,11 +147,19 @@ def test_deep_nesting_is_an_error_of_the_file(tmp_path: Path, depth: int, keys: 
         Manifest.load(path)
 
 
-def test_a_pipe_or_folder_instead_of_a_manifest(tmp_path: Path) -> None:
+def test_a_pipe_instead_of_a_manifest(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(ConfigError, match=r"not a regular file; name the manifest\.json"):
-            Manifest.load(path)
+    with pytest.raises(ConfigError, match=r"pipe: not a regular file"):
+        Manifest.load(tmp_path / "pipe")
+
+
+def test_the_folder_of_a_manifest(tmp_path: Path) -> None:
+    """What `--out` of `shards write` was; relative URLs are relative to it all the same."""
+    with pytest.raises(ConfigError, match=rf"no manifest at {tmp_path}/manifest\.json; .* --out {tmp_path}`"):
+        Manifest.load(tmp_path)
+    example().save(tmp_path / "manifest.json")
+    assert Manifest.load(tmp_path) == Manifest.load(tmp_path / "manifest.json")
+    assert Manifest.load(str(tmp_path)).shard_path(0).parent == tmp_path
 
 
 def test_select_modalities() -> None:
