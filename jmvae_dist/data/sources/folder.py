@@ -12,10 +12,11 @@ import numpy as np
 
 from jmvae_dist.data.indexing.inspection import ModalityRequest
 from jmvae_dist.data.indexing.shard_lists import expand_braces
-from jmvae_dist.data.modality import Modality, check_distinct_names
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.sources.base import SampleValue, member_bytes, split_rows
 from jmvae_dist.data.sources.packing import (
     PLAIN_KEY,
+    check_names,
     conclude_all,
     default_samples_per_shard,
     inspect_file,
@@ -107,13 +108,10 @@ def load_folder_source(
     """
     if not root.is_dir():
         raise ConfigError(f"--root {root} is not a folder")
+    check_names(requests)
     found = {name: _matches(root, name, pattern) for name, pattern in patterns.items()}
     names, notes = _paired(found, skip_incomplete)
     requests = [request_for_files(request, (found[request.name][name] for name in names)) for request in requests]
-    try:
-        check_distinct_names([Modality(request.name, "uint8", ()) for request in requests])
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     inspectors = make_inspectors(requests)
     sizes: list[int] = []
     readable: list[str] = []

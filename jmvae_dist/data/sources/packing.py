@@ -20,7 +20,7 @@ from jmvae_dist.data.indexing.inspection import (
     encoding_of_extension,
     make_inspector,
 )
-from jmvae_dist.data.modality import Modality
+from jmvae_dist.data.modality import Modality, check_distinct_names
 from jmvae_dist.data.sources.base import EncodedMember, SampleValue, check_finite, samples_for_shuffle
 from jmvae_dist.errors import ConfigError, DataError
 
@@ -31,6 +31,14 @@ MAX_DEFAULT_SAMPLES_PER_SHARD = 10_000
 PLAIN_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}")
 
 _MEMBER_EXTENSIONS = {"npy": "npy", "cls": "cls", "text": "txt", "json": "json"}
+
+
+def check_names(requests: Sequence[ModalityRequest]) -> None:
+    """Raise ConfigError if names of modalities are unsuitable; before any data is read, which can take long."""
+    try:
+        check_distinct_names([Modality(request.name, "uint8", ()) for request in requests])
+    except ValueError as error:
+        raise ConfigError(f"names of modalities: {error}") from None
 
 
 def file_extension(path: str) -> str:

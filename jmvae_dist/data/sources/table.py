@@ -20,6 +20,7 @@ from jmvae_dist.data.sources.base import SampleValue, member_bytes, split_rows
 from jmvae_dist.data.sources.files import input_files
 from jmvae_dist.data.sources.packing import (
     PLAIN_KEY,
+    check_names,
     conclude_all,
     default_samples_per_shard,
     inspect_file,
@@ -176,6 +177,7 @@ def load_table_source(
         ConfigError: the file cannot be opened, has no such column, or an option does not fit.
         DataError: a row or a file is not what it should be; names line and column.
     """
+    check_names(requests)
     root = path.parent if root is None else root
     try:
         with open_regular(path) as file:

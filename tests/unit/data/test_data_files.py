@@ -285,6 +285,12 @@ def replaced(old: str, new: str) -> str:
         (TABLE.splitlines()[0] + "\n", [], "no rows after the header"),
         (TABLE, ["--shape", "pixels=2x2"], "--shape pixels: [2, 2] does not fit 3 columns"),
         (TABLE, ["--shape", "title=2x2"], "there is no --vector title"),
+        (
+            replaced("4,5,6", "4,x,6"),
+            ["--text", "my text=title"],
+            "name 'my text' must be a letter followed",
+        ),
+        ("", ["--text", "Title=title"], "two modalities have the same name 'Title' (upper and lower case"),
         (TABLE, ["--text", "title=id"], "names a modality twice"),
         (TABLE, ["--text", "other=nothing"], "has no column 'nothing'; it has id, pixel0"),
         (TABLE, ["--delimiter", "ab"], "must be one character"),
@@ -301,7 +307,7 @@ def replaced(old: str, new: str) -> str:
         (TABLE, ["--key", "animal"], "line 6: column 'animal': line 2 has the key 'cat', too"),
         (TABLE, ["--root", "/", "--incomplete", "skip"], "no row is complete: 3 rows (3 by 'file'); first line 2"),
     ],
-    ids=range(26),
+    ids=range(28),
 )
 def test_csv_mistakes(table: Path, tmp_path: Path, text: str, options: list[str], message: str) -> None:
     table.write_text(text, encoding="utf-8")
