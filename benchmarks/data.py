@@ -47,6 +47,7 @@ from jmvae_dist.data.plan import SamplePlan, default_lanes
 from jmvae_dist.data.sources.base import ArraySource
 from jmvae_dist.data.sources.folder import load_folder_source
 from jmvae_dist.data.sources.mnist import read_idx
+from jmvae_dist.data.sources.splits import SplitChoice
 from jmvae_dist.data.store import Verify
 from jmvae_dist.data.writer import write_shards
 
@@ -176,7 +177,7 @@ def _make_pictures(folder: Path, name: str, extension: str, images: np.ndarray, 
         ModalityRequest("label", ("cls",), "cls", num_classes=10),
     ]
     patterns = {"image": f"*.{extension}", "label": "*.cls"}
-    source, _ = load_folder_source(files, patterns, requests, "train", None, 0)
+    source, _ = load_folder_source(files, patterns, requests, SplitChoice("train"))
     write_shards(source, folder / "shards", samples_per_shard=1600)
     # The rows of other forms are not in the order of the tars: they are shuffled anyway.
     return _samples(name, folder, extension, "cls", contents, labels)

@@ -9,8 +9,13 @@ from pathlib import Path
 
 from jmvae_dist.commands.cli import add_cache_option, make_parser, remote_access
 from jmvae_dist.commands.options import named_number, num_bytes, positive
-from jmvae_dist.commands.shards_files import add_csv_parser, add_folder_parser, check_split
+from jmvae_dist.commands.shards_files import add_csv_parser, add_folder_parser, print_notes
 from jmvae_dist.commands.shards_index import add_index_parser, requests_of
+from jmvae_dist.commands.split_options import (
+    add_label_options,
+    add_split_options,
+    split_choice,
+)
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.sources.base import SPLITS, Source
@@ -55,7 +60,7 @@ def _add_sources(write: argparse.ArgumentParser) -> None:
     sources = write.add_subparsers(title="sources", metavar="SOURCE", required=True)
 
     digits = sources.add_parser("digits", help="scikit-learn's 8x8 digits: 1,797 images with labels")
-    _add_split_options(digits, _DEFAULT_TEST_FRACTION)
+    add_split_options(digits, _DEFAULT_TEST_FRACTION)
     digits.set_defaults(source=_digits)
 
     mnist = sources.add_parser("mnist", help="MNIST-like IDX files, plain or gzip; the files are the split")
@@ -71,7 +76,7 @@ def _add_sources(write: argparse.ArgumentParser) -> None:
         default=True,
         help="store the label as a seventh modality; data.modalities selects what a run uses",
     )
-    _add_split_options(mfeat, _DEFAULT_TEST_FRACTION)
+    add_split_options(mfeat, _DEFAULT_TEST_FRACTION)
     mfeat.set_defaults(source=_mfeat)
 
     npz = sources.add_parser("npz", help="an .npz file: one array per modality, samples first")
@@ -94,26 +99,17 @@ def _add_sources(write: argparse.ArgumentParser) -> None:
         help="the model sees (value - offset) * scale, for example --scale image=1/255",
     )
     npz.add_argument("--file-is-split", action="store_true", help="the file holds the samples of --split only")
-    _add_split_options(npz, None)
+    add_split_options(npz, None)
+    add_label_options(npz, "NAME")
     npz.set_defaults(source=_npz)
 
     folder, table = add_folder_parser(sources), add_csv_parser(sources)
-    for source in (folder, table):
-        _add_split_options(source, None)
     for source in (digits, mnist, mfeat, npz, folder, table):
         _add_output_options(source)
         source.set_defaults(run=_write)
     # A default would let all samples become the test split as well as the train split.
     for source in (npz, folder, table):
         source.set_defaults(split=None)
-
-
-def _add_split_options(parser: argparse.ArgumentParser, test_fraction: float | None) -> None:
-    default = "" if test_fraction is None else f" (default {test_fraction})"
-    parser.add_argument(
-        "--test-fraction", type=float, default=test_fraction, help=f"share of the test split{default}"
-    )
-    parser.add_argument("--split-seed", type=int, default=0, help="default 0")
 
 
 def _add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -161,16 +157,16 @@ def _mfeat(arguments: argparse.Namespace) -> Source:
 def _npz(arguments: argparse.Namespace) -> Source:
     from jmvae_dist.data.sources.npz import load_npz_source
 
-    check_split(arguments, "--file-is-split", arguments.file_is_split)
-    return load_npz_source(
+    choice = split_choice(arguments, "--file-is-split", arguments.file_is_split)
+    source, notes = load_npz_source(
         arguments.file,
-        arguments.split,
-        arguments.test_fraction,
-        arguments.split_seed,
+        choice,
         arguments.class_modalities,
         dict(arguments.offset),
         dict(arguments.scale),
     )
+    print_notes(notes)
+    return source
 
 
 def _write(arguments: argparse.Namespace) -> int:

@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from jmvae_dist.commands.modality_options import add_modality_options, by_name, named, with_modality_options
+from jmvae_dist.commands.split_options import (
+    add_label_options,
+    add_split_options,
+    split_choice,
+)
 from jmvae_dist.data.indexing.inspection import ModalityRequest
 from jmvae_dist.data.modality import DTYPES
 from jmvae_dist.data.sources.base import Source
@@ -39,6 +44,7 @@ def add_folder_parser(sources: Any) -> argparse.ArgumentParser:
         help="samples that lack a file or have an unreadable one: refuse (default), or leave out",
     )
     folder.add_argument("--folder-is-split", action="store_true", help="DIR holds the samples of --split only")
+    add_split_options(folder, None)
     folder.set_defaults(source=_folder)
     return folder
 
@@ -83,39 +89,27 @@ def add_csv_parser(sources: Any) -> argparse.ArgumentParser:
         help="rows with an empty or wrong cell, or an unreadable file: refuse (default), or leave out",
     )
     table.add_argument("--file-is-split", action="store_true", help="the file holds the samples of --split only")
+    add_split_options(table, None)
+    add_label_options(table, "COLUMN")
+    table.add_argument(
+        "--split-column", metavar="COLUMN", help="says train or test of each row, in place of --test-fraction"
+    )
     table.set_defaults(source=_csv)
     return table
-
-
-def check_split(arguments: argparse.Namespace, option: str, is_split: bool) -> None:
-    """Nobody shall evaluate on training data by accident: the user says which samples the split has.
-
-    Raises:
-        ConfigError: the options do not say it, or say it twice.
-    """
-    if arguments.split is None or (arguments.test_fraction is None) != is_split:
-        what = option.removeprefix("--").partition("-")[0]
-        raise ConfigError(
-            f"name the split to write, --split train|test, and either --test-fraction F (F of the {what} are the "
-            f"test split) or {option} (the {what} holds the samples of that split only)"
-        )
 
 
 def _folder(arguments: argparse.Namespace) -> Source:
     from jmvae_dist.data.sources.folder import load_folder_source
 
-    check_split(arguments, "--folder-is-split", arguments.folder_is_split)
     patterns = by_name("--modality", arguments.modality)
     source, notes = load_folder_source(
         arguments.root,
         patterns,
         with_modality_options([ModalityRequest(name, (), "") for name in patterns], arguments),
-        arguments.split,
-        arguments.test_fraction,
-        arguments.split_seed,
+        split_choice(arguments, "--folder-is-split", arguments.folder_is_split),
         arguments.incomplete == "skip",
     )
-    _print_notes(notes)
+    print_notes(notes)
     return source
 
 
@@ -124,7 +118,7 @@ def _csv(arguments: argparse.Namespace) -> Source:
 
     from jmvae_dist.data.sources.table import Column, load_table_source
 
-    check_split(arguments, "--file-is-split", arguments.file_is_split)
+    choice = split_choice(arguments, "--file-is-split", arguments.file_is_split)
     if not arguments.columns:
         raise ConfigError("csv: name the columns of each modality: --vector, --class, --text or --path NAME=COLUMN")
     parsed = by_name("--vector, --class, --text or --path", arguments.columns)
@@ -152,15 +146,13 @@ def _csv(arguments: argparse.Namespace) -> Source:
         arguments.file,
         columns,
         with_modality_options(requests, arguments),
-        arguments.split,
-        arguments.test_fraction,
-        arguments.split_seed,
+        choice,
         arguments.root,
         delimiter,
         key_column=arguments.key,
         skip_incomplete=arguments.incomplete == "skip",
     )
-    _print_notes(notes)
+    print_notes(notes)
     return source
 
 
@@ -168,7 +160,8 @@ def _extension(name: str, kind: str) -> str:
     return f"{name}.{ {'vector': 'npy', 'class': 'cls', 'text': 'txt', 'path': ''}[kind] }"
 
 
-def _print_notes(notes: list[str]) -> None:
+def print_notes(notes: list[str]) -> None:
+    """What the user may want to know about a source."""
     for note in notes[:_MAX_NOTES]:
         print(f"note: {printable(note)}")
     if len(notes) > _MAX_NOTES:

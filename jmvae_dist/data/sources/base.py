@@ -146,8 +146,7 @@ def split_rows(
         ConfigError: the fraction or seed is out of range, or the split would be empty.
     """
     assert split in SPLITS
-    if not 0 < test_fraction < 1:
-        raise ConfigError(f"--test-fraction must lie between 0 and 1 (exclusive), not {test_fraction}")
+    check_fraction(test_fraction)
     check_seed("--split-seed", split_seed)
     groups = [np.arange(num_rows)]
     if classes is not None:
@@ -160,6 +159,12 @@ def split_rows(
     if len(rows) == 0:
         raise ConfigError(f"--test-fraction {test_fraction} of {num_rows} samples leaves the {split} split empty")
     return rows
+
+
+def check_fraction(test_fraction: float) -> None:
+    """Raise ConfigError unless both splits get a share."""
+    if not 0 < test_fraction < 1:
+        raise ConfigError(f"--test-fraction must lie between 0 and 1 (exclusive), not {test_fraction}")
 
 
 def check_seed(option: str, seed: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from jmvae_dist.data.indexing.inspection import ModalityRequest
 from jmvae_dist.data.indexing.shard_lists import expand_braces
 from jmvae_dist.data.modality import Modality
-from jmvae_dist.data.sources.base import SampleValue, member_bytes, split_rows
+from jmvae_dist.data.sources.base import SampleValue, member_bytes
 from jmvae_dist.data.sources.packing import (
     PLAIN_KEY,
     check_names,
@@ -24,6 +24,7 @@ from jmvae_dist.data.sources.packing import (
     pack_file,
     request_for_files,
 )
+from jmvae_dist.data.sources.splits import SplitChoice, rows_of
 from jmvae_dist.data.untrusted import printable
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.progress import progress
@@ -81,9 +82,7 @@ def load_folder_source(
     root: Path,
     patterns: Mapping[str, str],
     requests: Sequence[ModalityRequest],
-    split: str,
-    test_fraction: float | None,
-    split_seed: int,
+    choice: SplitChoice,
     skip_incomplete: bool = False,
 ) -> tuple[FolderSource, list[str]]:
     """Pair the files by what the wildcards of their patterns stand for.
@@ -95,8 +94,7 @@ def load_folder_source(
         root: patterns are relative to it.
         patterns: by modality.
         requests: the modalities; an empty encoding is told by the extensions of the files.
-        split: with `test_fraction` the part to take; without it the folder is the split and this only names it.
-        test_fraction, split_seed: see `split_rows`.
+        choice: which samples to take, by row.
         skip_incomplete: leave out samples that lack a file or have an unreadable one, instead of refusing them.
 
     Returns:
@@ -129,20 +127,16 @@ def load_folder_source(
     if not readable:
         raise DataError(f"{root}: no sample can be read")
     modalities, about = conclude_all(requests, {name: inspector.facts for name, inspector in inspectors.items()})
-    rows = np.arange(len(readable), dtype=np.int64)
-    details: dict[str, Any] = {"patterns": dict(patterns), "left_out": len(_all_names(found)) - len(readable)}
-    if test_fraction is not None:
-        rows = split_rows(len(readable), split, test_fraction, split_seed)
-        details |= {"test_fraction": test_fraction, "split_seed": split_seed}
+    left_out = len(_all_names(found)) - len(readable)
     source = FolderSource(
         root=root,
-        split=split,
+        split=choice.split,
         modalities=modalities,
         paths={modality: [paths[name] for name in readable] for modality, paths in found.items()},
-        keys=_keys(readable, split),
-        rows=rows,
+        keys=_keys(readable, choice.split),
+        rows=rows_of(choice, choice.split, len(readable), {}),
         sample_bytes=max(1, sum(sizes) // len(sizes)),
-        details=details,
+        details={"patterns": dict(patterns), "left_out": left_out, **choice.description()},
     )
     return source, notes + about
 

@@ -4,35 +4,39 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from jmvae_dist.data.modality import DTYPES, MAX_CLASSES, Modality
-from jmvae_dist.data.sources.base import ArraySource, samples_for_shuffle, split_rows
+from jmvae_dist.data.sources.base import ArraySource, samples_for_shuffle
 from jmvae_dist.data.sources.files import input_files
+from jmvae_dist.data.sources.splits import LabelCollector, Labels, SplitChoice, label_of, rows_of, split_notes
 from jmvae_dist.errors import ConfigError, DataError
 
 
 def load_npz_source(
     path: Path,
-    split: str,
-    test_fraction: float | None,
-    split_seed: int,
+    choice: SplitChoice,
     class_modalities: Mapping[str, int | None] | None = None,
     offsets: Mapping[str, float] | None = None,
     scales: Mapping[str, float] | None = None,
-) -> ArraySource:
+) -> tuple[ArraySource, list[str]]:
     """One modality per array, in the order of the file; one-dimensional arrays become vectors of length 1.
+
+    An array that the choice names, to group or to stratify by, is a modality only if it is one of classes.
 
     Args:
         path: written by `numpy.savez`; never unpickled.
-        split: with `test_fraction` the part to take; without it the file is the split and this only names it.
-        test_fraction, split_seed: see `split_rows`.
+        choice: which samples to take.
         class_modalities: integer arrays to store as class indices, and how many classes each has; None takes
             the largest index of the file + 1, which may differ between files.
         offsets, scales: by modality; the model sees (value - offset) * scale.
+
+    Returns:
+        The source, and what its user may want to know.
 
     Raises:
         ConfigError: the file cannot be opened, or an option names an array that is not there.
@@ -40,33 +44,56 @@ def load_npz_source(
     """
     arrays = _read_arrays(path)
     class_modalities, offsets, scales = class_modalities or {}, offsets or {}, scales or {}
+    labels = {title: _labels(path, title, _named(path, arrays, title)) for title in choice.label_columns.values()}
+    arrays = {name: array for name, array in arrays.items() if name not in labels or name in class_modalities}
+    if not arrays:
+        raise DataError(f"{path}: no array is left to be a modality")
     for name in (*class_modalities, *offsets, *scales):
-        if name not in arrays:
-            raise ConfigError(f"{path} has no array {name!r}; it has {', '.join(arrays)}")
+        _named(path, arrays, name)
     modalities = []
-    for name in list(arrays):
+    for name, array in arrays.items():
         if name in class_modalities:
             if name in offsets or name in scales:
                 raise ConfigError(f"class modality {name!r} takes no --offset or --scale")
-            arrays[name] = _as_classes(path, name, arrays[name], class_modalities[name])
+            arrays[name], modality = _as_classes(path, name, array, class_modalities[name])
         else:
-            arrays[name] = _as_samples(path, name, arrays[name])
-        try:
-            if name in class_modalities:
-                modality = Modality.classes(name, class_modalities[name] or int(arrays[name].max()) + 1)
-            else:
-                dtype, shape = arrays[name].dtype.name, arrays[name].shape[1:]
-                modality = Modality(name, dtype, shape, offset=offsets.get(name, 0.0), scale=scales.get(name, 1.0))
-        except ValueError as error:
-            raise DataError(f"{path}: array {name!r}: {error}") from None
+            offset, scale = offsets.get(name, 0.0), scales.get(name, 1.0)
+            arrays[name], modality = _as_samples(path, name, array, offset, scale)
         modalities.append(modality)
     num_rows = len(next(iter(arrays.values())))
-    rows = np.arange(num_rows, dtype=np.int64)
-    details: dict[str, object] = {"files": input_files(path)}
-    if test_fraction is not None:
-        rows = split_rows(num_rows, split, test_fraction, split_seed)
-        details |= {"test_fraction": test_fraction, "split_seed": split_seed}
-    return ArraySource("npz", split, tuple(modalities), arrays, rows, samples_for_shuffle(len(rows), 4096), details)
+    rows = rows_of(choice, choice.split, num_rows, labels)
+
+    source = ArraySource(
+        name="npz",
+        split=choice.split,
+        modalities=tuple(modalities),
+        arrays=arrays,
+        rows=rows,
+        default_samples_per_shard=samples_for_shuffle(len(rows), 4096),
+        details={"files": input_files(path), **choice.description()},
+    )
+    return source, split_notes(choice, labels)
+
+
+def _named(path: Path, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    if name not in arrays:
+        raise ConfigError(f"{path} has no array {name!r}; it has {', '.join(arrays)}")
+    return arrays[name]
+
+
+def _labels(path: Path, name: str, array: np.ndarray) -> Labels:
+    if array.ndim != 1 or array.dtype.kind not in "biuUS":
+        raise DataError(
+            f"{path}: array {name!r} is {array.dtype} {list(array.shape)}; to split by it, it must "
+            "have one integer or string per sample"
+        )
+    collector = LabelCollector(name)
+    for row, value in enumerate(array.tolist()):
+        try:
+            collector.add(label_of(value.decode("utf-8") if isinstance(value, bytes) else str(value)))
+        except (DataError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: array {name!r}: row {row}: {error}") from None
+    return collector.labels()
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -99,7 +126,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _as_classes(path: Path, name: str, array: np.ndarray, num_classes: int | None) -> np.ndarray:
+def _as_classes(path: Path, name: str, array: np.ndarray, num_classes: int | None) -> tuple[np.ndarray, Modality]:
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise DataError(
             f"{path}: class modality {name!r} must be a one-dimensional integer array, not {array.dtype} "
@@ -114,10 +141,12 @@ def _as_classes(path: Path, name: str, array: np.ndarray, num_classes: int | Non
             f"{path}: class modality {name!r}: row {int(array.argmax())} is {int(array.max())}, not below "
             + (f"the {limit} classes given" if num_classes is not None else f"the limit of {limit} classes")
         )
-    return array.astype(np.int64)
+    with _named_in_errors(path, name):
+        modality = Modality.classes(name, num_classes or int(array.max()) + 1)
+    return array.astype(np.int64), modality
 
 
-def _as_samples(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+def _as_samples(path: Path, name: str, array: np.ndarray, offset: float, scale: float) -> tuple[np.ndarray, Modality]:
     if array.dtype.name not in DTYPES:
         raise DataError(f"{path}: array {name!r} has dtype {array.dtype}; use one of {', '.join(DTYPES)}")
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
@@ -127,4 +156,13 @@ def _as_samples(path: Path, name: str, array: np.ndarray) -> np.ndarray:
         finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
         if not finite.all():
             raise DataError(f"{path}: array {name!r}: row {int(np.argmin(finite))} is not finite (NaN or infinite)")
-    return array
+    with _named_in_errors(path, name):
+        return array, Modality(name, array.dtype.name, array.shape[1:], offset=offset, scale=scale)
+
+
+@contextmanager
+def _named_in_errors(path: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(f"{path}: array {name!r}: {error}") from None

@@ -16,7 +16,7 @@ import numpy as np
 from jmvae_dist.data.files import open_regular
 from jmvae_dist.data.indexing.inspection import Facts, Inspector, ModalityRequest
 from jmvae_dist.data.modality import MAX_CLASSES, Modality
-from jmvae_dist.data.sources.base import SampleValue, member_bytes, split_rows
+from jmvae_dist.data.sources.base import SampleValue, member_bytes
 from jmvae_dist.data.sources.files import input_files
 from jmvae_dist.data.sources.packing import (
     PLAIN_KEY,
@@ -29,6 +29,7 @@ from jmvae_dist.data.sources.packing import (
     pack_file,
     request_for_files,
 )
+from jmvae_dist.data.sources.splits import LabelCollector, SplitChoice, label_of, rows_of, split_notes
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.progress import progress
 
@@ -149,9 +150,7 @@ def load_table_source(
     path: Path,
     columns: Mapping[str, Column],
     requests: Sequence[ModalityRequest],
-    split: str,
-    test_fraction: float | None,
-    split_seed: int,
+    choice: SplitChoice,
     root: Path | None = None,
     delimiter: str = ",",
     key_column: str | None = None,
@@ -163,8 +162,7 @@ def load_table_source(
         path: the CSV file, UTF-8.
         columns: where each modality is.
         requests: the modalities, in order; what they leave open is found in the table.
-        split: with `test_fraction` the part to take; without it the file is the split and this only names it.
-        test_fraction, split_seed: see `split_rows`.
+        choice: which samples to take.
         root: the folder of the files that cells name, which must lie in it; default: the folder of the table.
         delimiter: between the cells.
         key_column: its cells are the keys of the samples; default: keys are numbers.
@@ -186,31 +184,30 @@ def load_table_source(
             table = _Table(path, file, delimiter)
             positions = {name: _positions(table, name, column) for name, column in columns.items()}
             keys = None if key_column is None else _Keys(table, key_column)
+            labels = [_LabelColumn(table, *column) for column in choice.label_columns.items()]
             checks = _Checks(columns, positions, requests, table, root)
             with progress(size // 10**6, "looking at the table, MB") as advance:
-                complete, left_out = _complete_rows(table, checks, keys, skip_incomplete, advance)
+                complete, left_out = _complete_rows(table, checks, keys, labels, skip_incomplete, advance)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     if not len(table.offsets):
         raise DataError(f"{path}: no rows after the header")
     if not len(complete):
         raise DataError(f"{path}: no row is complete: {left_out.describe()}")
-    modalities, notes, class_names = checks.conclude(may_name_classes=test_fraction is not None)
-    rows = np.array(complete, np.int64)
+    modalities, notes, class_names = checks.conclude(may_name_classes=not choice.is_whole)
     details: dict[str, Any] = {"files": input_files(path)}
     if class_names:
         details["class_names"] = {name: list(numbers) for name, numbers in class_names.items()}
     if skip_incomplete:
         details["left_out"] = left_out.num_rows
         notes = [f"left out: {left_out.describe()}"] * (left_out.num_rows > 0) + notes
-    if test_fraction is not None:
-        rows = rows[split_rows(len(rows), split, test_fraction, split_seed)]
-        details |= {"test_fraction": test_fraction, "split_seed": split_seed}
+    labels_by_title = {column.title: column.labels() for column in labels}
+    rows = np.array(complete, np.int64)[rows_of(choice, choice.split, len(complete), labels_by_title)]
     source = TableSource(
         path=path,
         delimiter=delimiter,
         root=root,
-        split=split,
+        split=choice.split,
         modalities=modalities,
         columns={name: (column.kind, positions[name]) for name, column in columns.items()},
         class_names=class_names,
@@ -219,13 +216,18 @@ def load_table_source(
         rows=rows,
         keys=None if keys is None else keys.of_rows,
         sample_bytes=max(1, checks.total_bytes // len(complete)),
-        details=details,
+        details={**details, **choice.description()},
     )
-    return source, notes
+    return source, notes + split_notes(choice, labels_by_title)
 
 
 def _complete_rows(
-    table: _Table, checks: _Checks, keys: _Keys | None, skip_incomplete: bool, advance: Callable[[int], None]
+    table: _Table,
+    checks: _Checks,
+    keys: _Keys | None,
+    labels: Sequence[_LabelColumn],
+    skip_incomplete: bool,
+    advance: Callable[[int], None],
 ) -> tuple[array[int], _LeftOut]:
     """Check all rows: the numbers of those that are complete, and what is wrong with the others."""
     complete, left_out, done = array("q"), _LeftOut(), 0
@@ -233,8 +235,12 @@ def _complete_rows(
         if keys is not None:
             keys.take(cells)
         try:
+            # First: a row that is left out shall not add to what the checks find.
+            values = [column.read(cells) for column in labels]
             checks.check(cells)
             complete.append(row)
+            for column, value in zip(labels, values, strict=True):
+                column.add(value)
         except _CellError as error:
             if not skip_incomplete:
                 table.fail(f"{error}; --incomplete skip leaves such rows out")
@@ -295,6 +301,21 @@ class _Keys:
     @property
     def of_rows(self) -> list[str]:
         return list(self._lines)
+
+
+class _LabelColumn(LabelCollector):
+    """A column that decides how the table is split."""
+
+    def __init__(self, table: _Table, option: str, title: str) -> None:
+        super().__init__(title)
+        (self._position,) = _positions(table, option, Column("class", (title,)))
+
+    def read(self, cells: Sequence[str]) -> str:
+        """The value of a row; raises _CellError if there is none."""
+        try:
+            return label_of(cells[self._position])
+        except DataError as error:
+            raise _CellError(self.title, error) from None
 
 
 class _Lines:

@@ -15,6 +15,7 @@ from jmvae_dist.commands.options import num_bytes
 from jmvae_dist.commands.shards import main
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.sources.folder import load_folder_source
+from jmvae_dist.data.sources.splits import SplitChoice
 from jmvae_dist.data.verify import verify_shards
 from jmvae_dist.errors import ConfigError, DataError
 
@@ -204,7 +205,7 @@ def test_files_are_read_while_packing(pairs: Path) -> None:
     from jmvae_dist.data.indexing.inspection import ModalityRequest
 
     source, _ = load_folder_source(
-        pairs, {"image": "pictures/*.png"}, [ModalityRequest("image", (), "")], "train", None, 0
+        pairs, {"image": "pictures/*.png"}, [ModalityRequest("image", (), "")], SplitChoice("train")
     )
     assert len(pickle.dumps(source)) < 3000
 

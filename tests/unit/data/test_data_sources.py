@@ -20,6 +20,7 @@ from jmvae_dist.data.sources.digits import load_digits_source
 from jmvae_dist.data.sources.mfeat import VIEWS, load_mfeat_source
 from jmvae_dist.data.sources.mnist import load_mnist_source
 from jmvae_dist.data.sources.npz import load_npz_source
+from jmvae_dist.data.sources.splits import SplitChoice
 from jmvae_dist.errors import ConfigError, DataError
 
 # Splits
@@ -217,7 +218,7 @@ def test_npz(tmp_path: Path) -> None:
     pixels = np.arange(24, dtype=np.uint8).reshape(6, 2, 2)
     big_endian = np.arange(6, dtype=">f8")
     np.savez(path, pixels=pixels, kind=np.array([2, 0, 1, 2, 0, 1], dtype=np.int16), scalar=big_endian)
-    source = load_npz_source(path, "train", None, 0, {"kind": None}, scales={"pixels": 1 / 255})
+    source, _ = load_npz_source(path, SplitChoice("train"), {"kind": None}, scales={"pixels": 1 / 255})
     pixel, kind, scalar = source.modalities
     assert (pixel.dtype, pixel.shape, pixel.scale) == ("uint8", (2, 2), 1 / 255)
     assert (kind.encoding, kind.num_classes) == ("cls", 3)
@@ -226,7 +227,7 @@ def test_npz(tmp_path: Path) -> None:
     assert np.array_equal(source.sample(4)["pixels"], pixels[4])
     assert source.sample(3)["kind"] == 2
     assert np.asarray(source.sample(5)["scalar"]).dtype.str == "<f8"
-    assert len(load_npz_source(path, "test", 0.5, 0)) == 3
+    assert len(load_npz_source(path, SplitChoice("test", 0.5))[0]) == 3
 
 
 @pytest.mark.parametrize(
@@ -270,27 +271,27 @@ def test_npz(tmp_path: Path) -> None:
 def test_unsuitable_npz(tmp_path: Path, arrays: dict, options: dict, error: type[Exception], message: str) -> None:
     np.savez(tmp_path / "data.npz", **arrays)
     with pytest.raises(error, match=message):
-        load_npz_source(tmp_path / "data.npz", "train", None, 0, **options)
+        load_npz_source(tmp_path / "data.npz", SplitChoice("train"), **options)
 
 
 def test_files_of_one_data_set_agree_on_the_number_of_classes(tmp_path: Path) -> None:
     np.savez(tmp_path / "test.npz", kind=np.arange(5))
-    source = load_npz_source(tmp_path / "test.npz", "test", None, 0, {"kind": 10})
+    source, _ = load_npz_source(tmp_path / "test.npz", SplitChoice("test"), {"kind": 10})
     assert source.modalities[0].num_classes == 10
 
 
 def test_files_that_are_not_npz(tmp_path: Path) -> None:
     path = tmp_path / "data.npz"
     with pytest.raises(ConfigError, match="cannot read"):
-        load_npz_source(path, "train", None, 0)
+        load_npz_source(path, SplitChoice("train"))
     for content in (b"", b"PK\x03\x04garbage", b"text"):
         path.write_bytes(content)
         with pytest.raises(DataError, match="cannot be read as"):
-            load_npz_source(path, "train", None, 0)
+            load_npz_source(path, SplitChoice("train"))
     with open(path, "wb") as file:
         np.save(file, np.zeros(3))
     with pytest.raises(DataError, match="a single array"):
-        load_npz_source(path, "train", None, 0)
+        load_npz_source(path, SplitChoice("train"))
 
 
 def _npy_of_shape(shape: tuple[int, ...]) -> bytes:
@@ -313,7 +314,7 @@ def test_npz_members_that_are_not_arrays(tmp_path: Path, member: str, content: b
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(member, content)
     with pytest.raises(DataError, match=message):
-        load_npz_source(path, "train", None, 0)
+        load_npz_source(path, SplitChoice("train"))
 
 
 def test_npz_that_is_encrypted_or_of_unknown_compression(tmp_path: Path) -> None:
@@ -326,7 +327,7 @@ def test_npz_that_is_encrypted_or_of_unknown_compression(tmp_path: Path) -> None
         changed[local + place_in_local] = changed[central + place_in_central] = value
         path.write_bytes(changed)
         with pytest.raises(DataError, match="cannot be read as"):
-            load_npz_source(path, "train", None, 0)
+            load_npz_source(path, SplitChoice("train"))
 
 
 @pytest.mark.parametrize("compressed", [False, True])
