@@ -14,7 +14,9 @@ from jmvae_dist.commands.shards_index import add_index_parser, requests_of
 from jmvae_dist.commands.split_options import (
     add_label_options,
     add_split_options,
+    add_standardize_options,
     split_choice,
+    standardization,
 )
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.modality import Modality
@@ -101,6 +103,7 @@ def _add_sources(write: argparse.ArgumentParser) -> None:
     npz.add_argument("--file-is-split", action="store_true", help="the file holds the samples of --split only")
     add_split_options(npz, None)
     add_label_options(npz, "NAME")
+    add_standardize_options(npz)
     npz.set_defaults(source=_npz)
 
     folder, table = add_folder_parser(sources), add_csv_parser(sources)
@@ -164,6 +167,7 @@ def _npz(arguments: argparse.Namespace) -> Source:
         arguments.class_modalities,
         dict(arguments.offset),
         dict(arguments.scale),
+        standardization(arguments, choice),
     )
     print_notes(notes)
     return source

@@ -11,7 +11,9 @@ from jmvae_dist.commands.modality_options import add_modality_options, by_name, 
 from jmvae_dist.commands.split_options import (
     add_label_options,
     add_split_options,
+    add_standardize_options,
     split_choice,
+    standardization,
 )
 from jmvae_dist.data.indexing.inspection import ModalityRequest
 from jmvae_dist.data.modality import DTYPES
@@ -94,6 +96,7 @@ def add_csv_parser(sources: Any) -> argparse.ArgumentParser:
     table.add_argument(
         "--split-column", metavar="COLUMN", help="says train or test of each row, in place of --test-fraction"
     )
+    add_standardize_options(table)
     table.set_defaults(source=_csv)
     return table
 
@@ -128,6 +131,9 @@ def _csv(arguments: argparse.Namespace) -> Source:
             if name not in columns or columns[name].kind != "vector":
                 raise ConfigError(f"{option} {name}=...: there is no --vector {name}")
             columns[name] = replace(columns[name], **{attribute: value})
+    for name in arguments.standardize:
+        if name not in columns or columns[name].kind != "vector":
+            raise ConfigError(f"--standardize {name}: there is no --vector {name}")
     for name, listed in by_name("--class-names", arguments.class_names).items():
         if name not in columns or columns[name].kind != "class":
             raise ConfigError(f"--class-names {name}=...: there is no --class {name}")
@@ -151,6 +157,7 @@ def _csv(arguments: argparse.Namespace) -> Source:
         delimiter,
         key_column=arguments.key,
         skip_incomplete=arguments.incomplete == "skip",
+        standardization=standardization(arguments, choice),
     )
     print_notes(notes)
     return source

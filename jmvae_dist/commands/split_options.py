@@ -1,10 +1,12 @@
-"""Options of `shards write` that say which samples are the split."""
+"""Options of `shards write` that say which samples are the split, and what is computed from the train split."""
 
 from __future__ import annotations
 
 import argparse
 
+from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.sources.splits import SplitChoice
+from jmvae_dist.data.sources.standardization import Standardization
 from jmvae_dist.errors import ConfigError
 
 
@@ -25,6 +27,22 @@ def add_label_options(parser: argparse.ArgumentParser, metavar: str) -> None:
         help="samples with the same value, such as those of one patient, are all in the same split",
     )
     parser.add_argument("--stratify", metavar=metavar, help="classes of which both splits have the same share")
+
+
+def add_standardize_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `standardization` reads."""
+    parser.add_argument(
+        "--standardize",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the model sees every element with mean 0 and standard deviation 1 in the train split",
+    )
+    parser.add_argument(
+        "--standardize-like",
+        metavar="MANIFEST",
+        help="take mean and standard deviation from these shards, for example of the train split",
+    )
 
 
 def split_choice(arguments: argparse.Namespace, option: str, is_split: bool) -> SplitChoice:
@@ -49,3 +67,25 @@ def split_choice(arguments: argparse.Namespace, option: str, is_split: bool) -> 
             f"test split){by_column} or {option} (the {what} holds the samples of that split only)"
         )
     return SplitChoice(arguments.split, arguments.test_fraction, arguments.split_seed, column=column, **choice)
+
+
+def standardization(arguments: argparse.Namespace, choice: SplitChoice) -> Standardization:
+    """What the options of `add_standardize_options` say.
+
+    Raises:
+        ConfigError: they contradict others, or there is no train split to compute the numbers from.
+    """
+    names, like = tuple(arguments.standardize), arguments.standardize_like
+    if len(set(names)) < len(names):
+        raise ConfigError("--standardize names a modality twice")
+    for name in names:
+        if name in dict(arguments.offset) or name in dict(arguments.scale):
+            raise ConfigError(f"--standardize {name} sets offset and scale; leave out its --offset and --scale")
+    if like is not None and not names:
+        raise ConfigError("--standardize-like needs --standardize NAME for each modality to standardise")
+    if names and like is None and choice.is_whole and choice.split == "test":
+        raise ConfigError(
+            f"--standardize {names[0]}: mean and standard deviation are those of the train split, which is not "
+            "in this file; write that first, and add --standardize-like MANIFEST with its manifest"
+        )
+    return Standardization(names, None if like is None else Manifest.load(like))

@@ -14,6 +14,12 @@ from jmvae_dist.data.modality import DTYPES, MAX_CLASSES, Modality
 from jmvae_dist.data.sources.base import ArraySource, samples_for_shuffle
 from jmvae_dist.data.sources.files import input_files
 from jmvae_dist.data.sources.splits import LabelCollector, Labels, SplitChoice, label_of, rows_of, split_notes
+from jmvae_dist.data.sources.standardization import (
+    SAMPLES_AT_ONCE,
+    Moments,
+    Standardization,
+    standardized,
+)
 from jmvae_dist.errors import ConfigError, DataError
 
 
@@ -23,6 +29,7 @@ def load_npz_source(
     class_modalities: Mapping[str, int | None] | None = None,
     offsets: Mapping[str, float] | None = None,
     scales: Mapping[str, float] | None = None,
+    standardization: Standardization | None = None,
 ) -> tuple[ArraySource, list[str]]:
     """One modality per array, in the order of the file; one-dimensional arrays become vectors of length 1.
 
@@ -34,6 +41,7 @@ def load_npz_source(
         class_modalities: integer arrays to store as class indices, and how many classes each has; None takes
             the largest index of the file + 1, which may differ between files.
         offsets, scales: by modality; the model sees (value - offset) * scale.
+        standardization: what else gets an offset and a scale, of every element.
 
     Returns:
         The source, and what its user may want to know.
@@ -42,19 +50,20 @@ def load_npz_source(
         ConfigError: the file cannot be opened, or an option names an array that is not there.
         DataError: an array has an unsuitable dtype, length, or value.
     """
+    standardization = standardization or Standardization()
     arrays = _read_arrays(path)
     class_modalities, offsets, scales = class_modalities or {}, offsets or {}, scales or {}
     labels = {title: _labels(path, title, _named(path, arrays, title)) for title in choice.label_columns.values()}
     arrays = {name: array for name, array in arrays.items() if name not in labels or name in class_modalities}
     if not arrays:
         raise DataError(f"{path}: no array is left to be a modality")
-    for name in (*class_modalities, *offsets, *scales):
+    for name in (*class_modalities, *offsets, *scales, *standardization.names):
         _named(path, arrays, name)
     modalities = []
     for name, array in arrays.items():
         if name in class_modalities:
-            if name in offsets or name in scales:
-                raise ConfigError(f"class modality {name!r} takes no --offset or --scale")
+            if name in offsets or name in scales or name in standardization.names:
+                raise ConfigError(f"class modality {name!r} takes no --offset, --scale or --standardize")
             arrays[name], modality = _as_classes(path, name, array, class_modalities[name])
         else:
             offset, scale = offsets.get(name, 0.0), scales.get(name, 1.0)
@@ -63,16 +72,28 @@ def load_npz_source(
     num_rows = len(next(iter(arrays.values())))
     rows = rows_of(choice, choice.split, num_rows, labels)
 
+    def train_moments() -> dict[str, Moments]:
+        train_rows = rows_of(choice, "train", num_rows, labels)
+        return {name: _moments(arrays[name], train_rows) for name in standardization.names}
+
+    transformed, notes = standardized(modalities, standardization, train_moments)
     source = ArraySource(
         name="npz",
         split=choice.split,
-        modalities=tuple(modalities),
+        modalities=transformed,
         arrays=arrays,
         rows=rows,
         default_samples_per_shard=samples_for_shuffle(len(rows), 4096),
-        details={"files": input_files(path), **choice.description()},
+        details={"files": input_files(path), **choice.description(), **standardization.description()},
     )
-    return source, split_notes(choice, labels)
+    return source, split_notes(choice, labels) + notes
+
+
+def _moments(array: np.ndarray, rows: np.ndarray) -> Moments:
+    moments = Moments()
+    for start in range(0, len(rows), SAMPLES_AT_ONCE):
+        moments.add(array[rows[start : start + SAMPLES_AT_ONCE]])
+    return moments
 
 
 def _named(path: Path, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:

@@ -30,6 +30,7 @@ from jmvae_dist.data.sources.packing import (
     request_for_files,
 )
 from jmvae_dist.data.sources.splits import LabelCollector, SplitChoice, label_of, rows_of, split_notes
+from jmvae_dist.data.sources.standardization import SAMPLES_AT_ONCE, Moments, Standardization, standardized
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.progress import progress
 
@@ -117,6 +118,21 @@ class TableSource:
         except (DataError, ValueError, IndexError) as error:
             raise DataError(f"{self.path}: line {int(self.lines[row])}: {error}") from None
 
+    def moments(self, names: Sequence[str], rows: np.ndarray) -> dict[str, Moments]:
+        """Mean and standard deviation of some vectors over some rows of the table, which is read for that."""
+        modalities = [modality for modality in self.modalities if modality.name in names]
+        moments = {modality.name: Moments() for modality in modalities}
+        with progress(len(rows), "standardising, rows") as advance:
+            for start in range(0, len(rows), SAMPLES_AT_ONCE):
+                part = [
+                    [self._value(modality, cells) for modality in modalities]
+                    for cells in map(self._cells, rows[start : start + SAMPLES_AT_ONCE].tolist())
+                ]
+                for modality, values in zip(modalities, zip(*part, strict=True), strict=True):
+                    moments[modality.name].add(np.stack(values))
+                advance(len(part))
+        return moments
+
     def description(self) -> dict[str, Any]:
         return {"name": "csv", "split": self.split, **self.details}
 
@@ -155,6 +171,7 @@ def load_table_source(
     delimiter: str = ",",
     key_column: str | None = None,
     skip_incomplete: bool = False,
+    standardization: Standardization | None = None,
 ) -> tuple[TableSource, list[str]]:
     """Check all rows of a table with a header, and the files that it names.
 
@@ -167,6 +184,7 @@ def load_table_source(
         delimiter: between the cells.
         key_column: its cells are the keys of the samples; default: keys are numbers.
         skip_incomplete: leave out rows with an empty or wrong cell, or an unreadable file, instead of refusing them.
+        standardization: vectors that get an offset and a scale of every element.
 
     Returns:
         The source, and what its user may want to know.
@@ -176,6 +194,7 @@ def load_table_source(
         DataError: a row or a file is not what it should be; names line and column.
     """
     check_names(requests)
+    standardization = standardization or Standardization()
     root = path.parent if root is None else root
     try:
         with open_regular(path) as file:
@@ -202,7 +221,12 @@ def load_table_source(
         details["left_out"] = left_out.num_rows
         notes = [f"left out: {left_out.describe()}"] * (left_out.num_rows > 0) + notes
     labels_by_title = {column.title: column.labels() for column in labels}
-    rows = np.array(complete, np.int64)[rows_of(choice, choice.split, len(complete), labels_by_title)]
+    rows_by_number = np.array(complete, np.int64)
+
+    def rows_of_split(split: str) -> np.ndarray:
+        rows: np.ndarray = rows_by_number[rows_of(choice, split, len(complete), labels_by_title)]
+        return rows
+
     source = TableSource(
         path=path,
         delimiter=delimiter,
@@ -213,12 +237,15 @@ def load_table_source(
         class_names=class_names,
         offsets=np.array(table.offsets, np.int64),
         lines=np.array(table.lines, np.int64),
-        rows=rows,
+        rows=rows_of_split(choice.split),
         keys=None if keys is None else keys.of_rows,
         sample_bytes=max(1, checks.total_bytes // len(complete)),
-        details={**details, **choice.description()},
+        details={**details, **choice.description(), **standardization.description()},
     )
-    return source, notes + split_notes(choice, labels_by_title)
+    transformed, about = standardized(
+        modalities, standardization, lambda: source.moments(standardization.names, rows_of_split("train"))
+    )
+    return replace(source, modalities=transformed), notes + split_notes(choice, labels_by_title) + about
 
 
 def _complete_rows(
