@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jmvae_dist.checkpoint.layout import CheckpointManifest, FragmentRecord, TensorRecord
+from jmvae_dist.checkpoint.layout import CheckpointManifest, FragmentRecord, TensorRecord, shown
 from jmvae_dist.errors import CheckpointError
 
 
@@ -118,10 +118,12 @@ def check_same_entries(specs: Mapping[str, EntrySpec], manifest: CheckpointManif
     for name, spec in specs.items():
         record = manifest.tensors.get(name)
         if record is not None and (list(spec.shape), _dtype_name(spec.dtype)) != (record.shape, record.dtype):
-            here, there = f"{_dtype_name(spec.dtype)} {list(spec.shape)}", f"{record.dtype} {record.shape}"
+            here, there = f"{_dtype_name(spec.dtype)} {list(spec.shape)}", shown(f"{record.dtype} {record.shape}")
             shapes.append(f"{name} is {here} here and {there} there")
     if missing or unknown or shapes:
-        names = [f"{name} is missing there" for name in missing] + [f"{name} is unknown here" for name in unknown]
+        names = [f"{name} is missing there" for name in missing] + [
+            f"{shown(name)} is unknown here" for name in unknown
+        ]
         raise CheckpointError(
             f"{where}: the checkpoint is that of another model ({(shapes + names)[0]}; {len(shapes)} shapes differ, "
             f"{len(missing)} tensors are missing, {len(unknown)} unknown); restore the model section of the "

@@ -142,8 +142,8 @@ class CheckpointManifest:
             manifest = cls(**content)
             manifest._check(where)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            problem = ascii(str(error))[1:-1][:_MAX_SHOWN_CHARACTERS]  # it may quote anything
-            raise CheckpointError(f"{where}: not a checkpoint manifest ({type(error).__name__}: {problem})") from None
+            problem = f"{type(error).__name__}: {shown(str(error))}"
+            raise CheckpointError(f"{where}: not a checkpoint manifest ({problem})") from None
         return manifest
 
     def _check(self, where: Path) -> None:
@@ -154,10 +154,15 @@ class CheckpointManifest:
                 raise TypeError(f"{name} is {value!r}, not of the type {expected.__name__}")
         for name in self.files:
             if not _FILE_NAME.fullmatch(name):
-                raise CheckpointError(f"{where}: file name {name!r} is not allowed in a checkpoint")
+                raise CheckpointError(f"{where}: file name '{shown(name)}' is not allowed in a checkpoint")
         for name, record in self.tensors.items():
             if not _is_covered(record, self.files):
-                raise CheckpointError(f"{where}: the fragments of {name} are not exactly all of it")
+                raise CheckpointError(f"{where}: the fragments of '{shown(name)}' are not exactly all of it")
+
+
+def shown(text: str) -> str:
+    """The beginning of what may be anything, for messages."""
+    return ascii(text)[1:-1][:_MAX_SHOWN_CHARACTERS]
 
 
 def _format_error(version: Any, where: Path) -> CheckpointError:
@@ -167,7 +172,7 @@ def _format_error(version: Any, where: Path) -> CheckpointError:
             f"{where}: format {version}, written by a newer version of this program; this one reads formats up to "
             f"{newest}: use the newer one, or move this checkpoint away to go on from the one before"
         )
-    return CheckpointError(f"{where}: format version {version!r}; this version reads {_READABLE_FORMATS}")
+    return CheckpointError(f"{where}: format version {shown(repr(version))}; this version reads {_READABLE_FORMATS}")
 
 
 def _is_covered(record: TensorRecord, files: dict[str, FileRecord]) -> bool:

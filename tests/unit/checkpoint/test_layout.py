@@ -123,11 +123,25 @@ def resealed(text: str, **changes: object) -> str:
     return json.dumps({**content, "digest": digest})
 
 
-def test_messages_do_not_control_the_terminal() -> None:
-    text = resealed(make_manifest(global_step=1).to_json(), **{"\x1b[2J": 0})
-    with pytest.raises(CheckpointError, match="not a checkpoint manifest") as caught:
+HOSTILE = "\x1b[2J" * 10_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({HOSTILE: 0}, "not a checkpoint manifest"),
+        ({"format_version": HOSTILE}, "format version"),
+        ({"files": {HOSTILE: {"num_bytes": 1, "sha256": ""}}}, "file name"),
+        ({"tensors": {HOSTILE: {"shape": [1], "dtype": "float32", "fragments": []}}}, "the fragments of"),
+    ],
+    ids=["field", "version", "file", "tensor"],
+)
+def test_messages_neither_control_nor_flood_the_terminal(changes: dict, message: str) -> None:
+    text = resealed(make_manifest(global_step=1).to_json(), **changes)
+    with pytest.raises(CheckpointError, match=message) as caught:
         CheckpointManifest.from_json(text, Path("here"))
     assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
 
 
 def test_the_format_is_as_old_as_its_content_allows(tmp_path: Path) -> None:
@@ -206,5 +220,5 @@ def test_fragments_must_cover_their_tensor(fragments: list[tuple[str, int, int]]
     record = TensorRecord([2, 2], "float32", [FragmentRecord(*fragment) for fragment in fragments])
     files = {"rank-00000.safetensors": FileRecord(1, "0" * 64)}
     manifest = make_manifest(files=files, tensors={"weight/a": record})
-    with pytest.raises(CheckpointError, match="fragments of weight/a"):
+    with pytest.raises(CheckpointError, match="fragments of 'weight/a'"):
         CheckpointManifest.from_json(manifest.to_json(), Path("here"))
