@@ -89,12 +89,13 @@ class ForeignTarget(Target):
         expected = _members_by_key(tar)
         with contextlib.closing(ShardReader(manifest, 0)) as reader:
             for row, modality in itertools.product(range(reader.num_samples), manifest.modalities):
-                members = expected.get(reader.key(row, modality.name))
-                if members is None:
-                    continue
+                members = expected.get(reader.key(row, modality.name), {})
+                contents = [content for name in modality.extensions for content in members.get(name, ())]
+                if not contents:
+                    continue  # `tarfile` gives up where an owner or a time before it is not a number
                 value = reader.read_stored(np.array([row]), modality.name)[0] if modality.has_fixed_shape else None
                 offset, size = reader.location(row, modality.name)
-                if not any(tar[offset : offset + size] in members.get(name, ()) for name in modality.extensions):
+                if tar[offset : offset + size] not in contents:
                     raise WrongDataError(f"sample {row}, {modality.name}: not a member of the sample")
                 if value is not None:
                     check_value(value, tar[offset : offset + size], modality, f"sample {row}")
