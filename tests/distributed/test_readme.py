@@ -45,7 +45,7 @@ def test_own_data(tmp_path: Path) -> None:
     commands = [line for line in lines[2:] if not line.startswith("cp ")]
     environment = launch_environment()
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    script = "\n".join(commands).replace("runs/mine --manifest", "runs/mine --joint-nll-samples 5 --manifest")
+    script = "\n".join(commands).replace("evaluate runs/mine", "evaluate runs/mine --joint-nll-samples 5")
     result = subprocess.run(
         ["bash", "-euc", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
@@ -57,3 +57,4 @@ def test_own_data(tmp_path: Path) -> None:
     assert sizes == [240, 60]
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
     assert (tmp_path / "runs" / "mine" / "from_rna" / "samples.npz").is_file()
+    assert len(np.load(tmp_path / "latents.npz")["mu"]) == 60
