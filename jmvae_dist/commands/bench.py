@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jmvae_dist.commands.cli import make_parser
+from jmvae_dist.commands.cli import add_device_option, find_device, make_parser
 from jmvae_dist.errors import ConfigError
 
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 def _add_kernels(commands: Any) -> None:
     summary = "Gaussian KL terms and products of experts: eager, compiled, Triton"
     parser = commands.add_parser("kernels", help=summary, description=summary)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device_option(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument(
         "--sizes", nargs="+", metavar="B,D,M", type=_size, help="batch, latent dimension, experts (default: several)"
@@ -68,20 +68,10 @@ def _size(text: str) -> tuple[int, int, int]:
     return batch, dim, experts
 
 
-def _device(options: argparse.Namespace) -> str:
-    import torch
-
-    from jmvae_dist.distributed.runtime import takes_gpu
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device: cuda is not available to torch on this machine; use auto or cpu")
-    return "cuda" if takes_gpu(options.device) else "cpu"
-
-
 def _kernels(options: argparse.Namespace) -> int:
     from jmvae_dist.kernels.benchmark import SIZES, measure
 
-    device = _device(options)
+    device = find_device(options.device)
     rows = []
     print(
         f"{'operation':<20}{'B,D,M':>14}  {'direction':<18}{'':<10}{'ms':>10}{'x eager':>9}{'GB/s':>8}{'of copy':>9}"
@@ -102,7 +92,7 @@ def _kernels(options: argparse.Namespace) -> int:
 
 
 def _errors(options: argparse.Namespace) -> int:
-    device = _device(options)
+    device = find_device(options.device)
     if device == "cpu":
         # Before anything imports triton: it looks at this once.
         os.environ["TRITON_INTERPRET"] = "1"

@@ -57,6 +57,25 @@ def add_cache_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-dir", metavar="DIR", help="keep copies of remote shards there (data.cache.dir)")
 
 
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`, which `find_device` understands."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def find_device(name: str) -> str:
+    """`cpu` or `cuda`: where `--device NAME` computes on this machine.
+
+    Raises:
+        ConfigError: It is cuda, and torch sees none.
+    """
+    from jmvae_dist.distributed.runtime import takes_gpu
+
+    is_on_gpu = takes_gpu(name)
+    if name == "cuda" and not is_on_gpu:
+        raise ConfigError("--device: cuda is not available to torch on this machine; use auto or cpu")
+    return "cuda" if is_on_gpu else "cpu"
+
+
 def parse_given(text: str, modalities: Sequence[str]) -> list[str]:
     """The modalities that `--given` names, in its order.
 

@@ -13,8 +13,10 @@ import numpy as np
 
 from jmvae_dist.commands.cli import (
     add_cache_option,
+    add_device_option,
     add_trust_option,
     check_writable,
+    find_device,
     make_parser,
     parse_given,
     remote_access,
@@ -65,7 +67,7 @@ def main(arguments: list[str]) -> int:
     )
     arrays = {
         "key": np.array(_keys(manifest, access)),
-        **_posteriors(model.to(_device(options.device)), loader, given, labels, manifest.num_samples),
+        **_posteriors(model.to(find_device(options.device)), loader, given, labels, manifest.num_samples),
         **{f"class_names.{name}": np.array(names) for name, names in _class_names(manifest).items()},
     }
     with writing_atomic(options.out) as file:
@@ -84,7 +86,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="FILE.npz or FILE.csv")
     parser.add_argument("--given", metavar="MODALITIES", help="comma-separated; default: all of the model")
     parser.add_argument("--batch-size", type=int, default=256, help="samples per forward pass (default: 256)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device_option(parser)
     add_cache_option(parser)
     add_trust_option(parser)
     options = parser.parse_args(arguments)
@@ -96,14 +98,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if not options.path.is_dir():
         raise ConfigError(f"{options.path}: no such directory; give a run directory, a checkpoint or an export")
     return options
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device: cuda is not available to torch on this machine; use auto or cpu")
-    return "cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
 def _posteriors(

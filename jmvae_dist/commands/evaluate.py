@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jmvae_dist.commands.cli import add_cache_option, add_trust_option, make_parser
+from jmvae_dist.commands.cli import add_cache_option, add_device_option, add_trust_option, find_device, make_parser
 from jmvae_dist.commands.evaluate_results import keep_in_run, show_results
 from jmvae_dist.commands.evaluate_task import Task, prepare
 from jmvae_dist.errors import ConfigError
@@ -27,11 +27,10 @@ def main(arguments: list[str]) -> int:
     options = _parse(arguments)
     from jmvae_dist.data.urls import shown
     from jmvae_dist.distributed.environment import detect_process
-    from jmvae_dist.distributed.runtime import check_device, start_runtime
+    from jmvae_dist.distributed.runtime import start_runtime
 
     process = detect_process()
-    if options.device == "cuda":
-        check_device(options.device)
+    find_device(options.device)  # refuses what is not there, before processes meet
     with start_runtime(process, device=options.device, patience_s=_PATIENCE_S) as runtime:
         task = prepare(options, runtime)
         metrics, details = _evaluate(task, runtime)
@@ -75,7 +74,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, default=256, help="samples per forward pass (default: 256)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device_option(parser)
     _add_likelihood_options(parser)
     _add_classifier_options(parser)
     add_trust_option(parser)
