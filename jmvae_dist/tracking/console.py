@@ -14,6 +14,10 @@ from jmvae_dist.progress import format_duration, make_bar
 
 _PLAIN_INTERVAL_S = 10.0
 _RATE_WINDOW_S = 60.0
+# Of an evaluation's line, which should fit on a screen.
+_MAX_ACCURACIES = 4
+# A target has it where there are several others.
+_FROM_OTHERS = "/from_others"
 
 
 class Console:
@@ -119,9 +123,17 @@ def _format_values(record: dict[str, Any], short: bool) -> str:
 
 def _format_evaluation(record: dict[str, Any]) -> str:
     """One line with the numbers that sum up an evaluation; the others are in the record."""
-    values = [
-        f"{name.removeprefix('eval/')} {value:.4g}"
-        for name, value in record.items()
-        if name in ("eval/elbo", "eval/joint_nll") or name.startswith("eval/accuracy/")
-    ]
-    return f"step {record['global_step']} evaluation  {'  '.join(values)}"
+    accuracies = _select_accuracies(record)
+    summing = [name for name in ("eval/elbo", "eval/joint_nll") if name in record]
+    names = [*summing, *accuracies[:_MAX_ACCURACIES]]
+    parts = [f"{name.removeprefix('eval/')} {record[name]:.4g}" for name in names]
+    if len(accuracies) > _MAX_ACCURACIES:
+        parts.append(f"({len(accuracies) - _MAX_ACCURACIES} more in metrics.jsonl)")
+    return f"step {record['global_step']} evaluation  {'  '.join(parts)}"
+
+
+def _select_accuracies(record: dict[str, Any]) -> list[str]:
+    """Accuracy keys, one per target: given all other modalities; there are as many pairs as modalities squared."""
+    names = [name for name in record if name.startswith("eval/accuracy/")]
+    targets = {name.rpartition("/")[0] for name in names if name.endswith(_FROM_OTHERS)}
+    return [name for name in names if name.endswith(_FROM_OTHERS) or name.rpartition("/")[0] not in targets]

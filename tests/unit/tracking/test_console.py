@@ -49,6 +49,29 @@ def test_evaluation_and_messages(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.splitlines() == ["step 5 evaluation  elbo -10", "[bold]text[/bold]"]
 
 
+def evaluation_line(capsys: pytest.CaptureFixture[str], values: dict[str, float]) -> str:
+    with Console(total_steps=10, start_step=0) as console:
+        console.update({"global_step": 5, **{f"eval/{name}": value for name, value in values.items()}})
+    return capsys.readouterr().err.removeprefix("step 5 evaluation  ").removesuffix("\n")
+
+
+def accuracies(num_modalities: int) -> dict[str, float]:
+    names = [f"m{number}" for number in range(num_modalities)]
+    sources = {name: [*(other for other in names if other != name), "others"] for name in names}
+    return {f"accuracy/{name}/from_{source}": 0.5 for name in names for source in sources[name]}
+
+
+def test_evaluation_of_two_modalities_says_all(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"elbo": -24.3, "loss/kl_prior": 9.0, "joint_nll": 24.07, "accuracy/label/from_image": 0.9805}
+    assert evaluation_line(capsys, values) == "elbo -24.3  joint_nll 24.07  accuracy/label/from_image 0.9805"
+
+
+def test_evaluation_of_many_modalities_is_one_short_line(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = "  ".join(f"accuracy/m{number}/from_others 0.5" for number in range(4))
+    assert evaluation_line(capsys, {"elbo": -1.0, **accuracies(4)}) == f"elbo -1  {shown}"
+    assert evaluation_line(capsys, accuracies(9)) == f"{shown}  (5 more in metrics.jsonl)"
+
+
 def test_terminal_gets_a_bar_and_whole_messages() -> None:
     code = """
 from jmvae_dist.tracking.console import Console
