@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
             "metrics": metrics,
             "details": details,
         }
-        runtime.collectives.on_main(lambda: show_results(result, options.out))
+        runtime.collectives.on_main(lambda: show_results(result, task.model.modalities, options.out))
         keep_in_run(options, task, runtime, result)
     return 0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,16 @@ if TYPE_CHECKING:
     from jmvae_dist.distributed.runtime import Runtime
 
 
-def show_results(result: dict[str, Any], out: Path | None) -> None:
-    """Print a table of the result, and write it as JSON to `out` if that is given."""
+def show_results(result: dict[str, Any], modalities: Sequence[str], out: Path | None) -> None:
+    """Print a table of the result, and write all of it as JSON to `out` if that is given."""
     from jmvae_dist.evaluation.table import format_results
     from jmvae_dist.training.state import write_json
 
     print(f"step {result['global_step']}, {result['num_samples']:,} samples of {result['manifest']}")
-    print(format_results(result["metrics"]))
+    print(format_results(result["metrics"], modalities))
+    if any("_effective_samples" in key for key in result["metrics"]):
+        where = "the JSON of --out FILE.json" if out is None else out
+        print(f"± is the standard error over the samples; Monte Carlo errors and effective draws are in {where}")
     for name, reason in result["skipped"].items():
         print(f"left out: {name} {reason}")
     unreliable = max(
@@ -33,7 +37,7 @@ def show_results(result: dict[str, Any], out: Path | None) -> None:
     if unreliable > 0:
         print(
             f"up to {100 * unreliable:.1f} % of the samples have likelihoods that few draws carry "
-            "(see *_unreliable_fraction): raise --joint-nll-samples, or do not rely on them"
+            "(*_unreliable_fraction in the JSON): raise --joint-nll-samples, or do not rely on them"
         )
     sys.stdout.flush()
     if out is not None:

@@ -26,6 +26,12 @@ Proposal = Literal["joint", "unimodal", "both"]
 FEW_EFFECTIVE_SAMPLES = 5.0
 
 
+# What comes with an estimate, as `companion_key` names it: its error over the choice of samples, and what tells how
+# far that can be trusted.
+STANDARD_ERROR = "stderr"
+DIAGNOSTICS = ("monte_carlo_stderr", "effective_samples", "unreliable_fraction")
+
+
 def companion_key(key: str, suffix: str) -> str:
     """Key of a quantity derived from another one: joint_nll -> joint_nll_<suffix>, a/m -> a_<suffix>/m."""
     quantity, slash, modality = key.partition("/")
@@ -155,7 +161,7 @@ class ImportanceSampling(Metric):
             results[key] = self._mean(key)
             if count > 1:
                 squares = self.sums[companion_key(key, "squared")].item()
-                results[companion_key(key, "stderr")] = standard_error(self.sums[key].item(), squares, count)
+                results[companion_key(key, STANDARD_ERROR)] = standard_error(self.sums[key].item(), squares, count)
             if self._num_draws > 1:
                 variance = self.sums[companion_key(key, "monte_carlo_variance")].item()
                 results[companion_key(key, "monte_carlo_stderr")] = math.sqrt(variance) / count

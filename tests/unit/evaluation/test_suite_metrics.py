@@ -31,6 +31,12 @@ from jmvae_dist.evaluation.coherence import Accuracy, Coherence, most_probable
 from jmvae_dist.evaluation.evaluate import details_of
 from jmvae_dist.evaluation.frechet import FrechetDistance, frechet_distance
 from jmvae_dist.evaluation.latents import Latents
+from jmvae_dist.evaluation.likelihood import (
+    ImportanceSampling,
+    companion_key,
+    conditional_estimands,
+    joint_estimand,
+)
 from jmvae_dist.evaluation.metrics import EvaluationBatch, Metric
 from jmvae_dist.evaluation.posteriors import Posteriors, expected_value, subsets_of
 from jmvae_dist.evaluation.probe import Probe, ProbeAccuracy, fit_probe
@@ -55,6 +61,7 @@ from jmvae_dist.networks_config import NetworksConfig
 SHAPES = {"image": (1, 6, 7), "label": (4,), "sound": (5,)}
 DISTRIBUTIONS = {"image": "bernoulli", "label": "categorical", "sound": "normal"}
 NUM_SAMPLES = 30
+DIAGNOSED = {"joint_nll_monte_carlo_stderr", "marginal_nll_effective_samples", "conditional_nll_unreliable_fraction"}
 
 
 @pytest.fixture(scope="module")
@@ -407,20 +414,42 @@ def test_networks_of_the_user() -> None:
 
 
 def test_table() -> None:
-    results = {"eval/elbo": -1.5, "eval/coherence/joint": 0.25}
+    results = {"eval/samples": 9.0, "eval/elbo": -1.5, "eval/coherence/joint": 0.25}
     results |= {f"eval/coherence/{t}/from_{s}": 0.5 for t, s in (("b", "a"), ("a", "b"), ("a", "b+c"))}
-    results |= {"eval/accuracy/label/from_image": 0.75}
+    results |= {"eval/accuracy/label/from_image": 0.75, "eval/loss/total": 2.0, "eval/loss/kl_prior": 1.0}
     lines = format_results(results).splitlines()
     assert [line.split() for line in lines] == [
+        ["samples", "9"],
         ["elbo", "-1.5"],
         ["coherence/joint", "0.25"],
         ["accuracy/label/from_image", "0.75"],
+        [],
+        ["loss/total", "2"],
+        ["loss/kl_prior", "1"],
         [],
         ["coherence", "from", "a", "b"],
         ["a", "0.5"],
         ["b", "0.5"],
         ["b+c", "0.5"],
     ]
+
+
+def test_table_shows_errors_beside_their_numbers_and_no_diagnostics(model: JMVAE, batch: EvaluationBatch) -> None:
+    estimands = [joint_estimand(model), *conditional_estimands(model, [(name,) for name in model.modalities])]
+    results = run(model, batch, ImportanceSampling(model, estimands, seed=0, num_draws=3))
+    assert {key.partition("/")[0] for key in results} >= DIAGNOSED
+    text = format_results({f"eval/{key}": value for key, value in results.items()}, model.modalities)
+    lines = [line.split() for line in text.splitlines()]
+
+    def with_error(key: str) -> list[str]:
+        return f"{results[key]:.6g} ± {results[companion_key(key, 'stderr')]:.2g}".split()
+
+    assert ["joint_nll", *with_error("joint_nll")] in lines
+    marginals = [word for name in model.modalities for word in with_error(f"marginal_nll/{name}")]
+    assert lines[-7:-4] == [["by", "modality", *model.modalities], ["marginal_nll", *marginals], []]
+    assert lines[-4] == ["conditional_nll", "from", *model.modalities]
+    assert text.count("±") == 1 + 3 + 6
+    assert not any(word in text for word in ("stderr", "effective", "unreliable"))
 
 
 def test_every_metric_of_the_command_line_is_known_to_the_suite(model: JMVAE) -> None:
