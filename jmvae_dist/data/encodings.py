@@ -208,7 +208,7 @@ def _check_image(image: Image, modality: Modality, has_rework: bool) -> None:
     if not has_rework and modality.has_fixed_shape and (height, width) != modality.shape[1:]:
         raise DataError(
             f"an image of {height} x {width} pixels, the manifest says {modality.shape[1]} x {modality.shape[2]}; "
-            "to resize images, set data.transforms"
+            "bring it to this size before it is written into shards, or train with a resize (data.transforms)"
         )
 
 

@@ -241,9 +241,11 @@ def evaluation_views(
         check_wishes({name: transforms}, {} if tokenizer is None else {name: tokenizer})
         if not is_integer(seed) or not 0 <= seed < 2**64:
             raise ConfigError(f"the seed of the transforms of {name!r} is {seed!r}, not an integer of 64 bits")
-        view = View(modality, transforms, tokenizer, seed=seed, trusted=trusted)
         is_resized = any(entry.get("name") == "resize" for entry in transforms)
         shape = description["shape"]
+        if not modality.has_fixed_shape and not is_resized:
+            raise _images_of_any_size(key, name, shape)
+        view = View(modality, transforms, tokenizer, seed=seed, trusted=trusted)
         if list(modality.shape) != shape and not (is_resized and modality.shape[0] == shape[0]):
             raise _other_modality(key, name, "shape", list(modality.shape), shape)
         views.append(view)
@@ -263,6 +265,16 @@ def _other_modality(key: str, name: str, attribute: str, found: Any, expected: A
     return ConfigError(
         f"{key}: modality {name!r} has {attribute} {found!r}, but the training data has {expected!r}; write both "
         "from the same source"
+    )
+
+
+def _images_of_any_size(key: str, name: str, expected: Any) -> ConfigError:
+    """For a run without a resize: only a new training can have one, so what data it takes comes first."""
+    size = expected[1:]
+    return ConfigError(
+        f"{key}: the images of {name!r} differ in size, and the model was trained on images of {size} (height, "
+        "width) without resizing: bring them to this size before they are written into shards; or train with "
+        f"data.transforms: {{{name}: [{{name: resize, size: {size}}}]}}, and what the model is given later is resized"
     )
 
 

@@ -84,7 +84,7 @@ BAD_IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
     "png_with_a_flipped_bit": (lambda: flipped(picture(pixels()), 60), "a checksum of the PNG is wrong"),
     "truncated_jpeg": (lambda: picture(pixels(), "JPEG")[:-60], "not a sound PNG or JPEG: .*truncated"),
     "another_format": (lambda: picture(pixels(), "BMP"), "not a sound PNG or JPEG: cannot identify"),
-    "another_size": (lambda: picture(pixels()[:4]), "4 x 7 pixels, the manifest says 5 x 7; to resize"),
+    "another_size": (lambda: picture(pixels()[:4]), "4 x 7 pixels, the manifest says 5 x 7; bring it to this size"),
     "16_bits": (grey_16_bit, "more than 8 bits per channel"),
     "too_many_pixels": (lambda: bomb(2**13, 2**13), f"8192 x 8192 pixels; the limit is {MAX_IMAGE_PIXELS}"),
     "a_bomb": (lambda: bomb(2**15, 2**15), "not a sound PNG or JPEG|the limit is"),

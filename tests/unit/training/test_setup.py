@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from jmvae_dist.config_io import parse_run_config
+from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.training.setup import (
     ResolvedRun,
@@ -136,6 +138,22 @@ def test_a_checkpoint_from_anywhere_is_checked(digits: Path, damage: dict[str, A
     described["image"] |= damage
     with pytest.raises(ConfigError, match="image"):
         evaluation_views(described, run.train_manifest, "--manifest", trusted=[])
+
+
+def test_images_of_any_size_need_a_model_that_resizes(digits: Path) -> None:
+    shards = resolve(digits).train_manifest.shards
+    other = Manifest.create([Modality.image("photo", (1, None, None))], shards, {})
+    described = {"photo": Modality.image("photo", (1, 24, 32)).to_json()}
+    with pytest.raises(ConfigError) as caught:
+        evaluation_views(described, other, "--manifest", trusted=[])
+    message = str(caught.value)
+    assert message.startswith("--manifest: the images of 'photo' differ in size")
+    # Setting it is for a training, and `evaluate` has no such option.
+    assert "bring them to this size before" in message
+    assert "or train with data.transforms: {photo: [{name: resize, size: [24, 32]}]}" in message
+    described["photo"]["transforms"] = [{"name": "resize", "size": [24, 32]}]
+    (view,) = evaluation_views(described, other, "--manifest", trusted=[])
+    assert view.shape == (1, 24, 32)
 
 
 def test_other_transforms_are_another_run(digits: Path) -> None:
