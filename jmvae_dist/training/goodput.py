@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import sys
@@ -16,7 +17,9 @@ from typing import Any
 
 import psutil
 
+from jmvae_dist.config import EvaluationSection
 from jmvae_dist.distributed.runtime import Runtime
+from jmvae_dist.progress import format_duration
 from jmvae_dist.tracking.jsonl import last_recorded_step
 from jmvae_dist.tracking.ledger import (
     ATTEMPT_CATEGORIES,
@@ -36,6 +39,9 @@ from jmvae_dist.tracking.wandb_process import redact
 logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 10.0
+# Evaluations that take more of a run than this are worth a word, unless they took little time.
+_MAX_EVALUATION_SHARE = 1 / 3
+_MIN_ADVISED_S = 30.0
 _MAX_OUTCOME_CHARACTERS = 300
 _SUBMITTED_VARIABLE = "JMVAE_DIST_SUBMITTED_S"
 _SLURM_VARIABLES = {
@@ -178,12 +184,16 @@ class AttemptLedger:
         """A checkpoint is complete, `save_s` seconds after it was begun."""
         self._checkpoint = (global_step, save_s)
 
+    def seconds(self) -> dict[str, float]:
+        """Seconds by name of `CATEGORIES` over all attempts of the run so far; of rank 0, which knows them."""
+        attempt_s = self._attempt().seconds
+        return {name: before_s + attempt_s.get(name, 0.0) for name, before_s in self._before_s.items()}
+
     def metrics(self) -> dict[str, float]:
         """Seconds by category over all attempts of the run so far, and their productive share; rank 0 only."""
         if not self._is_main:
             return {}
-        attempt = self._attempt()
-        seconds = {name: before_s + attempt.seconds.get(name, 0.0) for name, before_s in self._before_s.items()}
+        seconds = self.seconds()
         by_name = {f"goodput/{name}_s": value for name, value in seconds.items()}
         return {"goodput/fraction": goodput(seconds), **by_name}
 
@@ -262,6 +272,29 @@ class AttemptLedger:
                         "%s: cannot be written (%s); the goodput of the run will lack this attempt",
                         *(attempt_path(self._run_dir, self._number), error.strerror),
                     )
+
+
+def advise_on_evaluation(seconds: Mapping[str, float], section: EvaluationSection) -> str | None:
+    """What to set if evaluations took a large part of a run; None if they did not.
+
+    Args:
+        seconds: By name of `CATEGORIES`, of the whole run.
+        section: The run's settings.
+    """
+    evaluation_s = seconds["evaluation"]
+    running_s = math.fsum(seconds.values()) - seconds["restart"]
+    if evaluation_s < _MIN_ADVISED_S or evaluation_s < _MAX_EVALUATION_SHARE * running_s:
+        return None
+    settings = [f"evaluation.figure_samples ({section.figure_samples})"]
+    if section.every_steps is not None:
+        settings.insert(0, f"evaluation.every_steps ({section.every_steps}; null: only at the end)")
+    if section.joint_nll_samples > 0:
+        settings.append(f"evaluation.joint_nll_samples ({section.joint_nll_samples}; at the end)")
+    share = evaluation_s / running_s
+    return (
+        f"evaluations and their figures took {format_duration(evaluation_s)} of {format_duration(running_s)} "
+        f"({100 * share:.0f} %); how long they take depends on {', '.join(settings)}"
+    )
 
 
 def _process_age_s() -> float:

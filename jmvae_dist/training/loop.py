@@ -33,7 +33,7 @@ from jmvae_dist.tracking.jsonl import EVALUATED_BY
 from jmvae_dist.tracking.ledger import COMPLETE, STOPPED
 from jmvae_dist.tracking.report import write_report
 from jmvae_dist.training.assembly import make_engine, make_guard, open_batches
-from jmvae_dist.training.goodput import AttemptLedger
+from jmvae_dist.training.goodput import AttemptLedger, advise_on_evaluation
 from jmvae_dist.training.guards import GuardReading, RewindRequested
 from jmvae_dist.training.meter import Meter
 from jmvae_dist.training.micro_batches import settle_micro_batch
@@ -131,6 +131,9 @@ class Trainer:
                 return EXIT_STOPPED
         self.ledger.finish(COMPLETE)
         if self.runtime.is_main:
+            advice = advise_on_evaluation(self.ledger.seconds(), self.run.config.evaluation)
+            if advice is not None:
+                logger.info(advice)
             self._report()
         return EXIT_DONE
 

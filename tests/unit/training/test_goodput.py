@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jmvae_dist.config import EvaluationSection
 from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.distributed.environment import ProcessInfo
 from jmvae_dist.distributed.runtime import Runtime
@@ -28,7 +29,7 @@ from jmvae_dist.tracking.ledger import (
     summarize,
     write_attempt,
 )
-from jmvae_dist.training.goodput import AttemptLedger, PhaseClock, describe_launch
+from jmvae_dist.training.goodput import AttemptLedger, PhaseClock, advise_on_evaluation, describe_launch
 
 LAUNCH: dict[str, Any] = {
     "launcher": "single",
@@ -70,6 +71,28 @@ def test_every_second_is_in_the_category_that_was_entered_last(
         expected[category] += lasts_s
     assert clock.read() == pytest.approx(expected)
     assert math.fsum(clock.read().values()) == pytest.approx(already_s + now_s - 5.0)
+
+
+def test_long_evaluations_are_said_with_what_to_set() -> None:
+    seconds = {**dict.fromkeys(CATEGORIES, 0.0), "productive": 12.0, "startup": 6.0, "evaluation": 68.0}
+    # Nobody's evaluations made it wait in a queue.
+    seconds["restart"] = 1e4
+    advice = advise_on_evaluation(seconds, EvaluationSection(every_steps=500, figure_samples=7, joint_nll_samples=0))
+    assert advice is not None
+    assert advice.startswith("evaluations and their figures took 1 min 08 s of 1 min 26 s (79 %)")
+    assert "evaluation.every_steps (500; null: only at the end), evaluation.figure_samples (7)" in advice
+    assert "joint_nll" not in advice
+    at_end = advise_on_evaluation(seconds, EvaluationSection(joint_nll_samples=100))
+    assert at_end is not None
+    assert "every_steps" not in at_end
+    assert "evaluation.joint_nll_samples (100; at the end)" in at_end
+
+
+def test_short_evaluations_are_not_worth_a_word() -> None:
+    seconds = dict.fromkeys(CATEGORIES, 0.0)
+    assert advise_on_evaluation(seconds, EvaluationSection()) is None
+    assert advise_on_evaluation({**seconds, "productive": 1.0, "evaluation": 20.0}, EvaluationSection()) is None
+    assert advise_on_evaluation({**seconds, "productive": 300.0, "evaluation": 100.0}, EvaluationSection()) is None
 
 
 def test_steps_that_a_former_attempt_had_reached_are_taken_again(tmp_path: Path) -> None:
