@@ -19,7 +19,7 @@ import numpy as np
 from jmvae_dist.data.encodings import decode_member
 from jmvae_dist.data.modality import Modality, one_hot
 from jmvae_dist.data.philox import PURPOSE_EVALUATION_TRANSFORM, PURPOSE_TRAIN_TRANSFORM, uniform_words
-from jmvae_dist.data.tokenizers import Tokenizer
+from jmvae_dist.data.tokenizers import TOKENIZERS, Tokenizer
 from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.user_code import check_trusted, construct
 
@@ -230,6 +230,16 @@ class View:
         is_transformed = any(isinstance(step, UserTransform) for step in self._steps)
         return self.modality.encoding in ("npy", "cls") and not is_transformed
 
+    @property
+    def padding_id(self) -> int | None:
+        """The token that fills the places after the end of a text; None where the model sees no text as it is."""
+        if self.modality.encoding != "text" or self._steps:
+            return None
+        if self._tokenizer is not None:
+            return self._tokenizer.padding_id
+        assert self.modality.tokenizer is not None
+        return TOKENIZERS[self.modality.tokenizer].padding_id
+
     def decode(self, content: bytes) -> np.ndarray | int:
         """One member's bytes to the decoded value, of `dtype` and `stored_shape`; raises DataError."""
         return decode_member(content, self.modality, self._tokenizer, self._length, self._resize)
@@ -352,6 +362,11 @@ def make_views(
         )
         for modality in modalities
     )
+
+
+def padding_ids(views: Sequence[View]) -> dict[str, int]:
+    """The tokens that fill up texts, by modality; of texts alone."""
+    return {view.name: view.padding_id for view in views if view.padding_id is not None}
 
 
 def _user_object(key: str, settings: Mapping[str, Any], trusted: Collection[str] | None) -> Any:

@@ -23,13 +23,19 @@ class Accuracy(Metric):
 
     The prediction decodes the posterior mean and takes the most probable class; it is compared with the most
     probable class of the target. A target with leading dimensions (several variables per sample) counts as
-    the fraction of its variables that are right.
+    the fraction of its variables that are right. Of texts, the fraction of all tokens counts, without padding: most
+    places of most texts are padding, which is easily predicted.
 
     Results: `accuracy/<target>/from_<modality>`, and `accuracy/<target>/from_others` where there are several others;
     none for a model without categorical modalities.
+
+    Args:
+        model: The model.
+        padding_ids: The token that fills up texts, by modality (`data.views.padding_ids`); such a modality is
+            categorical, (length, vocabulary). Those that are not named have no padding.
     """
 
-    def __init__(self, model: JMVAE) -> None:
+    def __init__(self, model: JMVAE, padding_ids: Mapping[str, int] | None = None) -> None:
         self._model = model
         self._predictions = {
             f"accuracy/{target}/from_{source}": (target, names)
@@ -37,18 +43,36 @@ class Accuracy(Metric):
             if model.likelihoods[target].name == "categorical"
             for source, names in _sources(model, target).items()
         }
-        super().__init__(dict.fromkeys(self._predictions, ()), device_of(model))
+        targets = {target for target, _ in self._predictions.values()}
+        self._padding_ids = {name: number for name, number in (padding_ids or {}).items() if name in targets}
+        # In the order of the model: ranks add up what they have in this order.
+        counts = [_tokens_key(name) for name in model.modalities if name in self._padding_ids]
+        super().__init__(dict.fromkeys([*self._predictions, *counts], ()), device_of(model))
 
     def update(self, batch: EvaluationBatch) -> None:
+        for name, padding_id in self._padding_ids.items():
+            self._add({_tokens_key(name): (batch.inputs[name].argmax(-1) != padding_id).sum()})
         for key, (target, sources) in self._predictions.items():
             mean = batch.posteriors.given(sources).mu
             predicted = most_probable(self._model.decode(mean, target)[target])
-            correct = agreement(predicted, batch.inputs[target].argmax(-1))
+            truth = batch.inputs[target].argmax(-1)
+            correct = agreement(predicted, truth)
+            if target in self._padding_ids:
+                correct = correct[truth != self._padding_ids[target]]
             self._add({key: correct.flatten(1).mean(1).sum() if correct.ndim > 1 else correct.sum()})
         self.sums["samples"] += len(batch)
 
     def results(self) -> dict[str, float]:
-        return {key: self._mean(key) for key in self._predictions}
+        results = {}
+        for key, (target, _) in self._predictions.items():
+            # Without any token, 0 / 0: there is nothing that could be right.
+            count = self.sums[_tokens_key(target) if target in self._padding_ids else "samples"]
+            results[key] = (self.sums[key] / count).item()
+        return results
+
+
+def _tokens_key(target: str) -> str:
+    return f"tokens/{target}"
 
 
 def most_probable(logits: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -38,18 +38,21 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def standard_metrics(model: JMVAE, *, seed: int, joint_nll_samples: int = 0) -> list[Metric]:
+def standard_metrics(
+    model: JMVAE, *, seed: int, joint_nll_samples: int = 0, padding_ids: Mapping[str, int] | None = None
+) -> list[Metric]:
     """What a training run measures on held-out data.
 
     Args:
         model: The model.
         seed: Seed of the noise.
         joint_nll_samples: Importance samples K per data sample; 0: no importance sampling.
+        padding_ids: Of texts; see `Accuracy`.
     """
     metrics: list[Metric] = [ElboTerms(model, seed)]
     if joint_nll_samples > 0:
         metrics.append(ImportanceSampling(model, [joint_estimand(model)], seed=seed, num_draws=joint_nll_samples))
-    return [*metrics, Accuracy(model)]
+    return [*metrics, Accuracy(model, padding_ids)]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from jmvae_dist.data.loader import Batch, EvaluationLoader, OnBadSample
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.store import RemoteAccess, Verify
 from jmvae_dist.data.urls import shown
-from jmvae_dist.data.views import View
+from jmvae_dist.data.views import View, padding_ids
 from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.errors import DataError
 from jmvae_dist.evaluation.evaluate import evaluate_batches, evaluation_mode, results_of, standard_metrics
@@ -78,7 +78,7 @@ def evaluate_together(
         DataError: Some rank cannot read its samples, or has another manifest than rank 0; on every rank.
     """
     collectives.require_equal(shown(manifest.path), f"fingerprint {manifest.fingerprint}")
-    metrics = standard_metrics(model, seed=seed, joint_nll_samples=joint_nll_samples)
+    metrics = standard_metrics(model, seed=seed, joint_nll_samples=joint_nll_samples, padding_ids=padding_ids(views))
     with collectives.together():
         loader = EvaluationLoader(
             manifest,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jmvae_dist.data.views import padding_ids
 from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.evaluation.coherence import Accuracy, Coherence
 from jmvae_dist.evaluation.evaluate import details_of, evaluate_batches, evaluate_prior, results_of
@@ -101,7 +102,7 @@ def _make_metrics(
     label = data.label.name if data.label is not None and data.label.name in model.modalities else None
     made: dict[str, Callable[[], Iterable[Metric]]] = {
         "elbo": lambda: [ElboTerms(model, seed)],
-        "accuracy": lambda: [Accuracy(model)],
+        "accuracy": lambda: [Accuracy(model, padding_ids(data.views))],
         "reconstruction": lambda: [Reconstruction(model, ranges)],
         "latents": lambda: [Latents(model)],
         "coherence": lambda: [

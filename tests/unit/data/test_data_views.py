@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jmvae_dist.data.modality import Modality
-from jmvae_dist.data.views import SampleKeys, View, make_views
+from jmvae_dist.data.views import SampleKeys, View, make_views, padding_ids
 from jmvae_dist.errors import ConfigError, DataError
 
 X = Modality("x", "float32", (2, 3))
@@ -187,6 +187,13 @@ def test_a_class_must_be_trusted_by_name() -> None:
     with pytest.raises(ConfigError, match=rf"add --trust-class {__name__}\.Flatten"):
         View(X, [own("Flatten")], trusted=[f"{__name__}.Liar"])
     assert View(X, [own("Flatten")], trusted=[f"{__name__}.Flatten"]).shape == (6,)
+
+
+def test_padding_is_known_of_texts_alone() -> None:
+    views = make_views([X, Modality.classes("state", 3), CAPTION])
+    assert padding_ids(views) == {"caption": 256}
+    assert View(CAPTION, tokenizer=own("Words")).padding_id == 4
+    assert View(CAPTION, [own("Flatten")]).padding_id is None
 
 
 def test_a_tokenizer_of_the_users_own() -> None:

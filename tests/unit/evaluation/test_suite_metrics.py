@@ -98,6 +98,32 @@ def test_posteriors_are_those_of_encode(model: JMVAE, batch: EvaluationBatch) ->
         torch.testing.assert_close(batch.posteriors.given(reversed(subset)), (expected.mu, expected.logvar))
 
 
+def test_accuracy_of_texts_leaves_padding_out() -> None:
+    """Of a model that always writes two tokens and padding: of three tokens it has one right, of all places most."""
+    torch.manual_seed(0)
+    shapes = {"x": (2,), "text": (6, 4), "state": (6, 4)}
+    config = JMVAEConfig(3, 2, shapes, decoders_dist={"x": "normal", "text": "categorical", "state": "categorical"})
+    model = JMVAE(config, networks=NetworksConfig([4], [4], [4])).eval()
+    written = torch.eye(4)[[0, 1, 3, 3, 3, 3]]
+    truth = torch.eye(4)[torch.tensor([[0, 2, 3, 3, 3, 3], [2, 3, 3, 3, 3, 3], [3, 3, 3, 3, 3, 3]])]
+    model.decode = lambda z, names: {names: written.expand(len(z), 6, 4)}  # type: ignore[assignment, method-assign]
+    inputs = {"x": torch.zeros(3, 2), "text": truth, "state": truth}
+    batches = [
+        EvaluationBatch({name: values[rows] for name, values in inputs.items()}, rows, Posteriors(model, inputs))
+        for rows in (torch.tensor([0]), torch.tensor([1, 2]))
+    ]
+    metric = Accuracy(model, {"text": 3})
+    evaluate_batches(model, batches, [metric])
+    results = metric.results()
+    assert results["accuracy/text/from_x"] == pytest.approx(1 / 3)
+    # What is no text has no padding, whatever its categories mean.
+    assert results["accuracy/state/from_x"] == pytest.approx((5 + 4 + 4) / 18)
+    empty = {name: values[2:] for name, values in inputs.items()}
+    metric = Accuracy(model, {"text": 3})
+    evaluate_batches(model, [EvaluationBatch(empty, torch.arange(1), Posteriors(model, empty))], [metric])
+    assert math.isnan(metric.results()["accuracy/text/from_x"])
+
+
 def test_coherence_counts_recognised_classes(model: JMVAE, batch: EvaluationBatch) -> None:
     classifiers = {"image": nn.Sequential(nn.Flatten(), nn.Linear(42, 4)), "sound": nn.Linear(5, 4)}
     results = run(model, batch, Coherence(model, classifiers, label="label", seed=9))
