@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> int:
     """Write means and log-variances, keys and classes of all samples of a manifest."""
     options = _parse(arguments)
     from jmvae_dist.checkpoint.export import load_described
+    from jmvae_dist.data.class_names import class_names
     from jmvae_dist.data.loader import EvaluationLoader
     from jmvae_dist.data.manifest import Manifest
     from jmvae_dist.data.views import make_views
@@ -56,6 +57,7 @@ def main(arguments: list[str]) -> int:
     views = evaluation_views(expected, manifest, "--manifest", trusted=options.trust_class)
     # Classes are told whether or not the posterior knows them.
     labels = make_views([modality for modality in manifest.modalities if modality.encoding == "cls"])
+    names = class_names(described, manifest)
     access = remote_access(options)
     loader = EvaluationLoader(
         manifest,
@@ -68,7 +70,7 @@ def main(arguments: list[str]) -> int:
     arrays = {
         "key": np.array(_keys(manifest, access)),
         **_posteriors(model.to(find_device(options.device)), loader, given, labels, manifest.num_samples),
-        **{f"class_names.{name}": np.array(names) for name, names in _class_names(manifest).items()},
+        **{f"class_names.{label.name}": np.array(names[label.name]) for label in labels if label.name in names},
     }
     with writing_atomic(options.out) as file:
         if options.out.suffix == ".npz":
@@ -134,21 +136,6 @@ def _keys(manifest: Manifest, access: RemoteAccess) -> list[str]:
         reader = shards.reader(number)
         keys += [printable(reader.key(index, modality)) for index in range(shard.num_samples)]
     return keys
-
-
-def _class_names(manifest: Manifest) -> dict[str, list[str]]:
-    """Names by modality, where the source of the shards stated them and they fit."""
-    from jmvae_dist.data.untrusted import printable
-
-    stated = manifest.source.get("class_names")
-    if not isinstance(stated, dict):
-        return {}
-    listed = {modality.name: stated.get(modality.name) for modality in manifest.modalities}
-    return {
-        modality.name: [printable(str(name)) for name in names]
-        for modality in manifest.modalities
-        if isinstance(names := listed[modality.name], list) and len(names) == modality.num_classes
-    }
 
 
 def _csv(arrays: dict[str, Any]) -> str:

@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> int:
             "seed": options.seed,
             "joint_nll_samples": options.joint_nll_samples if _has_nll(task.options.metrics) else 0,
             "skipped": task.skipped,
+            "class_names": task.class_names,
             "metrics": metrics,
             "details": details,
         }

@@ -89,6 +89,7 @@ def _draw(options: argparse.Namespace, task: Task, folder: Path) -> dict[str, Pa
         num_samples=10,
         seed=options.seed,
         label=task.data.label,
+        class_names=task.class_names,
         access=task.data.access,
         records=() if run_dir is None else readable_records(run_dir / "metrics.jsonl"),
     )

@@ -42,6 +42,7 @@ class Task:
         options: How to measure, and which metrics.
         skipped: Metrics that were wanted but cannot be computed, with the reason.
         place: Where the results go.
+        class_names: By modality, where classes have names.
     """
 
     checkpoint: Path
@@ -52,6 +53,7 @@ class Task:
     options: SuiteOptions
     skipped: dict[str, str]
     place: Place
+    class_names: dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def prepare(options: argparse.Namespace, runtime: Runtime) -> Task:
     """
     from jmvae_dist.checkpoint.export import model_from_checkpoint
     from jmvae_dist.checkpoint.layout import MANIFEST_NAME, read_manifest
+    from jmvae_dist.data.class_names import class_names
     from jmvae_dist.evaluation.suite_setup import SuiteOptions, check_networks
 
     collectives = runtime.collectives
@@ -99,6 +102,7 @@ def prepare(options: argparse.Namespace, runtime: Runtime) -> Task:
     run_dir, figures, why_not_logged = collectives.on_main(lambda: _find_place(options, described, manifest))
     place = Place(_path(run_dir), _path(figures), why_not_logged)
     with collectives.together():
+        names = class_names(described.modalities, manifest)
         data, reasons = _find_data(options, described, manifest, train_manifest)
         model = model_from_checkpoint(checkpoint, described, trusted=options.trust_class).to(runtime.device)
         networks = _user_networks(options, model, place.run_dir)
@@ -116,7 +120,7 @@ def prepare(options: argparse.Namespace, runtime: Runtime) -> Task:
             num_probe_samples=options.probe_samples,
             classifier_steps=options.classifier_steps,
         )
-    return Task(checkpoint, described, model, data, networks, suite_options, skipped, place)
+    return Task(checkpoint, described, model, data, networks, suite_options, skipped, place, names)
 
 
 def _find_checkpoint(options: argparse.Namespace) -> str:

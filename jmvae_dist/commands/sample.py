@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from jmvae_dist.data.manifest import Manifest
+    from jmvae_dist.evaluation.figures import ClassNames
     from jmvae_dist.model import JMVAE
 
 # The picture shows at most this many of the samples; the arrays hold all of them.
@@ -28,14 +30,22 @@ def main(arguments: list[str]) -> int:
     import numpy as np
 
     from jmvae_dist.checkpoint.export import load_described
+    from jmvae_dist.data.class_names import class_names
+    from jmvae_dist.data.manifest import Manifest
     from jmvae_dist.evaluation.figures import save_png
     from jmvae_dist.files import writing_atomic
 
     model, described = load_described(options.path, trusted=options.trust_class)
     given = [] if options.given is None else parse_given(options.given, model.modalities)
-    tensors, figure = _sample_given(options, model, described, given) if given else _sample_prior(options, model)
+    manifest = None if options.manifest is None else Manifest.load(options.manifest)
+    names = {name: found for name, found in class_names(described, manifest).items() if name in model.modalities}
+    if manifest is None:
+        tensors, figure = _sample_prior(options, model, names)
+    else:
+        tensors, figure = _sample_given(options, model, described, given, manifest, names)
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
     arrays |= _texts(model, arrays)
+    arrays |= {f"class_names.{name}": np.array(found) for name, found in names.items()}
     with writing_atomic(options.out / "samples.npz") as file:
         np.savez_compressed(file, **arrays)
     save_png(figure, options.out / "samples.png")
@@ -76,7 +86,7 @@ def _make_folder(folder: Path) -> None:
         raise ConfigError(f"--out: {folder} cannot be written ({error.strerror}); choose another directory") from None
 
 
-def _sample_prior(options: argparse.Namespace, model: JMVAE) -> tuple[dict[str, Tensor], Figure]:
+def _sample_prior(options: argparse.Namespace, model: JMVAE, names: ClassNames) -> tuple[dict[str, Tensor], Figure]:
     import torch
 
     from jmvae_dist.evaluation.figures import prior_samples_figure
@@ -86,20 +96,23 @@ def _sample_prior(options: argparse.Namespace, model: JMVAE) -> tuple[dict[str, 
     z = model.generate_from_prior(options.n, noise=noise).z
     columns = min(options.n, 10)
     lines = max(1, min(options.n, 2 * _MAX_PICTURED) // columns)
-    figure = prior_samples_figure(model, num_samples=columns, num_lines=lines, seed=options.seed)
+    figure = prior_samples_figure(model, num_samples=columns, num_lines=lines, seed=options.seed, class_names=names)
     return {"latent.z": z, **_expectations(model, z)}, figure
 
 
 def _sample_given(
-    options: argparse.Namespace, model: JMVAE, described: dict[str, Any], given: list[str]
+    options: argparse.Namespace,
+    model: JMVAE,
+    described: dict[str, Any],
+    given: list[str],
+    manifest: Manifest,
+    names: ClassNames,
 ) -> tuple[dict[str, Tensor], Figure]:
     from jmvae_dist.data.loader import EvaluationLoader
-    from jmvae_dist.data.manifest import Manifest
     from jmvae_dist.evaluation.figures import cross_modal_figure, reconstruction_figure
     from jmvae_dist.kernels.noise import Stream, normal_noise
     from jmvae_dist.training.setup import evaluation_views
 
-    manifest = Manifest.load(options.manifest)
     # Modalities that are not given are shown beside the generated ones where the manifest has them.
     available = {modality.name for modality in manifest.modalities}
     wanted = [name for name in model.modalities if name in given or name in available]
@@ -121,9 +134,11 @@ def _sample_given(
     tensors = {"latent.z": z, **_expectations(model, z)}
     tensors.update({f"data.{name}": values for name, values in batch.inputs.items()})
     if set(given) == set(model.modalities):
-        figure = reconstruction_figure(model, batch.inputs, max_samples=_MAX_PICTURED)
+        figure = reconstruction_figure(model, batch.inputs, max_samples=_MAX_PICTURED, class_names=names)
     else:
-        figure = cross_modal_figure(model, batch.inputs, given, max_samples=_MAX_PICTURED, seed=options.seed)
+        figure = cross_modal_figure(
+            model, batch.inputs, given, max_samples=_MAX_PICTURED, seed=options.seed, class_names=names
+        )
     return tensors, figure
 
 

@@ -7,7 +7,7 @@ nothing global (backend, current figure) is touched and figures are freed when t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# By modality, in the order of the classes' numbers.
+ClassNames = Mapping[str, Sequence[str]]
+
 _INK = "#1f2933"
 _MUTED = "#7b8794"
 _DATA_COLOR = "#7b8794"
@@ -40,8 +43,11 @@ _MAX_BARS = 24
 _TEXT_POINTS = 5.0
 _TEXT_COLUMNS = 18
 _TEXT_LINES = 7
-# Scripts from here on are not in matplotlib's own font, which would warn of each character.
-_FIRST_SCRIPT_WITHOUT_GLYPHS = "\u0590"
+# Scripts from U+0590 on are in none of matplotlib's own fonts; dashes, quotation marks and these signs are in all.
+_OTHER_GLYPHS = "\u2013\u2014\u2018\u2019\u201c\u201d\u2022\u2026\u2190\u2192\u2212\u2248\u2260\u2264\u2265"
+# Of the name of a class: with its probability in a cell, and beside a plot.
+_CLASS_COLUMNS = 15
+_LEGEND_COLUMNS = 30
 # Colours of classes, told apart by most people with any colour vision; classes beyond these share them.
 _CLASS_COLORS = (
     *("#2563a8", "#d1495b", "#2a9d5c", "#e08e1b", "#7b4fa3", "#17a2b8", "#8c6d46", "#c2589f"),
@@ -70,8 +76,8 @@ def _draw_picture(axes: Axes, value: np.ndarray, limits: tuple[float, float], in
         axes.imshow(value.reshape(value.shape[-2:]), cmap=color_map, vmin=low, vmax=high, interpolation="nearest")
 
 
-def _draw_classes(axes: Axes, value: np.ndarray, color: str) -> None:
-    """Probabilities of one variable as bars, the most probable class in colour and named above."""
+def _draw_classes(axes: Axes, value: np.ndarray, color: str, names: Sequence[str]) -> None:
+    """Probabilities of one variable as bars, the most probable class in colour and named above, or its number."""
     best = int(value.argmax())
     if len(value) <= _MAX_BARS:
         colors = [color if index == best else _FAINT for index in range(len(value))]
@@ -79,14 +85,41 @@ def _draw_classes(axes: Axes, value: np.ndarray, color: str) -> None:
         axes.axhline(0, color=_FAINT, linewidth=0.6)
     axes.set_ylim(0, 1.75)
     axes.set_xlim(-0.8, min(len(value), _MAX_BARS) - 0.2)
-    text = str(best) if value[best] > 0.995 else f"{best}  {100 * value[best]:.0f}%"
-    axes.text(0.5, 0.98, text, transform=axes.transAxes, ha="center", va="top", fontsize=8, color=_INK)
+    percent = "" if value[best] > 0.995 else f"  {100 * value[best]:.0f}%"
+    name = _class_text(names, best, _CLASS_COLUMNS - len(percent))
+    axes.text(
+        0.5,
+        0.98,
+        name + percent,
+        transform=axes.transAxes,
+        ha="center",
+        va="top",
+        fontsize=6 if names else 8,
+        color=_INK,
+        parse_math=False,  # a $ of the user's is no formula
+    )
+
+
+def _has_glyph(char: str) -> bool:
+    """Whether matplotlib's own fonts have the character; they would warn of each one that they lack."""
+    return char < "\u0590" or char in _OTHER_GLYPHS
+
+
+def _class_text(names: Sequence[str], number: int, most: int) -> str:
+    """The name of a class, or its number if it has none that can be drawn.
+
+    Too long a name loses its middle: names of classes often differ at their ends.
+    """
+    name = names[number] if number < len(names) else ""
+    if not name or not all(map(_has_glyph, name)):
+        return str(number)
+    return name if len(name) <= most else f"{name[: most - 5]}..{name[-3:]}"
 
 
 def _draw_text(axes: Axes, value: np.ndarray, color: str) -> None:
     """The beginning of a text, cut into lines of equal length: generated ones need not have words."""
     text = "".join(
-        "\u25a1" if char >= _FIRST_SCRIPT_WITHOUT_GLYPHS else char if char.isprintable() else "\u00b7"
+        (char if char.isprintable() else "\u00b7") if _has_glyph(char) else "\u25a1"
         for char in most_probable_text(value)
     )
     most = _TEXT_COLUMNS * _TEXT_LINES
@@ -128,10 +161,17 @@ def _limits(rows: list[_Row], modality: str, likelihood: Likelihood) -> tuple[fl
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
 
 
-def _draw_cell(axes: Axes, row: _Row, column: int, likelihood: Likelihood, limits: tuple[float, float]) -> None:
+def _draw_cell(
+    axes: Axes,
+    row: _Row,
+    column: int,
+    likelihood: Likelihood,
+    limits: tuple[float, float],
+    class_names: ClassNames | None,
+) -> None:
     value, color = row.values[column], _DATA_COLOR if row.from_data else _MODEL_COLOR
     if likelihood.name == "categorical" and value.ndim == 1:
-        _draw_classes(axes, value, color)
+        _draw_classes(axes, value, color, (class_names or {}).get(row.modality, ()))
     elif is_byte_text(likelihood, value.shape):
         _draw_text(axes, value, color)
     elif is_picture(value.shape):
@@ -146,7 +186,7 @@ def _draw_cell(axes: Axes, row: _Row, column: int, likelihood: Likelihood, limit
         spine.set_linewidth(0.6)
 
 
-def _draw_grid(model: JMVAE, rows: list[_Row], title: str) -> Figure:
+def _draw_grid(model: JMVAE, rows: list[_Row], title: str, class_names: ClassNames | None) -> Figure:
     """A figure with one labelled line of cells per row; a rule separates rows of different modalities."""
     from matplotlib.figure import Figure
 
@@ -171,7 +211,7 @@ def _draw_grid(model: JMVAE, rows: list[_Row], title: str) -> Figure:
     for index, row in enumerate(rows):
         for column in range(num_columns):
             axes = figure.add_subplot(grid[index, column])
-            _draw_cell(axes, row, column, model.likelihoods[row.modality], limits[row.modality])
+            _draw_cell(axes, row, column, model.likelihoods[row.modality], limits[row.modality], class_names)
         box = grid[index, 0].get_position(figure)
         middle, line = (box.y0 + box.y1) / 2, 0.085 / height
         figure.text(0.15 / width, middle + line, row.modality, fontsize=9, color=_INK, va="center")
@@ -196,13 +236,16 @@ def _expected(model: JMVAE, decoded: dict[str, Tensor], name: str) -> np.ndarray
 
 
 @torch.no_grad()
-def reconstruction_figure(model: JMVAE, inputs: dict[str, Tensor], *, max_samples: int = 10) -> Figure:
+def reconstruction_figure(
+    model: JMVAE, inputs: dict[str, Tensor], *, max_samples: int = 10, class_names: ClassNames | None = None
+) -> Figure:
     """Every modality of some samples, and its reconstruction from the joint posterior's mean.
 
     Args:
         model: In evaluation mode.
         inputs: Every modality, (B, *shape); the first `max_samples` are shown.
         max_samples: Number of columns.
+        class_names: By modality, where classes have names.
     """
     shown = _first(inputs, model, max_samples)
     decoded = model.decode(model.encode(shown, return_mean=True, flatten=True))
@@ -210,7 +253,7 @@ def reconstruction_figure(model: JMVAE, inputs: dict[str, Tensor], *, max_sample
     for name in model.modalities:
         rows.append(_Row(name, "data", _as_array(shown[name]), True))
         rows.append(_Row(name, "reconstruction", _expected(model, decoded, name), False))
-    return _draw_grid(model, rows, "Reconstruction from all modalities")
+    return _draw_grid(model, rows, "Reconstruction from all modalities", class_names)
 
 
 @torch.no_grad()
@@ -222,6 +265,7 @@ def cross_modal_figure(
     max_samples: int = 10,
     num_draws: int = 3,
     seed: int = 0,
+    class_names: ClassNames | None = None,
 ) -> Figure:
     """Some modalities of some samples, and the others as the model generates them from these.
 
@@ -235,6 +279,7 @@ def cross_modal_figure(
         max_samples: Number of columns.
         num_draws: Samples of the posterior per generated modality.
         seed: Seed of the samples.
+        class_names: By modality, where classes have names.
 
     Raises:
         ConfigError: `given` names no or unknown modalities, or all of them.
@@ -261,11 +306,18 @@ def cross_modal_figure(
             labels = [f"generated, draw {number + 1}" for number in range(num_draws)]
             pairs = zip(labels, draws, strict=True)
             rows += [_Row(name, label, _expected(model, decoded, name), False) for label, decoded in pairs]
-    return _draw_grid(model, rows, f"{' and '.join(generated)} generated from {' and '.join(names)}")
+    return _draw_grid(model, rows, f"{' and '.join(generated)} generated from {' and '.join(names)}", class_names)
 
 
 @torch.no_grad()
-def prior_samples_figure(model: JMVAE, *, num_samples: int = 10, num_lines: int = 4, seed: int = 0) -> Figure:
+def prior_samples_figure(
+    model: JMVAE,
+    *,
+    num_samples: int = 10,
+    num_lines: int = 4,
+    seed: int = 0,
+    class_names: ClassNames | None = None,
+) -> Figure:
     """Samples of the prior, decoded into every modality; the modalities of a column belong together.
 
     Args:
@@ -273,6 +325,7 @@ def prior_samples_figure(model: JMVAE, *, num_samples: int = 10, num_lines: int 
         num_samples: Number of columns.
         num_lines: Lines of samples.
         seed: Seed of the samples.
+        class_names: By modality, where classes have names.
     """
     device = next(model.parameters()).device
     rows = []
@@ -281,12 +334,17 @@ def prior_samples_figure(model: JMVAE, *, num_samples: int = 10, num_lines: int 
         noise = normal_noise(seed, 0, numbers, model.latent_dim, Stream.PRIOR)
         decoded = model.decode(model.generate_from_prior(num_samples, noise=noise))
         rows += [_Row(name, f"samples {line + 1}", _expected(model, decoded, name), False) for name in decoded]
-    return _draw_grid(model, rows, "Samples of the prior")
+    return _draw_grid(model, rows, "Samples of the prior", class_names)
 
 
 @torch.no_grad()
 def cross_modal_matrix_figure(
-    model: JMVAE, inputs: dict[str, Tensor], *, max_samples: int = 3, seed: int = 0
+    model: JMVAE,
+    inputs: dict[str, Tensor],
+    *,
+    max_samples: int = 3,
+    seed: int = 0,
+    class_names: ClassNames | None = None,
 ) -> Figure:
     """Every modality generated from every modality: a row per source, a block of columns per target.
 
@@ -298,6 +356,7 @@ def cross_modal_matrix_figure(
         inputs: Every modality, (B, *shape); the first `max_samples` are shown.
         max_samples: Columns per block.
         seed: Seed of the draws.
+        class_names: By modality, where classes have names.
     """
     shown = _first(inputs, model, max_samples)
     num_columns = len(shown[model.modalities[0]])
@@ -308,10 +367,16 @@ def cross_modal_matrix_figure(
         decoded = model.decode(model.encode(shown, source, flatten=True, noise=noise, check_inputs=False))
         cells = {name: _Row(name, "", _expected(model, decoded, name), False) for name in model.modalities}
         lines.append((f"given {source}", cells))
-    return _draw_matrix(model, lines, num_columns, "Every modality from every modality")
+    return _draw_matrix(model, lines, num_columns, "Every modality from every modality", class_names)
 
 
-def _draw_matrix(model: JMVAE, lines: list[tuple[str, dict[str, _Row]]], num_columns: int, title: str) -> Figure:
+def _draw_matrix(
+    model: JMVAE,
+    lines: list[tuple[str, dict[str, _Row]]],
+    num_columns: int,
+    title: str,
+    class_names: ClassNames | None,
+) -> Figure:
     """A row per line, with its label at the left, and a block of `num_columns` columns per modality."""
     from matplotlib.figure import Figure
 
@@ -337,7 +402,7 @@ def _draw_matrix(model: JMVAE, lines: list[tuple[str, dict[str, _Row]]], num_col
         for line, (_, cells) in enumerate(lines):
             grid = blocks[line, column].subgridspec(1, num_columns, wspace=0.08)
             for sample in range(num_columns):
-                _draw_cell(figure.add_subplot(grid[0, sample]), cells[name], sample, likelihood, limits)
+                _draw_cell(figure.add_subplot(grid[0, sample]), cells[name], sample, likelihood, limits, class_names)
     for line, (label, _) in enumerate(lines):
         box = blocks[line, 0].get_position(figure)
         figure.text(0.15 / width, (box.y0 + box.y1) / 2, label, fontsize=9, color=_INK, va="center")
@@ -346,7 +411,12 @@ def _draw_matrix(model: JMVAE, lines: list[tuple[str, dict[str, _Row]]], num_col
 
 @torch.no_grad()
 def interpolation_figure(
-    model: JMVAE, inputs: dict[str, Tensor], *, num_pairs: int = 3, num_steps: int = 9
+    model: JMVAE,
+    inputs: dict[str, Tensor],
+    *,
+    num_pairs: int = 3,
+    num_steps: int = 9,
+    class_names: ClassNames | None = None,
 ) -> Figure:
     """Straight lines in the latent space between the joint posteriors' means of pairs of samples, decoded.
 
@@ -355,6 +425,7 @@ def interpolation_figure(
         inputs: Every modality, (B, *shape); samples 0 and 1 are the ends of the first line, 2 and 3 of the second.
         num_pairs: Lines, as far as there are samples.
         num_steps: Latents per line, both ends included.
+        class_names: By modality, where classes have names.
     """
     shown = _first(inputs, model, 2 * num_pairs)
     means = model.encode(shown, return_mean=True, flatten=True).z
@@ -366,16 +437,17 @@ def interpolation_figure(
         first, last = means[2 * pair], means[2 * pair + 1]
         decoded = model.decode(first + weights * (last - first))
         rows += [_Row(name, f"line {pair + 1}", _expected(model, decoded, name), False) for name in decoded]
-    return _draw_grid(model, rows, "Between two samples, along a straight line in the latent space")
+    return _draw_grid(model, rows, "Between two samples, along a straight line in the latent space", class_names)
 
 
-def projection_figure(latents: Tensor, labels: Tensor | None, title: str) -> Figure:
+def projection_figure(latents: Tensor, labels: Tensor | None, title: str, class_names: Sequence[str] = ()) -> Figure:
     """Latents in the plane of their two principal components, coloured by class.
 
     Args:
         latents: (n, D), n >= 1; rows that are not finite are left out.
         labels: int64 (n,); None: one colour.
         title: Above the figure.
+        class_names: Of the labels; a label beyond them is shown as its number.
     """
     from matplotlib.figure import Figure
 
@@ -391,7 +463,13 @@ def projection_figure(latents: Tensor, labels: Tensor | None, title: str) -> Fig
             chosen = points[classes == number]
             axes.scatter(chosen[:, 0], chosen[:, 1], s=7, color=color, linewidths=0, label=str(number))
         if 1 < len(np.unique(classes)) <= _MAX_BARS:
-            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, markerscale=2)
+            legend = axes.legend(
+                loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, markerscale=2
+            )
+            # Afterwards: as the label of an artist, a name that begins with _ would be left out.
+            for entry, number in zip(legend.get_texts(), np.unique(classes), strict=True):
+                entry.set_parse_math(False)
+                entry.set_text(_class_text(class_names, number, _LEGEND_COLUMNS))
     for axis, share, number in zip((axes.xaxis, axes.yaxis), shares, (1, 2), strict=True):
         text = f"principal component {number} ({100 * share:.0f} % of the variance)"
         axis.set_label_text(text, fontsize=8, color=_MUTED)

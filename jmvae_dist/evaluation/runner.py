@@ -20,6 +20,7 @@ from jmvae_dist.distributed.collectives import Collectives
 from jmvae_dist.errors import DataError
 from jmvae_dist.evaluation.evaluate import evaluate_batches, evaluation_mode, results_of, standard_metrics
 from jmvae_dist.evaluation.figures import (
+    ClassNames,
     cross_modal_figure,
     cross_modal_matrix_figure,
     interpolation_figure,
@@ -109,6 +110,7 @@ def save_figures(
     num_samples: int,
     seed: int,
     label: View | None = None,
+    class_names: ClassNames | None = None,
     records: Iterable[dict[str, Any]] = (),
     verify: Verify = "first_use",
     on_bad_sample: OnBadSample = "stop",
@@ -125,6 +127,7 @@ def save_figures(
         seed: Of the posterior's and the prior's samples.
         label: Classes that colour the projection; None: those of the only modality of encoding `cls`, if there is
             one.
+        class_names: By modality, where classes have names.
         records: Of the run's `metrics.jsonl`, for learning curves; none: no such figure.
         verify: When the bytes of shards are checked; see `data_config.DataSection`.
         on_bad_sample: `mask` leaves out what `evaluate_together` would.
@@ -150,14 +153,21 @@ def save_figures(
     inputs = {name: inputs[name].to(device_of(model)) for name in model.modalities}
     first = {name: values[is_first] for name, values in inputs.items()}
     with evaluation_mode(model):
-        figures = {"reconstruction": reconstruction_figure(model, first, max_samples=num_samples)}
+        figures = {
+            "reconstruction": reconstruction_figure(model, first, max_samples=num_samples, class_names=class_names)
+        }
         for name in model.modalities:
-            figures[f"given_{name}"] = cross_modal_figure(model, first, name, max_samples=num_samples, seed=seed)
-        figures["prior_samples"] = prior_samples_figure(model, num_samples=num_samples, seed=seed)
-        figures["cross_modal_matrix"] = cross_modal_matrix_figure(model, first, seed=seed)
-        figures["interpolation"] = interpolation_figure(model, first)
+            figures[f"given_{name}"] = cross_modal_figure(
+                model, first, name, max_samples=num_samples, seed=seed, class_names=class_names
+            )
+        figures["prior_samples"] = prior_samples_figure(
+            model, num_samples=num_samples, seed=seed, class_names=class_names
+        )
+        figures["cross_modal_matrix"] = cross_modal_matrix_figure(model, first, seed=seed, class_names=class_names)
+        figures["interpolation"] = interpolation_figure(model, first, class_names=class_names)
         latents = model.encode(inputs, return_mean=True, flatten=True).z
-        figures["projection"] = projection_figure(latents, labels, "Posterior means of held-out samples")
+        names = () if label is None else (class_names or {}).get(label.name, ())
+        figures["projection"] = projection_figure(latents, labels, "Posterior means of held-out samples", names)
     curves = learning_curves_figure(records)
     if curves is not None:
         figures["learning_curves"] = curves

@@ -13,6 +13,7 @@ from typing import Any
 from jmvae_dist.checkpoint.layout import CheckpointManifest
 from jmvae_dist.checkpoint.manager import CheckpointManager
 from jmvae_dist.config_io import to_plain
+from jmvae_dist.data.class_names import class_names
 from jmvae_dist.data.loader import decode_threads
 from jmvae_dist.data.plan import check_same_order
 from jmvae_dist.distributed.runtime import Runtime
@@ -557,6 +558,7 @@ class Trainer:
                     self.run.output_dir / "figures",
                     num_samples=self.run.config.evaluation.figure_samples,
                     seed=self.run.config.training.seed,
+                    class_names=class_names(self.run.describe_modalities(), self.run.eval_manifest),
                     verify=self.run.config.data.verify,
                     on_bad_sample=self.run.config.data.on_bad_sample,
                     access=self.run.remote_access,

@@ -14,6 +14,7 @@ from typing import Any
 
 from jmvae_dist.checks import is_integer, require
 from jmvae_dist.config import RunConfig
+from jmvae_dist.data.class_names import CLASS_NAMES_KEY, class_names, find_moved_class, manifest_class_names
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.plan import SamplePlan, default_lanes
@@ -81,8 +82,16 @@ class ResolvedRun:
         return RemoteAccess(self.config.data.cache, self.config.data.remote)
 
     def describe_modalities(self) -> dict[str, Any]:
-        """What `evaluation_views` needs to see other data as this run does, as JSON values by name."""
-        return json.loads(json.dumps({view.name: view.to_json() for view in self.views}))
+        """What `evaluation_views` needs to see other data as this run does, as JSON values by name.
+
+        Classes that have names come with them.
+        """
+        names = manifest_class_names(self.train_manifest)
+        described = {
+            view.name: view.to_json() | ({CLASS_NAMES_KEY: names[view.name]} if view.name in names else {})
+            for view in self.views
+        }
+        return json.loads(json.dumps(described))
 
     def describe_model(self) -> dict[str, Any]:
         """What `load_model` needs to rebuild the model, as JSON values (lists in place of tuples)."""
@@ -222,8 +231,10 @@ def evaluation_views(
             configuration has just made.
 
     Raises:
-        ConfigError: A modality is missing, its type, shape or transform differs, or a class is not trusted.
+        ConfigError: A modality is missing, its type, shape or transform differs, its classes have other numbers, or
+            a class of code is not trusted.
     """
+    _check_class_numbers(class_names(expected), manifest, key)
     available = {modality.name: modality for modality in manifest.modalities}
     views = []
     for name, description in expected.items():
@@ -252,12 +263,24 @@ def evaluation_views(
     return tuple(views)
 
 
+def _check_class_numbers(names: dict[str, tuple[str, ...]], manifest: Manifest, key: str) -> None:
+    found = manifest_class_names(manifest)
+    for name in names.keys() & found.keys():
+        moved = find_moved_class(found[name], names[name])
+        if moved is not None:
+            number, other = moved
+            raise ConfigError(
+                f"{key}: {found[name][number]!r} is class {number} of {name!r}, and class {other} in the training "
+                "data; write both with the same --class-names"
+            )
+
+
 def _stored_attributes(description: dict[str, Any]) -> dict[str, Any]:
     """The part of a view's description that is the manifest's."""
     return {
         key: value
         for key, value in description.items()
-        if key not in ("transforms", "transforms_seed", "run_tokenizer")
+        if key not in ("transforms", "transforms_seed", "run_tokenizer", CLASS_NAMES_KEY)
     }
 
 

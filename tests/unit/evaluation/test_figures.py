@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import warnings
@@ -93,6 +94,29 @@ def test_categorical_cells_name_the_class(model: JMVAE, inputs: dict[str, Tensor
     figure = cross_modal_figure(model, {"label": inputs["label"]}, "label")
     first_row = [axes.texts[0].get_text() for axes in figure.axes[:5]]
     assert first_row == [str(int(index)) for index in inputs["label"].argmax(-1)]
+
+
+def test_categorical_cells_and_legends_show_names_of_classes(model: JMVAE, inputs: dict[str, Tensor]) -> None:
+    names = ["benign", "$x_1$", "_other", "adenocarcinoma left", "adenocarcinoma right", "日本", *"ghij"]
+    inputs["label"] = torch.eye(10)[[0, 1, 3, 4, 5]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = cross_modal_figure(model, {"label": inputs["label"]}, "label", class_names={"label": names})
+        figure.canvas.draw()
+        projected = projection_figure(torch.randn(6, 2), torch.arange(6) * 2, "title", names)
+        projected.canvas.draw()
+    shown = [axes.texts[0].get_text() for axes in figure.axes[:5]]
+    # What the font lacks stays a number; long names keep the end, in which they differ.
+    assert shown == ["benign", "$x_1$", "adenocarci..eft", "adenocarci..ght", "5"]
+    legend = projected.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["benign", "_other", names[4], "g", "i", "10"]
+
+
+def test_a_probability_stands_behind_the_name(model: JMVAE, inputs: dict[str, Tensor]) -> None:
+    figure = reconstruction_figure(model, inputs, max_samples=1, class_names={"label": ["malignant tumour"] * 10})
+    name = figure.axes[list(SHAPES).index("label") * 2 + 1].texts[0].get_text()
+    assert re.fullmatch(r"malig\.\.our  \d\d%", name)
 
 
 @pytest.mark.parametrize("given", ["label", ["sound", "grey"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,29 @@ def test_a_checkpoint_from_anywhere_is_checked(digits: Path, damage: dict[str, A
     described["image"] |= damage
     with pytest.raises(ConfigError, match="image"):
         evaluation_views(described, run.train_manifest, "--manifest", trusted=[])
+
+
+def named(manifest: Manifest, *names: str) -> Manifest:
+    return dataclasses.replace(manifest, source={"class_names": {"label": list(names)}})
+
+
+def test_names_of_classes_come_with_the_modalities_and_change_nothing_else(digits: Path) -> None:
+    run = resolve(digits)
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    with_names = dataclasses.replace(run, train_manifest=named(run.train_manifest, *words))
+    plain, described = run.describe_modalities(), with_names.describe_modalities()
+    assert "class_names" not in plain["label"]
+    assert described["label"] == {**plain["label"], "class_names": words}
+    assert described["image"] == plain["image"]
+    # A resume, and other data, may have other names or none.
+    check_same_transforms(plain, described)
+    check_same_transforms(described, plain)
+    for expected in (plain, described):
+        for data in (run.train_manifest, with_names.train_manifest, named(run.train_manifest, *"abcdefghij")):
+            assert [view.name for view in evaluation_views(expected, data, "--manifest")] == ["image", "label"]
+    swapped = named(run.train_manifest, "one", "zero", *words[2:])
+    with pytest.raises(ConfigError, match=r"'one' is class 0 of 'label', and class 1 in the training data"):
+        evaluation_views(described, swapped, "--manifest")
 
 
 def test_images_of_any_size_need_a_model_that_resizes(digits: Path) -> None:
