@@ -234,7 +234,9 @@ def evaluation_views(
         ConfigError: A modality is missing, its type, shape or transform differs, its classes have other numbers, or
             a class of code is not trusted.
     """
-    _check_class_numbers(class_names(expected), manifest, key)
+    moved = _describe_moved_class(class_names(expected), manifest, key)
+    if moved is not None:
+        raise ConfigError(moved)
     available = {modality.name: modality for modality in manifest.modalities}
     views = []
     for name, description in expected.items():
@@ -263,16 +265,18 @@ def evaluation_views(
     return tuple(views)
 
 
-def _check_class_numbers(names: dict[str, tuple[str, ...]], manifest: Manifest, key: str) -> None:
+def _describe_moved_class(names: dict[str, tuple[str, ...]], manifest: Manifest, key: str) -> str | None:
+    """A class that has another number in the manifest than in the training data, whose names these are."""
     found = manifest_class_names(manifest)
-    for name in names.keys() & found.keys():
+    for name in (name for name in names if name in found):
         moved = find_moved_class(found[name], names[name])
         if moved is not None:
             number, other = moved
-            raise ConfigError(
+            return (
                 f"{key}: {found[name][number]!r} is class {number} of {name!r}, and class {other} in the training "
                 "data; write both with the same --class-names"
             )
+    return None
 
 
 def _stored_attributes(description: dict[str, Any]) -> dict[str, Any]:
@@ -462,20 +466,25 @@ def largest_share(plan: SamplePlan, world_size: int) -> int:
 
 
 def summarize(run: ResolvedRun, world_size: int) -> str:
-    """What is about to run, in two lines; a third one where a step takes samples more than once."""
+    """What is about to run, in two lines, and a line for each thing about it that may not be meant so."""
     plan, training = run.plan, run.config.training
     is_open = training.micro_batch_size == "auto" and not run.micro_batch
     micro_batches = "auto" if is_open else num_micro_batches(run, world_size)
     num_samples, batch_size = run.train_manifest.num_samples, training.global_batch_size
-    repeats = (
-        f"\nnote: training.global_batch_size is larger than the data: every step takes a sample "
-        f"{batch_size / num_samples:.1f} times on average"
-        if batch_size > num_samples
-        else ""
-    )
+    notes = []
+    if batch_size > num_samples:
+        notes.append(
+            "training.global_batch_size is larger than the data: every step takes a sample "
+            f"{batch_size / num_samples:.1f} times on average"
+        )
+    if run.eval_manifest is not None:
+        # No error: a run that began with such data, before it was looked at, can still be resumed.
+        moved = _describe_moved_class(class_names(run.describe_modalities()), run.eval_manifest, "data.eval_manifest")
+        notes += [] if moved is None else [moved]
     return (
         f"{num_samples:,} samples of {', '.join(run.modalities)}; {run.total_steps:,} steps of "
         f"{batch_size} samples ({plan.epoch(run.total_steps):.1f} epochs)\n"
         f"{world_size} process(es) x {micro_batches} micro-batch(es), engine {training.engine}, "
-        f"{training.precision}, {plan.lanes} lanes; run directory {run.output_dir}{repeats}"
+        f"{training.precision}, {plan.lanes} lanes; run directory {run.output_dir}"
+        + "".join(f"\nnote: {note}" for note in notes)
     )

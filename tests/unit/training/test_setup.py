@@ -162,6 +162,10 @@ def test_names_of_classes_come_with_the_modalities_and_change_nothing_else(digit
     swapped = named(run.train_manifest, "one", "zero", *words[2:])
     with pytest.raises(ConfigError, match=r"'one' is class 0 of 'label', and class 1 in the training data"):
         evaluation_views(described, swapped, "--manifest")
+    # A run that had begun so goes on, and is told.
+    assert "note" not in summarize(with_names, world_size=1)
+    summary = summarize(dataclasses.replace(with_names, eval_manifest=swapped), world_size=1)
+    assert summary.splitlines()[2].startswith("note: data.eval_manifest: 'one' is class 0 of 'label', and class 1")
 
 
 def test_images_of_any_size_need_a_model_that_resizes(digits: Path) -> None:
