@@ -24,6 +24,9 @@ def show_results(result: dict[str, Any], modalities: Sequence[str], out: Path | 
     from jmvae_dist.evaluation.table import format_results
     from jmvae_dist.training.state import write_json
 
+    # Before it is printed: a closed pipe or an odd encoding of the terminal must not cost it.
+    if out is not None:
+        write_json(out, result)
     print(f"step {result['global_step']}, {result['num_samples']:,} samples of {result['manifest']}")
     print(format_results(result["metrics"], modalities))
     if any("_effective_samples" in key for key in result["metrics"]):
@@ -40,8 +43,6 @@ def show_results(result: dict[str, Any], modalities: Sequence[str], out: Path | 
             "(*_unreliable_fraction in the JSON): raise --joint-nll-samples, or do not rely on them"
         )
     sys.stdout.flush()
-    if out is not None:
-        write_json(out, result)
 
 
 def keep_in_run(options: argparse.Namespace, task: Task, runtime: Runtime, result: dict[str, Any]) -> None:
