@@ -104,7 +104,7 @@ def _is_said_by_rank_0() -> bool:
 def _tell_launcher(exit_code: int) -> int:
     """Bring an exit code that all ranks share to the launcher; returns the one for this process.
 
-    `launch/local.sh` reads it from a file: torchrun would turn it into 1, behind a page about failed processes.
+    `launch/local.sh` reads it from a file: torchrun would turn it into 1, as the failure of one rank.
     Elsewhere it is rank 0's alone: the first rank that exits with another code than 0 makes the launcher end the
     others, perhaps before rank 0 has said why.
     """

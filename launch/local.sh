@@ -57,8 +57,8 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     threads=$(($(nproc) / num_processes))
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
-# An exit code that all ranks share is left in a file here, and they exit with 0: torchrun would turn it into 1,
-# behind a page about failed processes.
+# An exit code that all ranks share is left in a file here, and they exit with 0: torchrun would turn it into 1, and
+# take it for the failure of one rank.
 exit_codes=$(mktemp -d)
 trap 'rm -rf "$exit_codes"' EXIT
 
@@ -90,13 +90,13 @@ if setpriv --pdeathsig TERM true 2>/dev/null; then
 fi
 
 # One attempt: a torchrun of its own, because the rendezvous of torchrun's --max-restarts rarely survives a killed
-# rank. Sets `code`.
+# rank. Sets `code`, and `shared` to the same where all ranks have ended with it.
 run_once() {
     # A file of its own: a rank of the former attempt that outlived its torchrun for a moment may write late.
     JMVAE_DIST_EXIT_CODE_FILE=$(mktemp "$exit_codes/XXXXXX")
     export JMVAE_DIST_EXIT_CODE_FILE
-    "${end_with_parent[@]}" "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$num_processes" \
-        -m jmvae_dist "$verb" "$@" &
+    "${end_with_parent[@]}" "$PYTHON" -m jmvae_dist.distributed.torchrun --standalone \
+        --nproc_per_node "$num_processes" -m jmvae_dist "$verb" "$@" &
     child=$!
     [ -z "$stop_requested" ] || forward TERM # the signal came when there was no child yet
     # A trap that fires ends `wait` early: go on until torchrun is gone.
@@ -105,7 +105,6 @@ run_once() {
         code=$?
     done
     child=
-    local shared
     shared=$(cat "$JMVAE_DIST_EXIT_CODE_FILE")
     code=${shared:-$code}
 }
@@ -117,10 +116,25 @@ rewinds, step = measure_progress(pathlib.Path(sys.argv[1]))
 print(rewinds, max(0, step))' "$checkpoints" 2>/dev/null
 }
 
+find_checkpoints() {
+    checkpoints=$("$PYTHON" -c 'import pathlib, sys; from jmvae_dist.config_io import parse_run_config
+print(pathlib.Path(parse_run_config(sys.argv[1:]).output_dir).expanduser() / "checkpoints")' "$@")
+}
+
+# The last word on a crash. Not on what all ranks have refused together, which would only be refused again.
+say_how_to_go_on() {
+    local step
+    [ "$verb" = train ] && [ -z "$shared" ] && find_checkpoints "$@" && read -r _ step < <(measure_progress) || return
+    if [ "$step" -gt 0 ]; then
+        say "exit code $code; the same command continues from the checkpoint at step $step"
+    else
+        say "exit code $code; the same command begins anew: there is no checkpoint yet"
+    fi
+}
+
 checkpoints=
 if [ "$verb" = train ] && [ "$restarts" -gt 0 ]; then
-    checkpoints=$("$PYTHON" -c 'import pathlib, sys; from jmvae_dist.config_io import parse_run_config
-print(pathlib.Path(parse_run_config(sys.argv[1:]).output_dir).expanduser() / "checkpoints")' "$@") || exit
+    find_checkpoints "$@" || exit
 fi
 read -r best_rewinds best_step < <(measure_progress) || best_rewinds=0 best_step=0
 num_failures=0 # since the last new checkpoint
@@ -138,7 +152,11 @@ while [ -z "$stop_requested" ]; do
     fi
     num_failures=$((num_failures + 1))
     if [ "$num_failures" -gt "$restarts" ]; then
-        [ "$restarts" -eq 0 ] || say "exit code $code again, no new checkpoint in $restarts restarts: giving up"
+        if [ "$restarts" -gt 0 ]; then
+            say "exit code $code again, no new checkpoint in $restarts restarts: giving up"
+        else
+            say_how_to_go_on "$@"
+        fi
         exit "$code"
     fi
     pause_s=$((num_failures < 5 ? 2 ** (num_failures - 1) : 16))

@@ -109,7 +109,7 @@ def test_configuration_errors_pass_through_the_launcher(make_run: MakeRun) -> No
     run.train(1, "--training.steps", "5")
     output = run.train(2, "--training.steps", "9", "--training.seed", "1", expect=2)
     assert "training.seed was 0, is now 1" in output
-    assert "ChildFailedError" not in output
+    assert "launch/local.sh: " not in output
 
 
 def test_a_dead_runs_data_workers_do_not_hold_its_directory(make_run: MakeRun) -> None:

@@ -51,7 +51,7 @@ def ranks(run: Run) -> list[psutil.Process]:
     found = {}
     for process in psutil.process_iter(["cmdline"]):
         command = " ".join(process.info["cmdline"] or [])
-        if str(run.output_dir) in command and "torch.distributed.run" not in command and "local.sh" not in command:
+        if str(run.output_dir) in command and "distributed.torchrun" not in command and "local.sh" not in command:
             with contextlib.suppress(psutil.Error, KeyError):
                 found[int(process.environ()["RANK"])] = process
     return [found[rank] for rank in sorted(found)]
@@ -86,11 +86,15 @@ def test_a_killed_rank_fails_the_run_without_restarts(make_run: MakeRun) -> None
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 1, output
         assert ranks(run) == []
+    assert "Traceback" not in output
+    failed, how_to_go_on = output.splitlines()[-2:]
+    assert re.match(r"launch/local.sh: rank 0 \(process \d+\) was ended by SIGKILL, by hand or, ", failed), output
+    assert how_to_go_on == "launch/local.sh: exit code 1; the same command begins anew: there is no checkpoint yet"
 
 
 @pytest.fixture
 def start_with_fake_torchrun(make_run: MakeRun, tmp_path: Path) -> FakeTorchrun:
-    """Starts local.sh with `--restarts 2` and a shell script in the place of torchrun; $RUN is the run directory.
+    """Starts local.sh, with `--restarts 2`, and a shell script in the place of torchrun; $RUN is the run directory.
 
     Other scripts may run where local.sh looks for new checkpoints, and instead of `sleep`. All are in a process group
     of their own.
@@ -101,13 +105,16 @@ def start_with_fake_torchrun(make_run: MakeRun, tmp_path: Path) -> FakeTorchrun:
     programs = tmp_path / "programs"
     programs.mkdir()
 
-    def start(torchrun: str, measurement: str = ":", sleep: str = 'exec /bin/sleep "$1"') -> subprocess.Popen[str]:
-        choose = f"*torch.distributed.run*) {torchrun};; *--check\\ *) exit 0;; *measure_progress*) {measurement};;"
+    def start(
+        torchrun: str, measurement: str = ":", sleep: str = 'exec /bin/sleep "$1"', restarts: int = 2
+    ) -> subprocess.Popen[str]:
+        choose = f"*distributed.torchrun*) {torchrun};; *--check\\ *) exit 0;; *measure_progress*) {measurement};;"
         python = f'case "$*" in {choose} esac\nexec {sys.executable} "$@"'
         for name, script in (("python", python), ("sleep", sleep)):
             (programs / name).write_text(f"#!/bin/sh\nRUN={folder}; {script}\n")
             (programs / name).chmod(0o755)
-        command = ["bash", str(ROOT / "launch" / "local.sh"), "2", "--restarts", "2", "train", *run.arguments()]
+        options = ["2", "--restarts", str(restarts), "train", *run.arguments()]
+        command = ["bash", str(ROOT / "launch" / "local.sh"), *options]
         environment = {**launch_environment(), "PYTHON": str(programs / "python")}
         environment["PATH"] = f"{programs}:{environment['PATH']}"
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -116,13 +123,35 @@ def start_with_fake_torchrun(make_run: MakeRun, tmp_path: Path) -> FakeTorchrun:
     return start
 
 
+def write_checkpoint(folder: Path, step: int, rewinds: int = 0) -> None:
+    """What is looked at of a checkpoint to tell how far the run is."""
+    checkpoint = folder / f"step-{step:08d}"
+    checkpoint.mkdir(parents=True)
+    manifest = make_manifest(global_step=step, passed_over=[[8, 10]] * rewinds)
+    (checkpoint / "manifest.json").write_text(manifest.to_json())
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "code", "said"),
+    [
+        ("exit 3", 3, "launch/local.sh: exit code 3; the same command continues from the checkpoint at step 8\n"),
+        ("echo 1 >$JMVAE_DIST_EXIT_CODE_FILE; exit 0", 1, ""),
+    ],
+    ids=["crash", "refused by all ranks"],
+)
+def test_a_crash_ends_with_what_the_same_command_does(
+    start_with_fake_torchrun: FakeTorchrun, tmp_path: Path, torchrun: str, code: int, said: str
+) -> None:
+    write_checkpoint(tmp_path / "run" / "checkpoints", 8)
+    process = start_with_fake_torchrun(torchrun, restarts=0)
+    assert process.communicate(timeout=300)[0] == said
+    assert process.returncode == code
+
+
 def test_a_run_that_always_fails_is_given_up(start_with_fake_torchrun: FakeTorchrun, tmp_path: Path) -> None:
     """One attempt gets to step 8, one to step 10, and the others, after a rewind, to step 9: three times progress."""
     for step, rewinds in ((8, 0), (10, 0), (9, 1)):
-        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
-        folder.mkdir(parents=True)
-        manifest = make_manifest(global_step=step, passed_over=[[8, 10]] * rewinds)
-        (folder / "manifest.json").write_text(manifest.to_json())
+        write_checkpoint(tmp_path / "checkpoints", step, rewinds)
     attempt = "echo >>$RUN.attempts; case $(wc -l <$RUN.attempts) in 1) step=08;; 2) step=10;; *) step=09;; esac"
     replaced = f"rm -rf $RUN/checkpoints/*; cp -r {tmp_path}/checkpoints/step-000000$step $RUN/checkpoints"
     process = start_with_fake_torchrun(f"{attempt}; {replaced}; exit 3")
