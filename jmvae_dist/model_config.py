@@ -115,7 +115,8 @@ class JMVAEConfig:
         for name, parameters in (self.decoder_dist_params or {}).items():
             if self.decoders_dist is not None and name not in self.decoders_dist:
                 raise ConfigError(
-                    f"decoder_dist_params: modality {name!r} is not one of decoders_dist: {list(self.decoders_dist)}"
+                    f"decoders_dist: must name all modalities, but {list(self.decoders_dist)} lack {name!r}, which "
+                    "decoder_dist_params has; add it there, or correct its name in one of the two"
                 )
             allowed = "a dictionary of parameters"
             require(isinstance(parameters, dict), f"decoder_dist_params.{name}", parameters, allowed)

@@ -225,8 +225,14 @@ DATA_MISTAKES = [
     (["--data.transforms", "{sound: []}"], ["data.transforms.sound", "the run uses image, label"]),
     (["--data.transforms", "{image: [{name: resize, size: [4, 4]}]}"], ["image[0]: resize is for encoding 'image'"]),
     (["--data.transforms", "{image: [{class_path: nowhere_to_be_found.X}]}"], ["image[0]", "cannot be imported"]),
-    (["--model.decoders_dist", "{picture: normal, label: categorical}"], ["model.decoder_dist_params", "'image'"]),
-    (["--model.decoder_dist_params", "{picture: {scale: 1}}"], ["model.decoder_dist_params", "'picture'"]),
+    (
+        ["--model.decoders_dist", "{picture: normal, label: categorical}"],
+        ["model.decoders_dist: must name all modalities, but ['picture', 'label'] lack 'image', which"],
+    ),
+    (
+        ["--model.decoder_dist_params", "{picture: {scale: 1}}"],
+        ["model.decoders_dist: must", "lack 'picture', which"],
+    ),
     (["--model.decoders_dist", "{image: bernoulli}"], ["model.decoders_dist", "label"]),
     (["--model.input_dims", "{image: [1, 28, 28], label: [10]}"], ["model.input_dims.image", "[1, 8, 8]"]),
     (["--model.input_dims", "{picture: [1, 8, 8], label: [10]}"], ["'image'", "['picture', 'label']"]),
