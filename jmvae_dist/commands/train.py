@@ -32,11 +32,12 @@ def _main(arguments: list[str], signals: StopSignals) -> int:
     if dry_run is not None:
         return _plan(config, dry_run)
     from jmvae_dist.distributed.environment import detect_process
-    from jmvae_dist.training.setup import check_machine, resolve_run, summarize
+    from jmvae_dist.training.setup import check_machine, check_output_dir, resolve_run, summarize
 
     process = detect_process()
     run = resolve_run(config, process.world_size)
     check_machine(config)
+    check_output_dir(run.output_dir)
     # launch/local.sh has checked, and thus said, it before.
     if process.rank == 0 and (check_only or "JMVAE_DIST_EXIT_CODE_FILE" not in os.environ):
         print(summarize(run, process.world_size), flush=True)

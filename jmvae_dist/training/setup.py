@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -194,6 +196,29 @@ def check_machine(config: RunConfig) -> None:
                 "training.gradient_reduction: shared_memory is for CPUs, and training.device auto takes a GPU here; "
                 "use auto, or training.device cpu"
             )
+
+
+# What makes a directory one that is never written. Anything else, such as a full disk, may have passed until then.
+_NEVER_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
+
+
+def check_output_dir(output_dir: Path) -> None:
+    """Refuse a run directory that cannot be written, or made, without making it.
+
+    What permissions say is not enough: root has all of them, also in /proc. So a file without a name is opened.
+
+    Raises:
+        ConfigError: The directory, or the one in which it would be made, takes no file.
+    """
+    folder = output_dir
+    try:
+        folder = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        if error.errno not in _NEVER_WRITABLE:
+            return
+        what = "written" if folder == output_dir else f"made in {folder}"
+        raise ConfigError(f"output_dir: {output_dir} cannot be {what} ({error.strerror})") from None
 
 
 def _check_compiler(device: str) -> None:

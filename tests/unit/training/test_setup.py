@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from jmvae_dist.__main__ import main
 from jmvae_dist.config_io import parse_run_config
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.modality import Modality
@@ -17,6 +19,7 @@ from jmvae_dist.errors import ConfigError
 from jmvae_dist.training.setup import (
     ResolvedRun,
     check_machine,
+    check_output_dir,
     check_same_model,
     check_same_transforms,
     describe_changes,
@@ -25,7 +28,7 @@ from jmvae_dist.training.setup import (
     resolve_run,
     summarize,
 )
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Run
 
 
 def resolve(digits: Path, *arguments: str, world_size: int = 1) -> ResolvedRun:
@@ -79,6 +82,33 @@ def test_gradients_are_not_shared_where_a_gpu_is_taken(digits: Path, monkeypatch
     check_machine(resolve(digits, *shared, "--training.device", "cpu").config)
     with pytest.raises(ConfigError, match=r"shared_memory is for CPUs, and training\.device auto takes a GPU"):
         check_machine(resolve(digits, *shared).config)
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    """Also by root, who may write wherever there is something to write to."""
+    (tmp_path / "file").touch()
+    refused = {
+        Path("/proc/x"): "made in /proc (No such file or directory)",
+        tmp_path / "file" / "runs" / "x": f"made in {tmp_path / 'file'} (Not a directory)",
+        tmp_path / "file": "written (Not a directory)",
+    }
+    for folder, reason in refused.items():
+        with pytest.raises(ConfigError, match=re.escape(f"output_dir: {folder} cannot be {reason}")):
+            check_output_dir(folder)
+    for folder in (tmp_path, tmp_path / "runs" / "x"):
+        check_output_dir(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_train_refuses_such_a_run_directory_before_it_starts(
+    digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(Path("/proc/x"), digits, ["--training.steps", "5"])
+    for arguments in (run.arguments("--check"), run.arguments()):
+        assert main(["train", *arguments]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("jmvae-dist train: output_dir: /proc/x cannot be made in /proc (")
 
 
 def test_training_data_is_not_held_out(digits: Path) -> None:
