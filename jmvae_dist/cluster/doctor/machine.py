@@ -309,7 +309,7 @@ def _judge_threads_of_node(facts: list[dict[str, Any]]) -> Judgement:
             found += f"; {crowded} rank(s) may use fewer cores than they have threads"
         return "warn", found, f"set OMP_NUM_THREADS={each}, or ask for more cores (--cpus-per-task)"
     if facts[0]["on_cpu"] and threads * 2 <= available:
-        advice = f"set OMP_NUM_THREADS={each}: on CPUs threads are what computes"
+        advice = f"set OMP_NUM_THREADS={each}, or start more ranks per node: on CPUs threads are what computes"
         return "warn", f"{found}: most cores would be idle", advice
     return "pass", found, ""
 

@@ -266,6 +266,12 @@ def test_threads_against_cores(threads: int, cores: range, changes: dict[str, An
     assert summarize(rows) == [(status, "all")]
 
 
+def test_idle_cores_are_for_threads_or_for_more_ranks() -> None:
+    facts = {"threads": 1, "cores": list(range(8)), "quota": None, "workers": 0, "on_cpu": True}
+    row = the_problem(judge("threads", {0: facts}, make_layout(1)))
+    assert row.advice.startswith("set OMP_NUM_THREADS=8, or start more ranks per node: ")
+
+
 def test_limits() -> None:
     layout = make_layout(1, 1)
     few = {"soft": 1024, "hard": 4096, "usable": 512, "files_per_shard": 1, "wanted": 500}
