@@ -137,6 +137,29 @@ def test_a_preempted_evaluation_goes_back_to_the_queue(tmp_path: Path) -> None:
         assert ("requeue 1" in (tmp_path / f"calls-{requeues}").read_text().splitlines()) is requeues
 
 
+def test_a_crashed_training_goes_back_to_the_queue_where_it_may(tmp_path: Path) -> None:
+    """Also as a row of a sweep; not where the check at its beginning refuses it: nobody counts those attempts."""
+    answers = ("*begin*) [ ! -e refused ] && echo run;;", "*end*--requeue-failed*) echo requeue;;")
+    row = "*sweep\\ row*) printf 'x\\0';;"
+    write_command(tmp_path / "bin", "python", f'case "$*" in {" ".join(answers)} {row} esac')
+    write_command(tmp_path / "bin", "srun", "exit 137")
+    write_command(tmp_path / "bin", "scontrol", 'echo "$@" >>calls')
+    (tmp_path / "table.tsv").touch()
+    job = f"SLURM_JOB_ID=1 SLURM_CPUS_ON_NODE=1 SLURM_JOB_NUM_NODES=1 JMVAE_DIST_ROOT={ROOT}"
+    train = f"{job} JMVAE_DIST_SITE={tmp_path}/site.env bash {ROOT}/slurm/train.sbatch x"
+    sweep = f"SLURM_ARRAY_JOB_ID=1 SLURM_ARRAY_TASK_ID=2 {train.replace('train.sbatch', 'sweep.sbatch')} table.tsv"
+    for setting, command, code, requeued in (
+        ("no", train, 137, []),
+        ("yes", train, 137, ["requeue 1"]),
+        ("yes", sweep, 137, ["requeue 1_2"]),
+        ("yes", f">refused; {train}", 1, []),
+    ):
+        (tmp_path / "site.env").write_text(f"PYTHON=python\nREQUEUE_FAILED={setting}\n")
+        assert run_bash(tmp_path, f">calls; {command}; echo $?") == f"{code}\n"
+        calls = (tmp_path / "calls").read_text().splitlines()
+        assert [call for call in calls if call.startswith("requeue")] == requeued
+
+
 @pytest.mark.parametrize(
     ("arguments", "directives"),
     [
