@@ -138,7 +138,8 @@ def end_attempt(
     """Note the end of this job's attempt and decide whether the job goes back to the queue.
 
     It does after a stop that Slurm asked for, with USR1 or because of a preemption, and after a failure where that is
-    wanted; not after `scancel`, which sends TERM; and not if that would be one attempt too many.
+    wanted; not after `scancel`, which sends TERM; and not if Slurm may not requeue the job, or if that would be one
+    attempt too many.
 
     Args:
         run_dir: The run directory.
@@ -174,6 +175,9 @@ def end_attempt(
     reason, goes_back = _judge(
         ended, got_usr1=got_usr1, got_term=got_term, job_state=job_state, requeues_failures=requeues_failures
     )
+    if goes_back and job_state.get("Requeue") == "0":
+        goes_back = False
+        reason += "; not requeued: Slurm may not (Requeue=0)"
     if goes_back:
         fruitless = _fruitless([*(other for other in attempts if other is not attempt), ended], job_id)
         if len(fruitless) >= max_attempts:

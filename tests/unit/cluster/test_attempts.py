@@ -127,6 +127,17 @@ def test_which_failures_bring_the_job_back_where_they_may(
     assert end(tmp_path, exit_code, requeues_failures=True, **signals, **state).requeued is requeued
 
 
+def test_a_job_that_slurm_may_not_requeue_is_not_said_to_come_back(tmp_path: Path) -> None:
+    begin(tmp_path)
+    ended = end(tmp_path, 75, usr1=True, Requeue="0")
+    assert (ended.requeued, ended.reason) == (
+        False,
+        "stopped before the time limit; not requeued: Slurm may not (Requeue=0)",
+    )
+    begin(tmp_path, restart=1)
+    assert end(tmp_path, 75, usr1=True, Requeue="1").requeued
+
+
 def test_failures_without_a_new_checkpoint_are_counted(tmp_path: Path) -> None:
     for restart, (step, requeued) in enumerate([(4, True), (4, True), (8, True), (8, True), (8, False)]):
         begin(tmp_path, restart=restart, max_attempts=2)
