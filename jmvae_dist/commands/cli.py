@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,7 +12,9 @@ from jmvae_dist.data_config import CacheSection
 from jmvae_dist.errors import ConfigError
 
 if TYPE_CHECKING:
+    from jmvae_dist.data.manifest import Manifest
     from jmvae_dist.data.store import RemoteAccess
+    from jmvae_dist.data.views import View
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,6 +89,32 @@ def parse_given(text: str, modalities: Sequence[str]) -> list[str]:
     if unknown or not names:
         raise ConfigError(f"--given: {unknown or 'nothing'} is not allowed; the model has {', '.join(modalities)}")
     return names
+
+
+def make_described_views(
+    options: argparse.Namespace, described: Mapping[str, Any], names: Sequence[str], manifest: Manifest
+) -> tuple[View, ...]:
+    """How the model of `options.path` sees modalities of `--manifest`.
+
+    Args:
+        options: Of a verb with the options `path` and `--trust-class`.
+        described: What the model's description says of its modalities, by name.
+        names: Those that are read.
+        manifest: The data.
+
+    Raises:
+        ConfigError: The description lacks one, or the manifest's are others.
+    """
+    from jmvae_dist.training.setup import evaluation_views
+
+    unknown = [name for name in names if name not in described]
+    if unknown:
+        raise ConfigError(
+            f"{options.path} does not say how {unknown[0]!r} is stored, as its model comes from elsewhere; "
+            "give it tensors in Python, with jmvae_dist.load_model"
+        )
+    expected = {name: described[name] for name in names}
+    return evaluation_views(expected, manifest, "--manifest", trusted=options.trust_class)
 
 
 def remote_access(options: argparse.Namespace) -> RemoteAccess:

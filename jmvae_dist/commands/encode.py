@@ -17,6 +17,7 @@ from jmvae_dist.commands.cli import (
     add_trust_option,
     check_writable,
     find_device,
+    make_described_views,
     make_parser,
     parse_given,
     remote_access,
@@ -42,19 +43,11 @@ def main(arguments: list[str]) -> int:
     from jmvae_dist.data.manifest import Manifest
     from jmvae_dist.data.views import make_views
     from jmvae_dist.files import writing_atomic
-    from jmvae_dist.training.setup import evaluation_views
 
     model, described = load_described(options.path, trusted=options.trust_class)
     given = model.modalities if options.given is None else parse_given(options.given, model.modalities)
     manifest = Manifest.load(options.manifest)
-    unknown = [name for name in given if name not in described]
-    if unknown:
-        raise ConfigError(
-            f"{options.path} does not say how {unknown[0]!r} is stored, as its model comes from elsewhere; "
-            "give it tensors in Python, with jmvae_dist.load_model and encode"
-        )
-    expected = {name: described[name] for name in given}
-    views = evaluation_views(expected, manifest, "--manifest", trusted=options.trust_class)
+    views = make_described_views(options, described, given, manifest)
     # Classes are told whether or not the posterior knows them.
     labels = make_views([modality for modality in manifest.modalities if modality.encoding == "cls"])
     names = class_names(described, manifest)

@@ -8,7 +8,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jmvae_dist.commands.cli import add_cache_option, add_trust_option, make_parser, parse_given, remote_access
+from jmvae_dist.commands.cli import (
+    add_cache_option,
+    add_trust_option,
+    make_described_views,
+    make_parser,
+    parse_given,
+    remote_access,
+)
 from jmvae_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -111,19 +118,11 @@ def _sample_given(
     from jmvae_dist.data.loader import EvaluationLoader
     from jmvae_dist.evaluation.figures import cross_modal_figure, reconstruction_figure
     from jmvae_dist.kernels.noise import Stream, normal_noise
-    from jmvae_dist.training.setup import evaluation_views
 
     # Modalities that are not given are shown beside the generated ones where the manifest has them.
     available = {modality.name for modality in manifest.modalities}
     wanted = [name for name in model.modalities if name in given or name in available]
-    unknown = [name for name in wanted if name not in described]
-    if unknown:
-        raise ConfigError(
-            f"--given: {options.path} does not say how {unknown[0]!r} is stored, as its model comes from elsewhere; "
-            "give it tensors in Python, with jmvae_dist.load_model"
-        )
-    expected = {name: described[name] for name in wanted}
-    views = evaluation_views(expected, manifest, "--manifest", trusted=options.trust_class)
+    views = make_described_views(options, described, wanted, manifest)
     access = remote_access(options)
     loader = EvaluationLoader(manifest, rank=0, world_size=1, batch_size=options.n, views=views, access=access)
     batch = next(iter(loader))

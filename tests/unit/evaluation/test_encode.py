@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from jmvae_dist import load_model
-from jmvae_dist.checkpoint.export import CONFIG_NAME, EXPORT_FORMAT_VERSION, WEIGHTS_NAME
 from jmvae_dist.commands.encode import main
 from jmvae_dist.commands.shards import main as shards
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.errors import ConfigError
-from jmvae_dist.files import sha256_of
-from jmvae_dist.model import JMVAE
-from jmvae_dist.model_config import JMVAEConfig, NetworksConfig
+from jmvae_dist.model_config import JMVAEConfig
+from tests.exports import export_untrained
 
 # A patient's numbers and class follow from its number, so that a row in the wrong place shows.
 PATIENTS = {f"P{number:02d}": (number, number / 2, "sick" if number % 3 else "well") for number in range(11)}
@@ -48,21 +43,10 @@ def manifest(tmp_path: Path) -> Path:
 @pytest.fixture
 def export(tmp_path: Path, manifest: Path) -> Path:
     """An export of an untrained model of `a` and `b`, without the classes."""
-    folder = tmp_path / "export"
-    folder.mkdir()
-    config, networks = JMVAEConfig(2, 3, {"a": (1,), "b": (1,)}), NetworksConfig([8], [8], [8])
-    save_file(JMVAE(config, networks=networks).state_dict(), folder / WEIGHTS_NAME)
     modalities = {
         entry.name: entry.to_json() for entry in Manifest.load(manifest).modalities if entry.name != "state"
     }
-    description = {
-        "format_version": EXPORT_FORMAT_VERSION,
-        "model": {"config": dataclasses.asdict(config), "networks": dataclasses.asdict(networks)},
-        "modalities": modalities,
-        "weights_sha256": sha256_of(folder / WEIGHTS_NAME),
-    }
-    (folder / CONFIG_NAME).write_text(json.dumps(description))
-    return folder
+    return export_untrained(tmp_path / "export", JMVAEConfig(2, 3, {"a": (1,), "b": (1,)}), modalities)
 
 
 @pytest.mark.parametrize("given", [["a", "b"], ["b"]])

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import save_file
 
-from jmvae_dist.checkpoint.export import CONFIG_NAME, EXPORT_FORMAT_VERSION, WEIGHTS_NAME
 from jmvae_dist.commands.sample import main
 from jmvae_dist.commands.shards import main as shards
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.modality import Modality
 from jmvae_dist.errors import ConfigError
-from jmvae_dist.files import sha256_of
-from jmvae_dist.model import JMVAE
 from jmvae_dist.model_config import JMVAEConfig
-from jmvae_dist.networks_config import NetworksConfig
+from tests.exports import export_untrained
 
 NUM_SAMPLES = 6
 
@@ -37,32 +30,11 @@ def manifest(tmp_path: Path) -> Path:
     return tmp_path / "shards" / "manifest.json"
 
 
-def write_export(
-    tmp_path: Path,
-    shapes: dict[str, tuple[int, ...]],
-    modalities: dict[str, Any],
-    distributions: dict[str, str] | None = None,
-) -> Path:
-    """An export of an untrained model."""
-    folder = tmp_path / "export"
-    folder.mkdir()
-    config, networks = JMVAEConfig(2, 2, shapes, decoders_dist=distributions), NetworksConfig([8], [8], [8])
-    save_file(JMVAE(config, networks=networks).state_dict(), folder / WEIGHTS_NAME)
-    description = {
-        "format_version": EXPORT_FORMAT_VERSION,
-        "model": {"config": dataclasses.asdict(config), "networks": dataclasses.asdict(networks)},
-        "modalities": modalities,
-        "weights_sha256": sha256_of(folder / WEIGHTS_NAME),
-    }
-    (folder / CONFIG_NAME).write_text(json.dumps(description))
-    return folder
-
-
 @pytest.fixture
 def export(tmp_path: Path, manifest: Path) -> Path:
     """Of a model with a modality named `z`."""
     modalities = {modality.name: modality.to_json() for modality in Manifest.load(manifest).modalities}
-    return write_export(tmp_path, {"z": (3,), "b": (4,)}, modalities)
+    return export_untrained(tmp_path / "export", JMVAEConfig(2, 2, {"z": (3,), "b": (4,)}), modalities)
 
 
 def test_modality_with_the_name_of_the_latents(tmp_path: Path, export: Path, manifest: Path) -> None:
@@ -79,12 +51,10 @@ def test_modality_with_the_name_of_the_latents(tmp_path: Path, export: Path, man
 
 
 def test_names_of_classes_are_beside_the_samples(tmp_path: Path) -> None:
-    folder = write_export(
-        tmp_path,
-        {"b": (4,), "state": (2,)},
-        {"state": Modality.classes("state", 2).to_json() | {"class_names": ["benign", "malignant\x1b[2J"]}},
-        {"b": "normal", "state": "categorical"},
-    )
+    distributions = {"b": "normal", "state": "categorical"}
+    config = JMVAEConfig(2, 2, {"b": (4,), "state": (2,)}, decoders_dist=distributions)
+    state = Modality.classes("state", 2).to_json() | {"class_names": ["benign", "malignant\x1b[2J"]}
+    folder = export_untrained(tmp_path / "export", config, {"state": state})
     assert main([str(folder), "--out", str(tmp_path / "out")]) == 0
     with np.load(tmp_path / "out" / "samples.npz", allow_pickle=False) as arrays:
         assert arrays["class_names.state"].tolist() == ["benign", "malignant\\x1b[2J"]

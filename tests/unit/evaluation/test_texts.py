@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import save_file
 
-from jmvae_dist.checkpoint.export import CONFIG_NAME, EXPORT_FORMAT_VERSION, WEIGHTS_NAME
 from jmvae_dist.commands.sample import main as sample
 from jmvae_dist.commands.shards import main as shards
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.tokenizers import ByteTokenizer, token_ids
 from jmvae_dist.evaluation.texts import most_probable_text
-from jmvae_dist.files import sha256_of
-from jmvae_dist.model import JMVAE
-from jmvae_dist.model_config import JMVAEConfig, NetworksConfig
+from jmvae_dist.model_config import JMVAEConfig
+from tests.exports import export_untrained
 
 NOTES = ["left lobe", "", "für 5 $"]
 
@@ -43,18 +38,9 @@ def test_samples_have_the_texts_beside_the_probabilities(tmp_path: Path) -> None
     columns = ["--vector", "x=x", "--text", "note=note", "--key", "x"]
     assert shards(["write", *source, *columns, "--out", str(tmp_path / "shards")]) == 0
     manifest = Manifest.load(tmp_path / "shards" / "manifest.json")
-    export = tmp_path / "export"
-    export.mkdir()
     config = JMVAEConfig(2, 2, {"x": (1,), "note": (9, 257)}, decoders_dist={"x": "normal", "note": "categorical"})
-    networks = NetworksConfig([4], [4], [4])
-    save_file(JMVAE(config, networks=networks).state_dict(), export / WEIGHTS_NAME)
-    description = {
-        "format_version": EXPORT_FORMAT_VERSION,
-        "model": {"config": dataclasses.asdict(config), "networks": dataclasses.asdict(networks)},
-        "modalities": {modality.name: modality.to_json() for modality in manifest.modalities},
-        "weights_sha256": sha256_of(export / WEIGHTS_NAME),
-    }
-    (export / CONFIG_NAME).write_text(json.dumps(description))
+    modalities = {modality.name: modality.to_json() for modality in manifest.modalities}
+    export = export_untrained(tmp_path / "export", config, modalities)
     given = ["--given", "x", "--manifest", str(manifest.path)]
     assert sample([str(export), "--out", str(tmp_path / "out"), *given]) == 0
     with np.load(tmp_path / "out" / "samples.npz", allow_pickle=False) as stored:
