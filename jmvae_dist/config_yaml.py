@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import yaml
@@ -31,8 +31,10 @@ def load_yaml(text: str) -> Any:
     import jsonargparse
     import yaml
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    _check_size(text, loader)
     try:
-        node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        node = yaml.compose(text, Loader=loader)
         if node is not None:
             _measure(node, {})
     except RecursionError:
@@ -67,6 +69,25 @@ def dump_yaml(values: Any) -> str:
     return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
+def _check_size(text: str, loader: Any) -> None:
+    """Raise yaml.YAMLError for what must not be composed: that takes C stack for levels, and memory for values."""
+    import yaml
+
+    num_nodes = depth = 0
+    for event in yaml.parse(text, Loader=loader):
+        num_nodes += isinstance(event, yaml.NodeEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if num_nodes > 2 * _MAX_VALUES or depth > _MAX_DEPTH:  # twice: a value can have a key
+            _refuse_size(event.start_mark)
+
+
+def _refuse_size(mark: Any) -> NoReturn:
+    import yaml
+
+    problem = f"more than {_MAX_VALUES} values, aliases counted as often as used, or {_MAX_DEPTH} levels"
+    raise yaml.constructor.ConstructorError(None, None, problem, mark)
+
+
 def _measure(node: yaml.Node, measured: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
     """Values in a node, those that aliases stand for included, and levels of lists and mappings.
 
@@ -93,8 +114,7 @@ def _measure(node: yaml.Node, measured: dict[int, tuple[int, int] | None]) -> tu
     if size is None:
         raise yaml.constructor.ConstructorError(None, None, "an alias refers to itself", node.start_mark)
     if size[0] > _MAX_VALUES or size[1] > _MAX_DEPTH:
-        problem = f"more than {_MAX_VALUES} values, aliases counted as often as used, or {_MAX_DEPTH} levels"
-        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        _refuse_size(node.start_mark)
     return size
 
 
