@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 from jmvae_dist.config_keys import (
@@ -31,6 +30,8 @@ from jmvae_dist.errors import ConfigError
 
 _CONFIG = "config"
 _MAX_SHOWN_CHARACTERS = 60
+# A file can name any other one for a section, such as a shard.
+_MAX_FILE_CHARACTERS = 10_000_000
 
 
 class Settings:
@@ -44,6 +45,7 @@ class Settings:
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.files: dict[str, str] = {}
+        self._reading: list[str] = []
 
     def get(self, key: str, default: Any = None) -> Any:
         """What stands at a key; `default` where nothing does."""
@@ -108,9 +110,13 @@ class Settings:
         """Merge a file with any sections, or with the content of one.
 
         Raises:
-            ConfigError: It cannot be read, or something in it has no place.
+            ConfigError: It cannot be read, names itself, or something in it has no place.
         """
+        place = os.path.realpath(os.path.expanduser(file))
+        if place in self._reading:
+            raise ConfigError(f"{file}: it is being read already; a section cannot name the file that it stands in")
         content = _read(file)
+        self._reading.append(place)
         try:
             loaded = _load(content)
             if not section and not isinstance(loaded, dict):
@@ -119,6 +125,8 @@ class Settings:
             self.merge(section, loaded, file)
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from None
+        finally:
+            self._reading.pop()
 
     def set_option(self, key: str, text: str) -> None:
         """Set what an option of the command line says; with a ``+`` after its key, add to a list.
@@ -203,13 +211,19 @@ def _read(file: str) -> str:
     if file == "-":
         return sys.stdin.read()
     try:
-        return Path(os.path.expanduser(file)).read_text(encoding="utf-8")
+        with open(os.path.expanduser(file), encoding="utf-8") as stream:
+            content = stream.read(_MAX_FILE_CHARACTERS + 1)
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config: {file} is not UTF-8 text ({error})") from None
     except FileNotFoundError:
         raise ConfigError(f"--config: {file} does not exist") from None
     except OSError as error:
         raise ConfigError(f"--config: {file} cannot be read ({error.strerror})") from None
+    if len(content) > _MAX_FILE_CHARACTERS:
+        raise ConfigError(
+            f"--config: {file} has more than {_MAX_FILE_CHARACTERS:,} characters; it is no configuration"
+        )
+    return content
 
 
 def _load(content: str) -> Any:

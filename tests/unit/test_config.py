@@ -534,6 +534,25 @@ def test_one_section_can_stand_in_joined_and_in_nested_keys_or_in_a_file_beside(
     assert parse(f"--model={tmp_path / 'own.yaml'}").model.alpha == 0.5
 
 
+@pytest.mark.parametrize("content", ["own.yaml", "{wandb: own.yaml}", "{wandb: beside.yaml}"])
+def test_a_file_that_names_itself_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "own.yaml").write_text(content)
+    (tmp_path / "beside.yaml").write_text("beside.yaml")
+    with pytest.raises(ConfigError, match=r"(own|beside)\.yaml: it is being read already"):
+        parse("--tracking", str(tmp_path / "own.yaml"))
+    (tmp_path / "beside.yaml").write_text("{project: a}")
+    (tmp_path / "own.yaml").write_text("{wandb: beside.yaml}")
+    twice = ["--tracking", str(tmp_path / "own.yaml")] * 2
+    assert parse(*twice).tracking.wandb.project == "a"
+
+
+def test_a_large_file_is_no_configuration(tmp_path: Path) -> None:
+    with open(tmp_path / "shard.tar", "wb") as file:
+        file.truncate(10_000_001)
+    with pytest.raises(ConfigError, match=r"shard\.tar has more than 10,000,000 characters"):
+        parse("--model", str(tmp_path / "shard.tar"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
