@@ -42,6 +42,7 @@ VERBS = {
 # Where launch/local.sh expects an exit code that all ranks share.
 _EXIT_CODE_FILE = "JMVAE_DIST_EXIT_CODE_FILE"
 _WAIT_FOR_RANK_0_S = 5.0
+_MAX_MESSAGE_CHARACTERS = 10_000
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,6 +134,10 @@ def _process() -> ProcessInfo:
 
 def _complain(message: str, exit_code: int, is_shared: bool = False) -> int:
     """Print an error; one that all ranks share only from rank 0."""
+    from jmvae_dist.data.untrusted import printable
+
+    # Names and values of files are in it, which may be those of others.
+    message = "\n".join(map(printable, message[:_MAX_MESSAGE_CHARACTERS].split("\n")))
     process = _process()
     if not is_shared or process.rank == 0:
         is_own = process.launcher != "single" and not is_shared

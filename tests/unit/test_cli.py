@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from jmvae_dist.__main__ import main
 from jmvae_dist.commands.cli import add_device_option, find_device, make_parser
 from jmvae_dist.errors import ConfigError
 
@@ -20,3 +23,19 @@ def test_device_is_what_the_machine_has() -> None:
         return
     with pytest.raises(ConfigError, match="--device: cuda is not available"):
         find_device("cuda")
+
+
+def test_what_files_say_cannot_control_or_flood_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text('model: {"\\e[31mred": 1}')
+    assert main(["train", "--config", str(config)]) == 2
+    assert r"model.\x1b[31mred: unknown key" in capsys.readouterr().err
+    config.write_text(f"model: {{latent_dim: {'x' * 100_000}}}")
+    assert main(["train", "--config", str(config)]) == 2
+    error = capsys.readouterr().err
+    assert "model.latent_dim: xxx" in error
+    assert len(error) < 11_000
+    assert main(["train", f"--{chr(27)}"]) == 2
+    assert chr(27) not in capsys.readouterr().err
