@@ -36,9 +36,10 @@ from jmvae_dist.progress import progress
 
 KINDS = ("vector", "class", "text", "path")
 MAX_CLASS_NAMES = 1000
+MAX_CLASS_NAME_CHARACTERS = 1000
 
-# The order of checks in a row.
-_KINDS_BY_CHECK = ("vector", "path", "class", "text")
+# The order of checks in a row: what looking at a file finds cannot be taken back if the row is left out.
+_KINDS_BY_CHECK = ("vector", "class", "text", "path")
 _MAX_COLUMNS_SHOWN = 5
 
 _MAX_LINE_BYTES = 16 * 2**20
@@ -450,7 +451,6 @@ class _Checks:
         self.total_bytes = 0
         self._columns, self._positions, self._table, self._root = columns, positions, table, root
         self._requests = {request.name: request for request in requests}
-        # Columns whose facts no other column needs come last: a row that is left out shall not add to them.
         self._order = sorted(columns, key=lambda name: _KINDS_BY_CHECK.index(columns[name].kind))
         self._inspectors: dict[str, Inspector] = {}
         self._encodings: dict[str, str] = {}
@@ -459,8 +459,9 @@ class _Checks:
         self._extensions: dict[str, set[str]] = {name: set() for name in columns}
 
     def check(self, cells: Sequence[str]) -> None:
-        """Take in a row; raises _CellError naming the column."""
+        """Take in a row; raises _CellError naming the column, and then classes and texts of the row do not count."""
         assert self._table.header is not None
+        num_bytes = 0
         for name in self._order:
             column, positions = self._columns[name], self._positions[name]
             position = positions[0]
@@ -473,20 +474,28 @@ class _Checks:
                     size = self._check_cell(name, column, cells[position])
             except (ValueError, DataError) as error:
                 raise _CellError(self._table.header[position], error) from None
-            self.total_bytes += member_bytes(size)
+            num_bytes += member_bytes(size)
+        self.total_bytes += num_bytes
+        for name, column in self._columns.items():
+            self._count_cell(name, column, cells[self._positions[name][0]])
 
     def _check_cell(self, name: str, column: Column, cell: str) -> int:
         """Returns the size of the member that the cell becomes."""
         if column.kind == "class":
-            self._class_names[name].add(_class_name(cell, column.class_names))
-            if len(self._class_names[name]) > MAX_CLASSES:
-                raise DataError(f"more than {MAX_CLASSES} classes")
+            _class_name(cell, column.class_names)
             return 1
         if column.kind == "text":
-            content = cell.encode("utf-8")
-            self._facts[name].add_size(len(content), f"{self._table.path}: line {self._table.lines[-1]}")
-            return len(content)
+            return len(cell.encode("utf-8"))
         return self._check_file(name, cell)
+
+    def _count_cell(self, name: str, column: Column, cell: str) -> None:
+        if column.kind == "class":
+            self._class_names[name].add(_class_name(cell, column.class_names))
+            if len(self._class_names[name]) > MAX_CLASSES:
+                self._table.fail(f"{name}: more than {MAX_CLASSES} classes")
+        elif column.kind == "text":
+            example = f"{self._table.path}: line {self._table.lines[-1]}"
+            self._facts[name].add_size(len(cell.encode("utf-8")), example)
 
     def _check_file(self, name: str, cell: str) -> int:
         path = _inside(self._root, cell)
@@ -536,7 +545,10 @@ def _check_number(cell: str, dtype: str) -> None:
         raise DataError(f"{cell[:40]!r} is not a number") from None
     if not math.isfinite(number):
         raise DataError(f"{cell[:40]!r} is not finite")
-    if np.dtype(dtype).kind in "iu":
+    kind = np.dtype(dtype).kind
+    if kind == "f" and abs(number) > float(np.finfo(dtype).max):
+        raise DataError(f"{cell[:40]!r} is beyond the range of {dtype}")
+    if kind in "iu":
         limits = np.iinfo(dtype)
         if number != int(number) or not limits.min <= number <= limits.max:
             raise DataError(f"{cell[:40]!r} is not a number of dtype {dtype}")
@@ -546,6 +558,8 @@ def _class_name(cell: str, allowed: tuple[str, ...] | None) -> str:
     name = cell.strip()
     if not name:
         raise DataError("is empty")
+    if len(name) > MAX_CLASS_NAME_CHARACTERS:
+        raise DataError(f"{name[:60]!r}... has {len(name):,} characters, which is no class")
     if allowed is not None and name not in allowed:
         raise DataError(f"{name[:60]!r} is not one of the --class-names: {_shown(allowed)}")
     return name

@@ -307,8 +307,18 @@ def replaced(old: str, new: str) -> str:
         (TABLE, ["--key", "file"], "line 2: column 'file': 'pictures/0001.png' cannot be a key"),
         (TABLE, ["--key", "animal"], "line 6: column 'animal': line 2 has the key 'cat', too"),
         (TABLE, ["--root", "/", "--incomplete", "skip"], "no row is complete: 3 rows (3 by 'file'); first line 2"),
+        (
+            replaced("3,4,5,6", "1e39,4,5,6"),
+            ["--vector=wide=id"],
+            "column 'id': '1e39' is beyond the range of float32",
+        ),
+        (
+            replaced("6,2,cat", f"6,{'9' * 5000},cat"),
+            [],
+            "column 'digit': '" + "9" * 60 + "'... has 5,000 characters",
+        ),
     ],
-    ids=range(28),
+    ids=range(30),
 )
 def test_csv_mistakes(table: Path, tmp_path: Path, text: str, options: list[str], message: str) -> None:
     table.write_text(text, encoding="utf-8")
@@ -336,6 +346,17 @@ def test_incomplete_rows_are_left_out(table: Path, tmp_path: Path, capsys: pytes
     assert [modality.shape for modality in manifest.modalities if modality.name == "title"] == [(17, 257)]
     assert (manifest.source["class_names"], manifest.source["left_out"]) == ({"animal": ["cat", "dog"]}, 5)
     assert verify_shards(manifest) == []
+
+
+def test_a_row_that_is_left_out_does_not_add_a_class(tmp_path: Path) -> None:
+    """Whichever column it is left out for: a class more would be another model."""
+    table, out = tmp_path / "table.csv", tmp_path / "out"
+    table.write_text("a,b,t\nx,u,1\ny,v,2\nrare,,3\n,odd,long\nx,v,4\n")
+    command = ["write", "csv", "--file", str(table), "--out", str(out), "--split", "train", "--test-fraction", "0.01"]
+    assert main([*command, "--class=a=a", "--class=b=b", "--text=t=t", "--incomplete", "skip"]) == 0
+    manifest = Manifest.load(out)
+    assert manifest.source["class_names"] == {"a": ["x", "y"], "b": ["u", "v"]}
+    assert [modality.shape[0] for modality in manifest.modalities] == [2, 2, 1]
 
 
 def test_stated_names_of_classes(table: Path, tmp_path: Path) -> None:
