@@ -50,7 +50,13 @@ def main(arguments: list[str]) -> int:
     views = make_described_views(options, described, given, manifest)
     # Classes are told whether or not the posterior knows them.
     labels = make_views([modality for modality in manifest.modalities if modality.encoding == "cls"])
-    names = class_names(described, manifest)
+    # Those of the model, where the data has none, fit what is given; other classes may be other ones.
+    known = class_names(described, manifest)
+    names = {
+        label.name: known[label.name]
+        for label in labels
+        if len(known.get(label.name, ())) == label.modality.num_classes
+    }
     access = remote_access(options)
     loader = EvaluationLoader(
         manifest,
@@ -63,7 +69,7 @@ def main(arguments: list[str]) -> int:
     arrays = {
         "key": np.array(_keys(manifest, access)),
         **_posteriors(model.to(find_device(options.device)), loader, given, labels, manifest.num_samples),
-        **{f"class_names.{label.name}": np.array(names[label.name]) for label in labels if label.name in names},
+        **{f"class_names.{name}": np.array(found) for name, found in names.items()},
     }
     with writing_atomic(options.out) as file:
         if options.out.suffix == ".npz":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from jmvae_dist import load_model
+from jmvae_dist.checkpoint.export import CONFIG_NAME
 from jmvae_dist.commands.encode import main
 from jmvae_dist.commands.shards import main as shards
 from jmvae_dist.data.manifest import Manifest
+from jmvae_dist.data.modality import Modality
 from jmvae_dist.errors import ConfigError
 from jmvae_dist.model_config import JMVAEConfig
 from tests.exports import export_untrained
@@ -70,6 +73,25 @@ def test_each_row_belongs_to_its_patient(tmp_path: Path, export: Path, manifest:
     assert [(row["key"], row["class.state"]) for row in rows] == list(zip(keys, states, strict=True))
     written = [[float(row[f"mu.{number}"]) for number in range(3)] for row in rows]
     np.testing.assert_allclose(written, arrays["mu"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("names", [["sick"], ["sick", "well"], ["sick", "well", "dead"]], ids=len)
+def test_names_of_a_model_with_other_classes_are_not_given_to_data_without(
+    tmp_path: Path, export: Path, manifest: Path, names: list[str]
+) -> None:
+    """The posterior does not take the classes, so the number of them need not be the model's."""
+    description = json.loads((export / CONFIG_NAME).read_text())
+    modality = Modality.classes("state", len(names))
+    description["modalities"]["state"] = {**modality.to_json(), "class_names": names}
+    (export / CONFIG_NAME).write_text(json.dumps(description))
+    record = json.loads(manifest.read_text())
+    del record["source"]["class_names"]
+    manifest.write_text(json.dumps(record))
+    out = tmp_path / "encoded.csv"
+    assert main([str(export), "--manifest", str(manifest), "--given", "a", "--out", str(out)]) == 0
+    with open(out, newline="") as file:
+        shown = {row["class.state"] for row in csv.DictReader(file)}
+    assert shown == ({"sick", "well"} if len(names) == 2 else {"0", "1"})
 
 
 @pytest.mark.parametrize(
