@@ -58,6 +58,11 @@ def load_npz_source(
     if not arrays:
         raise DataError(f"{path}: no array is left to be a modality")
     for name in (*class_modalities, *offsets, *scales, *standardization.names):
+        if name in labels and name not in arrays:
+            raise ConfigError(
+                f"array {name!r} says how {path} is split and is no modality; "
+                "add --class-modalities to store it as classes"
+            )
         _named(path, arrays, name)
     modalities = []
     for name, array in arrays.items():

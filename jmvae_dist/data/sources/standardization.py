@@ -113,7 +113,8 @@ def standardized(
     if not standardization.names:
         return tuple(modalities), []
     if standardization.like is not None:
-        return _with_transforms(modalities, _transforms_of(standardization.like, standardization.names)), []
+        stored = [modality for modality in modalities if modality.name in standardization.names]
+        return _with_transforms(modalities, _transforms_of(standardization.like, stored)), []
     moments = train_moments()
     notes = [
         f"modality {name!r}: {int(of_modality.is_constant.sum()):,} of {of_modality.is_constant.size:,} elements are "
@@ -122,22 +123,27 @@ def standardized(
         if of_modality.is_constant.any()
     ]
     transforms = {name: of_modality.transform() for name, of_modality in moments.items()}
+    for name, numbers in transforms.items():
+        if not np.isfinite(numbers).all():
+            raise ConfigError(f"--standardize {name}: values are too large, or differ too little, for float64")
     return _with_transforms(modalities, transforms), notes
 
 
-def _transforms_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Transform]:
+def _transforms_of(manifest: Manifest, modalities: Sequence[Modality]) -> dict[str, Transform]:
     there = {modality.name: modality for modality in manifest.modalities}
-    for name in names:
+    for name, shape in ((modality.name, modality.shape) for modality in modalities):
+        problem = None
         if name not in there:
-            raise ConfigError(
-                f"--standardize-like {shown(manifest.path)} has no modality {name!r}; it has {', '.join(there)}"
+            problem = f"has no modality {name!r}; it has {', '.join(there)}"
+        elif there[name].shape != shape:
+            problem = f"has {name!r} of shape {list(there[name].shape)}, and this one is of shape {list(shape)}"
+        elif not isinstance(there[name].offset, list) or not isinstance(there[name].scale, list):
+            problem = (
+                f"has {name!r} as it is, not standardised; write it with --standardize {name}, or leave that out here"
             )
-        if not isinstance(there[name].offset, list) or not isinstance(there[name].scale, list):
-            raise ConfigError(
-                f"--standardize-like {shown(manifest.path)}: its modality {name!r} is not standardised; write it "
-                f"with --standardize {name}, or leave that out here"
-            )
-    return {name: Transform(there[name].offset, there[name].scale) for name in names}
+        if problem is not None:
+            raise ConfigError(f"--standardize-like {shown(manifest.path)} {problem}")
+    return {name: Transform(there[name].offset, there[name].scale) for name in (entry.name for entry in modalities)}
 
 
 def _with_transforms(modalities: Sequence[Modality], transforms: Mapping[str, Transform]) -> tuple[Modality, ...]:

@@ -138,10 +138,13 @@ def test_files_of_their_own(table: Path, tmp_path: Path) -> None:
         (["--standardize", "rna", "--scale", "rna=2"], "leave out its --offset and --scale"),
         (["--standardize", "rna", "--offset", "rna=2"], "leave out its --offset and --scale"),
         (["--standardize-like", "{plain}"], "--standardize-like needs --standardize NAME"),
-        (["--standardize", "rna", "--standardize-like", "{plain}"], "its modality 'rna' is not standardised"),
+        (["--standardize", "rna", "--standardize-like", "{plain}"], "has 'rna' as it is, not standardised"),
         (["--standardize", "dna", "--standardize-like", "{plain}"], "has no modality 'dna'; it has rna"),
         (["--standardize", "rna", "--standardize-like", "nowhere.json"], "no manifest at nowhere.json"),
-        (["--standardize", "rna", "--standardize-like", "{other}"], "offset must be a finite number or nested lists"),
+        (
+            ["--standardize", "rna", "--standardize-like", "{other}"],
+            "has 'rna' of shape [2], and this one is of shape [4]",
+        ),
     ],
     ids=range(9),
 )
@@ -164,14 +167,19 @@ def test_csv_mistakes(table: Path, tmp_path: Path, options: list[str], message: 
             ConfigError,
             "takes no --offset, --scale or ",
         ),
-        (["--standardize", "huge"], ConfigError, "--standardize huge: "),
+        (["--standardize", "huge"], ConfigError, "--standardize huge: values are too large, or differ too little"),
+        (
+            ["--standardize", "kind", "--group", "kind"],
+            ConfigError,
+            "array 'kind' says how .* add --class-modalities",
+        ),
         (["--standardize", "tiny"], ConfigError, "--standardize tiny: scale is beyond the range of float32"),
     ],
-    ids=range(4),
+    ids=range(5),
 )
 def test_npz_mistakes(tmp_path: Path, options: list[str], error: type[DataError], message: str) -> None:
     numbers = np.arange(10)
-    arrays = {"kind": numbers, "huge": numbers * 1e300, "tiny": (numbers * 1e-40).astype(np.float32)}
+    arrays = {"kind": numbers, "huge": numbers * 1e307, "tiny": (numbers * 1e-40).astype(np.float32)}
     np.savez(tmp_path / "d.npz", **arrays)
     command = ["write", "npz", "--file", str(tmp_path / "d.npz"), "--split", "train", "--test-fraction", "0.5"]
     with pytest.raises(error, match=message):
