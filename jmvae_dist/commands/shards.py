@@ -28,6 +28,8 @@ from jmvae_dist.progress import format_bytes
 SUMMARY = "write, inspect and verify sharded data"
 
 _DEFAULT_TEST_FRACTION = 0.2
+_MAX_SOURCE_LINES = 50
+_MAX_SOURCE_CHARACTERS = 1000
 
 
 def main(argv: list[str]) -> int:
@@ -229,13 +231,25 @@ def _show(arguments: argparse.Namespace) -> int:
     }
     for name, value in facts.items():
         print(f"{name:<12} {value}")
-    for key, value in manifest.source.items():
-        for entry in value if isinstance(value, list) else [value]:
-            text = entry if isinstance(entry, str) else json.dumps(entry)
-            print(f"{'source':<12} {printable(f'{key}: {text}')}")
+    _print_source(manifest)
     print()
     _print_modalities(manifest)
     return 0
+
+
+def _print_source(manifest: Manifest) -> None:
+    """How the data was made, as far as a screen or two hold it: it can be anything, of any length."""
+    entries = [
+        (key, entry)
+        for key, value in manifest.source.items()
+        for entry in (value if isinstance(value, list) else [value])
+    ]
+    for key, entry in entries[:_MAX_SOURCE_LINES]:
+        text = f"{key}: {entry if isinstance(entry, str) else json.dumps(entry)}"
+        cut = "..." if len(text) > _MAX_SOURCE_CHARACTERS else ""
+        print(f"{'source':<12} {printable(text[:_MAX_SOURCE_CHARACTERS])}{cut}")
+    if len(entries) > _MAX_SOURCE_LINES:
+        print(f"{'source':<12} and {len(entries) - _MAX_SOURCE_LINES:,} more entries")
 
 
 def _counts(manifest: Manifest) -> str:

@@ -61,6 +61,26 @@ def test_show_escapes_control_characters(tmp_path: Path, capsys: pytest.CaptureF
     assert "note\\x1b[2J: \\x1b]0;title\\x07" in shown
 
 
+def test_show_prints_little_of_a_long_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest, _ = write_shards(example_source(3), tmp_path / "out", workers=1)
+    long = {"names": ["a"] * 100_000, "text": "x" * 100_000, "classes": {str(number): "b" for number in range(9999)}}
+    Manifest.create(manifest.modalities, manifest.shards, long, manifest.path).save(
+        tmp_path / "out" / "manifest.json"
+    )
+    assert main(["show", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "and 99,952 more entries" in shown
+    assert len(shown) < 10_000
+    long.pop("names")
+    Manifest.create(manifest.modalities, manifest.shards, long, manifest.path).save(
+        tmp_path / "out" / "manifest.json"
+    )
+    assert main(["show", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert f"text: {'x' * 994}...\n" in shown
+    assert len(shown) < 10_000
+
+
 def test_npz_asks_which_samples_are_the_split(tmp_path: Path) -> None:
     """With a default, the whole file would be written as train split and again as test split."""
     np.savez(tmp_path / "d.npz", x=np.zeros((10, 4), np.float32))
