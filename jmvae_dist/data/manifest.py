@@ -212,8 +212,9 @@ def _read(path: Location, remote: RemoteSection) -> bytes:
         with open_regular(path) as file:
             content = file.read(MAX_MANIFEST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
+        folder = path.parent if path.suffix == ".json" else path  # a folder that is not there is no folder
         raise ConfigError(
-            f"no manifest at {path}; make one with `jmvae-dist shards write SOURCE --out {path.parent}`"
+            f"no manifest at {path}; make one with `jmvae-dist shards write SOURCE --out {folder}`"
         ) from None
     except DataError as error:
         raise ConfigError(str(error)) from None

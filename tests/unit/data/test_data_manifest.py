@@ -157,6 +157,8 @@ def test_the_folder_of_a_manifest(tmp_path: Path) -> None:
     """What `--out` of `shards write` was; relative URLs are relative to it all the same."""
     with pytest.raises(ConfigError, match=rf"no manifest at {tmp_path}/manifest\.json; .* --out {tmp_path}`"):
         Manifest.load(tmp_path)
+    with pytest.raises(ConfigError, match=rf"no manifest at {tmp_path}/nowhere; .* --out {tmp_path}/nowhere`"):
+        Manifest.load(tmp_path / "nowhere")
     example().save(tmp_path / "manifest.json")
     assert Manifest.load(tmp_path) == Manifest.load(tmp_path / "manifest.json")
     assert Manifest.load(str(tmp_path)).shard_path(0).parent == tmp_path
