@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
         access=access,
     )
     arrays = {
-        "key": np.array(_keys(manifest, access)),
+        "key": np.array(find_keys(manifest, access)),
         **_posteriors(model.to(find_device(options.device)), loader, given, labels, manifest.num_samples),
         **{f"class_names.{name}": np.array(found) for name, found in names.items()},
     }
@@ -123,8 +123,12 @@ def _posteriors(
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
-def _keys(manifest: Manifest, access: RemoteAccess) -> list[str]:
-    """Keys of all samples in stored order, without control characters: tars of others may have any."""
+def find_keys(manifest: Manifest, access: RemoteAccess) -> list[str]:
+    """Keys of all samples in stored order, without control characters: tars of others may have any.
+
+    Raises:
+        DataError: One cannot be read.
+    """
     from jmvae_dist.data.shard_set import ShardSet
     from jmvae_dist.data.untrusted import printable
 
@@ -133,7 +137,7 @@ def _keys(manifest: Manifest, access: RemoteAccess) -> list[str]:
     keys = []
     for number, shard in enumerate(manifest.shards):
         reader = shards.reader(number)
-        keys += [printable(reader.key(index, modality)) for index in range(shard.num_samples)]
+        keys += [printable(reader.stated_key(index, modality)) for index in range(shard.num_samples)]
     return keys
 
 

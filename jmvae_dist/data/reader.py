@@ -112,13 +112,17 @@ class ShardReader:
         return open_column(self.content.buffer, self._records_NM, number, self._modalities[modality])
 
     def key(self, index: int, modality: str) -> str:
-        """The key of a sample, from the tar header before its member; for messages only, never a path."""
+        """The key of a sample, from the tar header before its member; for messages, which can do without it."""
         try:
-            return key_of_sample(
-                self._records_NM[index], self._columns[modality], self.content.read, self._modalities[modality]
-            )
+            return self.stated_key(index, modality)
         except DataError:  # to read it over the network may fail
             return "unknown"
+
+    def stated_key(self, index: int, modality: str) -> str:
+        """The same for a user who works with it; never a path. Raises DataError if it cannot be read."""
+        return key_of_sample(
+            self._records_NM[index], self._columns[modality], self.content.read, self._modalities[modality]
+        )
 
     def members(self, index_B: np.ndarray, modalities: Sequence[str]) -> np.ndarray:
         """What `member_bytes` reads of some samples, as index records (B, len(modalities))."""

@@ -1,6 +1,6 @@
 """How messages name a sample: its shard, its number, and its key, which is found in the tar headers of its members.
 
-Also where the shard is damaged or not open, since that is what most messages are about. Keys serve messages alone:
+Also where the shard is damaged or not open, since that is what most messages are about. Keys serve people alone:
 samples are read by number, and never by a path that a tar states.
 
 Shape suffixes: M modalities.

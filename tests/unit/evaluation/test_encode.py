@@ -12,13 +12,16 @@ import torch
 
 from jmvae_dist import load_model
 from jmvae_dist.checkpoint.export import CONFIG_NAME
-from jmvae_dist.commands.encode import main
+from jmvae_dist.commands.encode import find_keys, main
 from jmvae_dist.commands.shards import main as shards
 from jmvae_dist.data.manifest import Manifest
 from jmvae_dist.data.modality import Modality
-from jmvae_dist.errors import ConfigError
+from jmvae_dist.data.store import RemoteAccess
+from jmvae_dist.data_config import RemoteSection
+from jmvae_dist.errors import ConfigError, DataError
 from jmvae_dist.model_config import JMVAEConfig
 from tests.exports import export_untrained
+from tests.faulty_server import Fault, serving
 
 # A patient's numbers and class follow from its number, so that a row in the wrong place shows.
 PATIENTS = {f"P{number:02d}": (number, number / 2, "sick" if number % 3 else "well") for number in range(11)}
@@ -92,6 +95,17 @@ def test_names_of_a_model_with_other_classes_are_not_given_to_data_without(
     with open(out, newline="") as file:
         shown = {row["class.state"] for row in csv.DictReader(file)}
     assert shown == ({"sick", "well"} if len(names) == 2 else {"0", "1"})
+
+
+def test_a_key_that_cannot_be_read_is_an_error(manifest: Path) -> None:
+    """Messages can do without one; a table in which patients are called unknown is wrong."""
+    quick = RemoteSection(connect_timeout_s=2.0, stall_timeout_s=1.0, attempts=1, backoff_s=0.01)
+    with serving(manifest.parent) as server:
+        remote = Manifest.load(f"{server.url}/manifest.json", quick)
+        assert sorted(find_keys(remote, RemoteAccess(remote=quick))) == list(PATIENTS)
+        server.always["/shard-000001.tar"] = Fault(status=503)
+        with pytest.raises(DataError, match=r"shard-000001\.tar.*503"):
+            find_keys(remote, RemoteAccess(remote=quick))
 
 
 @pytest.mark.parametrize(
