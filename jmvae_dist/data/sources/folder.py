@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jmvae_dist.data.indexing.inspection import ModalityRequest
+from jmvae_dist.data.indexing.inspection import Facts, ModalityRequest
 from jmvae_dist.data.indexing.shard_lists import expand_braces
 from jmvae_dist.data.modality import Modality
 from jmvae_dist.data.sources.base import SampleValue, member_bytes
@@ -19,8 +19,7 @@ from jmvae_dist.data.sources.packing import (
     check_names,
     conclude_all,
     default_samples_per_shard,
-    inspect_file,
-    make_inspectors,
+    inspect_sample,
     pack_file,
     request_for_files,
 )
@@ -110,14 +109,14 @@ def load_folder_source(
     found = {name: _matches(root, name, pattern) for name, pattern in patterns.items()}
     names, notes = _paired(found, skip_incomplete)
     requests = [request_for_files(request, (found[request.name][name] for name in names)) for request in requests]
-    inspectors = make_inspectors(requests)
+    facts = {request.name: Facts() for request in requests}
     sizes: list[int] = []
     readable: list[str] = []
     with progress(len(names), "looking at samples") as advance:
         for name in names:
             try:
-                files = [(inspectors[modality], root / paths[name]) for modality, paths in found.items()]
-                sizes.append(sum(member_bytes(inspect_file(inspector, path)) for inspector, path in files))
+                files = {modality: root / paths[name] for modality, paths in found.items()}
+                sizes.append(sum(map(member_bytes, inspect_sample(requests, files, facts))))
                 readable.append(name)
             except DataError as error:
                 if not skip_incomplete:
@@ -126,7 +125,7 @@ def load_folder_source(
             advance(1)
     if not readable:
         raise DataError(f"{root}: no sample can be read")
-    modalities, about = conclude_all(requests, {name: inspector.facts for name, inspector in inspectors.items()})
+    modalities, about = conclude_all(requests, facts)
     left_out = len(_all_names(found)) - len(readable)
     source = FolderSource(
         root=root,

@@ -89,6 +89,29 @@ def inspect_file(inspector: Inspector, path: Path) -> int:
     return size
 
 
+def inspect_sample(
+    requests: Sequence[ModalityRequest], paths: Mapping[str, Path], facts: Mapping[str, Facts]
+) -> list[int]:
+    """Add the files of a sample to what is known of its modalities, or none if one of them is not what it should be.
+
+    Args:
+        requests: the modalities, with their encodings.
+        paths: by modality.
+        facts: by modality.
+
+    Returns:
+        The sizes of the files in bytes, in the order of the requests.
+
+    Raises:
+        DataError: like `inspect_file`.
+    """
+    inspectors = make_inspectors(requests)
+    sizes = [inspect_file(inspector, paths[name]) for name, inspector in inspectors.items()]
+    for name, inspector in inspectors.items():
+        facts[name].merge(inspector.facts)
+    return sizes
+
+
 def pack_file(path: Path, modality: Modality) -> SampleValue:
     """What is stored of a file: its bytes as they are, or the index of a class.
 

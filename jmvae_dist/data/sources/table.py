@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from jmvae_dist.data.files import open_regular
-from jmvae_dist.data.indexing.inspection import Facts, Inspector, ModalityRequest
+from jmvae_dist.data.indexing.inspection import Facts, ModalityRequest
 from jmvae_dist.data.modality import MAX_CLASSES, Modality
 from jmvae_dist.data.sources.base import SampleValue, member_bytes
 from jmvae_dist.data.sources.files import input_files
@@ -23,8 +23,7 @@ from jmvae_dist.data.sources.packing import (
     check_names,
     conclude_all,
     default_samples_per_shard,
-    inspect_file,
-    make_inspectors,
+    inspect_sample,
     pack_content,
     pack_file,
     request_for_files,
@@ -38,7 +37,7 @@ KINDS = ("vector", "class", "text", "path")
 MAX_CLASS_NAMES = 1000
 MAX_CLASS_NAME_CHARACTERS = 1000
 
-# The order of checks in a row: what looking at a file finds cannot be taken back if the row is left out.
+# The order of checks in a row: files take longest.
 _KINDS_BY_CHECK = ("vector", "class", "text", "path")
 _MAX_COLUMNS_SHOWN = 5
 
@@ -452,14 +451,14 @@ class _Checks:
         self._columns, self._positions, self._table, self._root = columns, positions, table, root
         self._requests = {request.name: request for request in requests}
         self._order = sorted(columns, key=lambda name: _KINDS_BY_CHECK.index(columns[name].kind))
-        self._inspectors: dict[str, Inspector] = {}
         self._encodings: dict[str, str] = {}
         self._facts: dict[str, Facts] = {name: Facts() for name in columns}
         self._class_names: dict[str, set[str]] = {name: set() for name in columns}
         self._extensions: dict[str, set[str]] = {name: set() for name in columns}
+        self._files: dict[str, tuple[ModalityRequest, Facts]] = {}  # of the row under way
 
     def check(self, cells: Sequence[str]) -> None:
-        """Take in a row; raises _CellError naming the column, and then classes and texts of the row do not count."""
+        """Take in a row; raises _CellError naming the column, and then nothing of the row counts."""
         assert self._table.header is not None
         num_bytes = 0
         for name in self._order:
@@ -496,17 +495,21 @@ class _Checks:
         elif column.kind == "text":
             example = f"{self._table.path}: line {self._table.lines[-1]}"
             self._facts[name].add_size(len(cell.encode("utf-8")), example)
+        elif column.kind == "path":
+            request, facts = self._files[name]
+            self._encodings[name] = request.encoding
+            self._extensions[name] |= set(request.extensions)
+            self._facts[name].merge(facts)
 
     def _check_file(self, name: str, cell: str) -> int:
         path = _inside(self._root, cell)
         request = request_for_files(self._requests[name], [cell])
-        if name not in self._inspectors:
-            self._inspectors |= make_inspectors([request])
-            self._encodings[name] = request.encoding
-        elif request.encoding != self._encodings[name]:
+        if request.encoding != self._encodings.get(name, request.encoding):
             raise DataError(f"{cell} is {request.encoding}, the files before are {self._encodings[name]}")
-        self._extensions[name] |= set(request.extensions)
-        return inspect_file(self._inspectors[name], path)
+        facts = Facts()
+        (size,) = inspect_sample([request], {name: path}, {name: facts})
+        self._files[name] = request, facts
+        return size
 
     def conclude(self, may_name_classes: bool) -> tuple[tuple[Modality, ...], list[str], dict[str, dict[str, int]]]:
         """Modalities, notes for the user, and the numbers of classes that have names."""
@@ -531,7 +534,6 @@ class _Checks:
             elif column.kind == "path":
                 extensions = tuple(sorted(self._extensions[name]))
                 request = replace(request, encoding=self._encodings[name], extensions=extensions)
-                self._facts[name] = self._inspectors[name].facts
             (modality,), about = conclude_all([request], self._facts)
             modalities.append(modality)
             notes += about

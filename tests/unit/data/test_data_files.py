@@ -348,6 +348,36 @@ def test_incomplete_rows_are_left_out(table: Path, tmp_path: Path, capsys: pytes
     assert verify_shards(manifest) == []
 
 
+@pytest.mark.parametrize("source", ["folder", "csv"])
+def test_a_file_of_a_sample_that_is_left_out_does_not_count(
+    tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its size would make a run resize all the others."""
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(picture(number, (9, 9) if number == 0 else (4, 3)))
+        (tmp_path / f"{number}.txt").write_bytes(b"\xff" * 9 if number == 0 else b"text")
+    table = tmp_path / "table.csv"
+    table.write_text("file,text\nx.txt,0.txt\n" + "".join(f"{number}.png,{number}.txt\n" for number in range(4)))
+    options = {
+        "folder": ["--root", str(tmp_path), "--modality", "image=*.png", "--modality", "text=*.txt", *IS_SPLIT],
+        "csv": [
+            "--file",
+            str(table),
+            "--path",
+            "image=file",
+            "--path",
+            "text=text",
+            "--split=test",
+            "--file-is-split",
+        ],
+    }
+    out = tmp_path / "out"
+    assert main(["write", source, "--out", str(out), *options[source], "--incomplete", "skip"]) == 0
+    assert "sizes vary" not in capsys.readouterr().out
+    manifest = Manifest.load(out)
+    assert (manifest.num_samples, [modality.shape for modality in manifest.modalities]) == (3, [(3, 3, 4), (4, 257)])
+
+
 def test_a_row_that_is_left_out_does_not_add_a_class(tmp_path: Path) -> None:
     """Whichever column it is left out for: a class more would be another model."""
     table, out = tmp_path / "table.csv", tmp_path / "out"
