@@ -269,7 +269,7 @@ def evaluation_views(
             raise ConfigError(f"{key}: modality {name!r} is missing; it has {list(available)}")
         modality = available[name]
         found = modality.to_json()
-        for attribute in _stored_attributes(description).keys() | found.keys():
+        for attribute in sorted(_stored_attributes(description).keys() | found.keys()):
             value, other = description.get(attribute), found.get(attribute)
             if attribute not in _MAY_DIFFER and other != value:
                 raise _other_modality(key, name, attribute, other, value)
@@ -314,6 +314,11 @@ def _stored_attributes(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _other_modality(key: str, name: str, attribute: str, found: Any, expected: Any) -> ConfigError:
+    if attribute in ("offset", "scale") and (isinstance(found, list) or isinstance(expected, list)):
+        return ConfigError(
+            f"{key}: modality {name!r} is not standardised by the numbers of the training data; write both from one "
+            f"file with --standardize {name}, or this one with --standardize-like and the manifest of that data"
+        )
     return ConfigError(
         f"{key}: modality {name!r} has {attribute} {found!r}, but the training data has {expected!r}; write both "
         "from the same source"

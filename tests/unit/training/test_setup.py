@@ -198,6 +198,24 @@ def test_names_of_classes_come_with_the_modalities_and_change_nothing_else(digit
     assert summary.splitlines()[2].startswith("note: data.eval_manifest: 'one' is class 0 of 'label', and class 1")
 
 
+def test_data_standardised_otherwise_is_refused_without_its_numbers(digits: Path) -> None:
+    shards = resolve(digits).train_manifest.shards
+    rna = Modality("rna", "float32", (20_000,), offset=[0.5] * 20_000, scale=[2.0] * 20_000)
+    described = {"rna": rna.to_json()}
+    for other in (Modality("rna", "float32", (20_000,)), dataclasses.replace(rna, scale=[3.0] * 20_000)):
+        with pytest.raises(
+            ConfigError, match=r"'rna' is not standardised by the numbers of the .* --standardize-like"
+        ) as caught:
+            evaluation_views(described, Manifest.create([other], shards, {}), "--manifest", trusted=[])
+        assert len(str(caught.value)) < 300
+    assert evaluation_views(described, Manifest.create([rna], shards, {}), "--manifest", trusted=[])
+    scaled = dataclasses.replace(rna, offset=0.0, scale=2.0)
+    with pytest.raises(ConfigError, match=r"'rna' has scale 1\.0, but the training data has 2\.0"):
+        evaluation_views(
+            {"rna": scaled.to_json()}, Manifest.create([dataclasses.replace(scaled, scale=1.0)], shards, {}), ""
+        )
+
+
 def test_images_of_any_size_need_a_model_that_resizes(digits: Path) -> None:
     shards = resolve(digits).train_manifest.shards
     other = Manifest.create([Modality.image("photo", (1, None, None))], shards, {})
