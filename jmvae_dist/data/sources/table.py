@@ -145,11 +145,11 @@ class TableSource:
     def _value(self, modality: Modality, cells: Sequence[str]) -> SampleValue:
         kind, positions = self.columns[modality.name]
         if kind == "vector":
-            return (
-                np.array([float(cells[position]) for position in positions])
-                .astype(modality.dtype)
-                .reshape(modality.fixed_shape)
-            )
+            numbers = [_number(cells[position], modality.dtype) for position in positions]
+            # Of 64-bit integers numpy would make floats, unless their dtype is said at once.
+            is_integer = np.dtype(modality.dtype).kind in "iu"
+            values = np.array(numbers, modality.dtype if is_integer else np.float64)
+            return values.astype(modality.dtype).reshape(modality.fixed_shape)
         text = cells[positions[0]]
         if kind == "class":
             names = self.class_names.get(modality.name)
@@ -467,7 +467,7 @@ class _Checks:
             try:
                 if column.kind == "vector":
                     for position in positions:
-                        _check_number(cells[position], column.dtype)
+                        _number(cells[position], column.dtype)
                     size = _NPY_HEADER_BYTES + len(positions) * np.dtype(column.dtype).itemsize
                 else:
                     size = self._check_cell(name, column, cells[position])
@@ -540,7 +540,12 @@ class _Checks:
         return tuple(modalities), notes, class_names
 
 
-def _check_number(cell: str, dtype: str) -> None:
+def _number(cell: str, dtype: str) -> float | int:
+    """The number in a cell, exactly where the dtype is one of integers.
+
+    Raises:
+        DataError: It is none, or none of that dtype.
+    """
     try:
         number = float(cell)
     except ValueError:
@@ -550,10 +555,26 @@ def _check_number(cell: str, dtype: str) -> None:
     kind = np.dtype(dtype).kind
     if kind == "f" and abs(number) > float(np.finfo(dtype).max):
         raise DataError(f"{cell[:40]!r} is beyond the range of {dtype}")
-    if kind in "iu":
-        limits = np.iinfo(dtype)
-        if number != int(number) or not limits.min <= number <= limits.max:
-            raise DataError(f"{cell[:40]!r} is not a number of dtype {dtype}")
+    if kind not in "iu":
+        return number
+    exact = _integer(cell, number)
+    limits = np.iinfo(dtype)
+    if exact is None or not limits.min <= exact <= limits.max:
+        raise DataError(f"{cell[:40]!r} is not a number of dtype {dtype}")
+    return exact
+
+
+def _integer(cell: str, number: float) -> int | None:
+    """What a cell says, also beyond 2^53, where floats leave integers out; None if that is no integer.
+
+    Args:
+        cell: The text.
+        number: What it is as a float.
+    """
+    try:
+        return int(cell)
+    except ValueError:  # such as 3.0 or 1e3
+        return int(number) if number.is_integer() and abs(number) <= 2**53 else None
 
 
 def _class_name(cell: str, allowed: tuple[str, ...] | None) -> str:
