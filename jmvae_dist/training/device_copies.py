@@ -24,6 +24,7 @@ class Place:
         shapes: By modality, of one sample.
         num_rows: Most samples of a batch.
         device: Where.
+        stream: On which batches are copied into it; None: none are.
 
     Attributes:
         inputs: By modality, float32 (num_rows, *shape), undefined at first.
@@ -31,7 +32,10 @@ class Place:
         is_free: Whether all that uses what is in it has been launched.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], num_rows: int, device: torch.device) -> None:
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], num_rows: int, device: torch.device, stream: Any = None
+    ) -> None:
+        self.stream = stream
         self.inputs = {
             name: torch.empty(num_rows, *shape, dtype=torch.float32, device=device) for name, shape in shapes.items()
         }
@@ -71,11 +75,12 @@ class DeviceCopy:
 
 
 class DeviceCopies:
-    """Copies the batches of one rank to its device, from page-locked memory and on a stream of its own.
+    """Copies the batches of one rank to its device, from page-locked memory and on streams of its own.
 
     A host launches steps faster than a GPU takes them, up to the next one that is recorded. Each batch would have
     memory of its own for as long, on the device and page-locked on the host. So there are two places that all batches
-    share, and the host is kept from being more than a step ahead (`DeviceCopy.release`).
+    share, and the host is kept from being more than a step ahead (`DeviceCopy.release`). Each has a stream: on one
+    for both, a batch that is read for longer than a step is launched would be copied after that step, not beside it.
 
     Args:
         shapes: By modality, of one sample.
@@ -93,11 +98,13 @@ class DeviceCopies:
     ) -> None:
         self.device = device
         self._backend = backend
-        self._stream = backend.Stream(device)
-        # Of the stream's own memory: once it is given back, only this stream's work can get it, and that begins after
-        # the last use (`release`).
-        with backend.stream(self._stream):
-            self._places = make_places(shapes, num_rows, device)
+        self._places: list[Place] = []
+        for _ in range(BATCHES_ON_DEVICE):
+            stream = backend.Stream(device)
+            # Of the stream's own memory: once it is given back, only this stream's work can get it, and that begins
+            # after the last use (`release`).
+            with backend.stream(stream):
+                self._places.append(Place(shapes, num_rows, device, stream))
         self._num_copied = 0
         self._used: Any = None
 
@@ -112,20 +119,20 @@ class DeviceCopies:
         assert place.is_free, "the batch before the last one has not been released"
         place.is_free = False
         self._num_copied += 1
-        with self._backend.stream(self._stream):
+        with self._backend.stream(place.stream):
             copied_inputs = {
                 name: place.inputs[name][: len(rows)].copy_(values, non_blocking=True)
                 for name, values in inputs.items()
             }
             copied_rows = place.rows[: len(rows)].copy_(rows, non_blocking=True)
-        return DeviceCopy(self, place, copied_inputs, copied_rows, self._stream.record_event())
+        return DeviceCopy(self, place, copied_inputs, copied_rows, place.stream.record_event())
 
     def release(self, place: Place) -> None:
         """See `DeviceCopy.release`."""
         # An event that does not spin: cores of the host have better things to do.
         used = self.current_stream().record_event(self._backend.Event(blocking=True))
         # On the device: the next copy into this place begins after its last use.
-        self._stream.wait_event(used)
+        place.stream.wait_event(used)
         place.is_free = True
         before, self._used = self._used, used
         if before is not None:
@@ -142,5 +149,5 @@ class DeviceCopies:
 
 
 def make_places(shapes: Mapping[str, tuple[int, ...]], num_rows: int, device: torch.device) -> list[Place]:
-    """All memory that batches take on a device."""
+    """As much memory as batches take on a device."""
     return [Place(shapes, num_rows, device) for _ in range(BATCHES_ON_DEVICE)]

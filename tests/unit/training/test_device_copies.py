@@ -89,12 +89,11 @@ class Device:
 
     def __init__(self) -> None:
         self.steps = Stream(CPU)
-        self.copies: Stream | None = None
+        self.copies: list[Stream] = []
 
     def Stream(self, device: torch.device) -> Stream:  # noqa: N802  # as torch calls it
-        assert self.copies is None
-        self.copies = Stream(device)
-        return self.copies
+        self.copies.append(Stream(device))
+        return self.copies[-1]
 
     @contextlib.contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
@@ -113,9 +112,8 @@ class Device:
 def device() -> Iterator[Device]:
     device = Device()
     yield device
-    for stream in (device.steps, device.copies):
-        if stream is not None:
-            stream.end()
+    for stream in (device.steps, *device.copies):
+        stream.end()
 
 
 def copies_of(run: ResolvedRun, device: Device) -> DeviceCopies:
@@ -157,9 +155,8 @@ def test_steps_get_their_batches_and_the_host_stays_close(
             batch.release()
             assert len(seen) >= number  # only the step of this batch may be left
     device.steps.drain()
-    assert device.copies is not None
-    assert device.steps.awaited == device.copies.recorded  # that each copy is complete
-    assert len(device.steps.awaited) == STEPS
+    copied = [device.copies[step % BATCHES_ON_DEVICE].recorded[step // BATCHES_ON_DEVICE] for step in range(STEPS)]
+    assert device.steps.awaited == copied  # that each copy is complete
     assert [len(values["rows"]) for values in seen] == [64, 64, 63, 63, 64, 64, 0, *[64] * 5]
     assert len(places) == BATCHES_ON_DEVICE
     for values, batch in zip(seen, expected, strict=True):
@@ -178,6 +175,21 @@ def test_a_batch_that_is_in_use_is_not_written_over(digits: Path, device: Device
     first.release()
     third = copies.copy(batch.inputs, batch.rows)
     assert third.rows.data_ptr() == first.rows.data_ptr()
+
+
+def test_a_batch_that_comes_after_a_step_was_launched_is_copied_beside_it(digits: Path, device: Device) -> None:
+    run = resolve(digits)
+    copies, batch = copies_of(run, device), next(loader_of(run).iterate(0, 1))
+    done = threading.Event()
+    first = copies.copy(batch.inputs, batch.rows)
+    first.await_copy()
+    device.steps.launch(done.wait)
+    try:
+        first.release()
+        second = copies.copy(batch.inputs, batch.rows)
+    finally:
+        done.set()
+    assert torch.equal(second.rows, batch.rows)
 
 
 def test_a_batch_can_be_used_and_released_again_while_no_other_comes(digits: Path, device: Device) -> None:
