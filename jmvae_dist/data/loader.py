@@ -8,15 +8,18 @@ Shape suffix: B samples of this rank's batch.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import itertools
 import math
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -454,6 +457,10 @@ def _iterate(
         return
     with _signals_left_to_the_rank(), _child_signal_kept():
         batches = _start(dataset, numbers, workers, pin_memory)
+    # Something may still refer to the iterator at exit, such as a traceback: multiprocessing then sends SIGTERM, and
+    # waits for ever, as workers never see it.
+    kill_at_exit = partial(_kill, _workers_of(batches), os.getpid())
+    atexit.register(kill_at_exit)
     try:
         # After the workers have been forked: they would inherit its locks in whatever state they are.
         if prefetcher is not None:
@@ -469,6 +476,7 @@ def _iterate(
         if prefetcher is not None:
             prefetcher.stop()
         _shut_down(batches)
+        atexit.unregister(kill_at_exit)
         dataset.close()
 
 
@@ -513,9 +521,9 @@ def _shut_down(batches: Iterator[Batch | _Failure]) -> None:
     workers never see: this process would wait for it as long as it waits for the server. It has nothing to lose.
     """
     shut_down_workers = getattr(batches, "_shutdown_workers", None)
-    if shut_down_workers is None:
+    if shut_down_workers is None or sys.is_finalizing():  # then they are killed, and no thread can be started
         return
-    killer = threading.Timer(_WORKERS_STOP_S, _kill, [getattr(batches, "_workers", [])])
+    killer = threading.Timer(_WORKERS_STOP_S, _kill, [_workers_of(batches), os.getpid()])
     killer.daemon = True
     killer.start()
     try:
@@ -524,9 +532,15 @@ def _shut_down(batches: Iterator[Batch | _Failure]) -> None:
         killer.cancel()
 
 
-def _kill(workers: Sequence[Any]) -> None:
-    for worker in workers:
-        worker.kill()
+def _workers_of(batches: Iterator[Batch | _Failure]) -> list[Any]:
+    return getattr(batches, "_workers", [])
+
+
+def _kill(workers: Sequence[Any], pid: int) -> None:
+    """End worker processes of the process `pid`; one that was forked from it also has them, and leaves them alone."""
+    if os.getpid() == pid:
+        for worker in workers:
+            worker.kill()
 
 
 def _tells_of_a_dead_worker(error: RuntimeError) -> bool:

@@ -6,6 +6,8 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -136,6 +138,21 @@ def test_closing_early_ends_the_workers(example_manifest: MakeManifest, workers:
     while count_open_files() > open_files[0] and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert count_open_files() <= open_files[0]
+
+
+def test_an_iterator_that_is_still_there_at_exit_keeps_no_process(example_manifest: MakeManifest) -> None:
+    script = """
+import sys
+from jmvae_dist.data.loader import EvaluationLoader
+from jmvae_dist.data.manifest import Manifest
+
+batches = iter(EvaluationLoader(Manifest.load(sys.argv[1]), rank=0, world_size=1, batch_size=1, workers=2))
+next(batches)
+print("leaving")
+"""
+    command = [sys.executable, "-c", script, str(example_manifest().path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert (result.stdout, result.stderr) == ("leaving\n", "")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
