@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -47,6 +48,9 @@ _MAX_MESSAGE_CHARACTERS = 10_000
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb and return its exit code: 0 done, 1 failure, 2 usage, 75 stopped with a checkpoint written."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does: an encoding without a sign of a table, or of a name of the user's, must not end the verb.
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = _without_local_rank(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_help()

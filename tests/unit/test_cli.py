@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,11 @@ def test_what_files_say_cannot_control_or_flood_the_terminal(
     assert len(error) < 11_000
     assert main(["train", f"--{chr(27)}"]) == 2
     assert chr(27) not in capsys.readouterr().err
+
+
+def test_what_the_encoding_of_stdout_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["--version"]) == 0
+    print("24.07 \u00b1 0.31", flush=True)  # as a verb would
+    assert written.getvalue().endswith(b"24.07 \\xb1 0.31\n")
