@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,12 +88,7 @@ class ResolvedRun:
 
         Classes that have names come with them.
         """
-        names = manifest_class_names(self.train_manifest)
-        described = {
-            view.name: view.to_json() | ({CLASS_NAMES_KEY: names[view.name]} if view.name in names else {})
-            for view in self.views
-        }
-        return json.loads(json.dumps(described))
+        return json.loads(json.dumps(_describe_views(self.views, self.train_manifest)))
 
     def describe_model(self) -> dict[str, Any]:
         """What `load_model` needs to rebuild the model, as JSON values (lists in place of tuples)."""
@@ -122,7 +117,7 @@ def resolve_run(config: RunConfig, world_size: int) -> ResolvedRun:
     views = {name: views[name] for name in model_config.input_dims}
     eval_views: tuple[View, ...] = ()
     if eval_manifest is not None:
-        expected = {name: view.to_json() for name, view in views.items()}
+        expected = _describe_views(views.values(), train_manifest)
         eval_views = evaluation_views(expected, eval_manifest, "data.eval_manifest")
         check_held_out(train_manifest, eval_manifest)
     plan = _make_plan(config, train_manifest, world_size)
@@ -259,9 +254,7 @@ def evaluation_views(
         ConfigError: A modality is missing, its type, shape or transform differs, its classes have other numbers, or
             a class of code is not trusted.
     """
-    moved = _describe_moved_class(class_names(expected), manifest, key)
-    if moved is not None:
-        raise ConfigError(moved)
+    _check_class_numbers(class_names(expected), manifest, key)
     available = {modality.name: modality for modality in manifest.modalities}
     views = []
     for name, description in expected.items():
@@ -290,18 +283,26 @@ def evaluation_views(
     return tuple(views)
 
 
-def _describe_moved_class(names: dict[str, tuple[str, ...]], manifest: Manifest, key: str) -> str | None:
-    """A class that has another number in the manifest than in the training data, whose names these are."""
+def _describe_views(views: Iterable[View], manifest: Manifest) -> dict[str, Any]:
+    """Of views of training data, by name: all that decides what the model sees, and what classes are called."""
+    names = manifest_class_names(manifest)
+    return {
+        view.name: view.to_json() | ({CLASS_NAMES_KEY: list(names[view.name])} if view.name in names else {})
+        for view in views
+    }
+
+
+def _check_class_numbers(names: dict[str, tuple[str, ...]], manifest: Manifest, key: str) -> None:
+    """Refuse a manifest in which a class has another number than in the training data, whose names these are."""
     found = manifest_class_names(manifest)
     for name in (name for name in names if name in found):
         moved = find_moved_class(found[name], names[name])
         if moved is not None:
             number, other = moved
-            return (
+            raise ConfigError(
                 f"{key}: {found[name][number]!r} is class {number} of {name!r}, and class {other} in the training "
                 "data; write both with the same --class-names"
             )
-    return None
 
 
 def _stored_attributes(description: dict[str, Any]) -> dict[str, Any]:
@@ -496,25 +497,20 @@ def largest_share(plan: SamplePlan, world_size: int) -> int:
 
 
 def summarize(run: ResolvedRun, world_size: int) -> str:
-    """What is about to run, in two lines, and a line for each thing about it that may not be meant so."""
+    """What is about to run, in two lines; a third one where a step takes samples more than once."""
     plan, training = run.plan, run.config.training
     is_open = training.micro_batch_size == "auto" and not run.micro_batch
     micro_batches = "auto" if is_open else num_micro_batches(run, world_size)
     num_samples, batch_size = run.train_manifest.num_samples, training.global_batch_size
-    notes = []
-    if batch_size > num_samples:
-        notes.append(
-            "training.global_batch_size is larger than the data: every step takes a sample "
-            f"{batch_size / num_samples:.1f} times on average"
-        )
-    if run.eval_manifest is not None:
-        # No error: a run that began with such data, before it was looked at, can still be resumed.
-        moved = _describe_moved_class(class_names(run.describe_modalities()), run.eval_manifest, "data.eval_manifest")
-        notes += [] if moved is None else [moved]
+    repeats = (
+        "\nnote: training.global_batch_size is larger than the data: every step takes a sample "
+        f"{batch_size / num_samples:.1f} times on average"
+        if batch_size > num_samples
+        else ""
+    )
     return (
         f"{num_samples:,} samples of {', '.join(run.modalities)}; {run.total_steps:,} steps of "
         f"{batch_size} samples ({plan.epoch(run.total_steps):.1f} epochs)\n"
         f"{world_size} process(es) x {micro_batches} micro-batch(es), engine {training.engine}, "
-        f"{training.precision}, {plan.lanes} lanes; run directory {run.output_dir}"
-        + "".join(f"\nnote: {note}" for note in notes)
+        f"{training.precision}, {plan.lanes} lanes; run directory {run.output_dir}{repeats}"
     )
