@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 from collections.abc import Sequence
@@ -132,12 +133,12 @@ def find_keys(manifest: Manifest, access: RemoteAccess) -> list[str]:
     from jmvae_dist.data.shard_set import ShardSet
     from jmvae_dist.data.untrusted import printable
 
-    shards = ShardSet(manifest, "never", max_open=1, access=access)
     modality = manifest.modalities[0].name
     keys = []
-    for number, shard in enumerate(manifest.shards):
-        reader = shards.reader(number)
-        keys += [printable(reader.stated_key(index, modality)) for index in range(shard.num_samples)]
+    with contextlib.closing(ShardSet(manifest, "never", max_open=1, access=access)) as shards:
+        for number, shard in enumerate(manifest.shards):
+            reader = shards.reader(number)
+            keys += [printable(reader.stated_key(index, modality)) for index in range(shard.num_samples)]
     return keys
 
 
